@@ -1,0 +1,1 @@
+"""MMaDA in JAX: one masked-diffusion transformer that reads, reasons and draws."""

@@ -1,0 +1,1 @@
+"""Data: tokenizers, images and the sources that training reads."""

@@ -1,0 +1,1 @@
+"""Attention kernels. Now: the plain reference; Pallas for TPU and GPU joins it here."""

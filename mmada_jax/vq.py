@@ -1,0 +1,237 @@
+"""MAGVIT-v2 image tokenizer: a convolutional encoder and decoder around lookup-free quantisation.
+
+Shape letters: B images, I and J rows and columns of pixels, i and j those of the token grid, C
+channels, Z bits of a code. A code is the signs of Z latent channels, channel 0 the highest bit.
+Params are a plain nested dict; convolutions are HWIO.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+GROUPS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Architecture. Level l has `channels * mult[l]` channels; levels halve the resolution."""
+
+    channels: int = 128
+    encoder_mult: tuple[int, ...] = (1, 2, 2, 4, 4)
+    encoder_blocks: tuple[int, ...] = (4, 3, 4, 3, 4)
+    decoder_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    decoder_blocks: tuple[int, ...] = (4, 4, 3, 4, 3)
+    bits: int = 13
+    pixel_channels: int = 3
+
+    def __post_init__(self):
+        levels = {len(x) for x in (self.encoder_mult, self.encoder_blocks, self.decoder_mult,
+                                   self.decoder_blocks)}  # fmt: skip
+        if len(levels) != 1 or self.channels % GROUPS:
+            raise ValueError(
+                f"encoder and decoder need the same number of levels (got {sorted(levels)}) and "
+                f"channels={self.channels} must be a multiple of {GROUPS}"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token, along one side."""
+        return 2 ** (len(self.encoder_mult) - 1)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return 2**self.bits
+
+
+PRESETS = {
+    "magvitv2": Config(),
+    "digits": Config(
+        channels=32, encoder_mult=(1, 2), encoder_blocks=(1, 1), decoder_mult=(1, 2),
+        decoder_blocks=(1, 1), bits=6, pixel_channels=1,
+    ),
+}  # fmt: skip
+
+
+def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
+    """Random params {"encoder": ..., "decoder": ...}, float32."""
+    side = config.downsampling
+    encoder, decoder = jax.random.split(key)
+    pixels = jnp.zeros((1, side, side, config.pixel_channels))
+    return {
+        "encoder": Encoder(config).init(encoder, pixels)["params"],
+        "decoder": Decoder(config).init(decoder, jnp.zeros((1, 1, 1, config.bits)))["params"],
+    }
+
+
+def latents(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1] -> what is quantised, [B, i, j, Z]."""
+    _, I, J, C = pixels_BIJC.shape
+    if I % config.downsampling or J % config.downsampling or C != config.pixel_channels:
+        raise ValueError(
+            f"an image of {I}x{J} pixels and {C} channels doesn't fit this tokenizer: it takes "
+            f"{config.pixel_channels} channels and sides divisible by {config.downsampling}"
+        )
+    return Encoder(config).apply({"params": params["encoder"]}, pixels_BIJC)
+
+
+def quantize(z_BijZ: jax.Array) -> jax.Array:
+    """Latents -> codes int32 [B, i, j]: bit 1 where z > 0 (0 gives bit 0), channel 0 the MSB."""
+    powers_Z = 2 ** np.arange(z_BijZ.shape[-1] - 1, -1, -1, dtype=np.int32)
+    return jnp.sum((z_BijZ > 0) * powers_Z, axis=-1, dtype=jnp.int32)
+
+
+def dequantize(codes_Bij: jax.Array, bits: int) -> jax.Array:
+    """Codes -> float32 [..., Z] of -1 and 1."""
+    shifts_Z = np.arange(bits - 1, -1, -1, dtype=np.int32)
+    bits_BijZ = (codes_Bij[..., None] >> shifts_Z) & 1
+    return (2 * bits_BijZ - 1).astype(jnp.float32)
+
+
+def encode(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
+    """Pixels in [-1, 1] -> codes int32 [B, i, j]; flatten row-major for a row of tokens."""
+    return quantize(latents(params, config, pixels_BIJC))
+
+
+def decode(params: dict[str, Any], config: Config, codes_Bij: jax.Array) -> jax.Array:
+    """Codes [B, i, j] -> pixels [B, I, J, C], around [-1, 1] but unbounded."""
+    z_BijZ = dequantize(codes_Bij, config.bits)
+    return Decoder(config).apply({"params": params["decoder"]}, z_BijZ)
+
+
+def losses(
+    params: dict[str, Any], config: Config, pixels_BIJC: jax.Array, temperature: float = 1.0
+) -> dict[str, jax.Array]:
+    """The terms of tokenizer training (MAGVIT-v2, arXiv 2310.05737), each a scalar.
+
+    `reconstruction`: mean squared error through the straight-through quantiser. `commitment`: mean
+    squared distance of the latents to their signs. `entropy`: H(bits | pixel) - H(bits), in nats per
+    bit, with p(bit=1) = sigmoid(4 z / temperature) as follows from softmax(-distance^2/temperature)
+    over the two signs; the joint entropy over codes factorises over bits, as in LFQ with bit groups.
+    """
+    z_BijZ = latents(params, config, pixels_BIJC)
+    q_BijZ = dequantize(quantize(z_BijZ), config.bits)
+    straight_BijZ = z_BijZ + jax.lax.stop_gradient(q_BijZ - z_BijZ)
+    out_BIJC = Decoder(config).apply({"params": params["decoder"]}, straight_BijZ)
+
+    def entropy(logit):
+        # -p log p - (1-p) log(1-p); log_sigmoid keeps the gradient finite where p rounds to 0 or 1.
+        p = jax.nn.sigmoid(logit)
+        return -p * jax.nn.log_sigmoid(logit) - (1 - p) * jax.nn.log_sigmoid(-logit)
+
+    logit_BijZ = 4 * z_BijZ / temperature
+    mean_Z = jnp.clip(jnp.mean(jax.nn.sigmoid(logit_BijZ), axis=(0, 1, 2)), 1e-6, 1 - 1e-6)
+    codebook_Z = entropy(jnp.log(mean_Z) - jnp.log1p(-mean_Z))
+    return {
+        "reconstruction": jnp.mean((out_BIJC - pixels_BIJC) ** 2),
+        "commitment": jnp.mean((z_BijZ - jax.lax.stop_gradient(q_BijZ)) ** 2),
+        "entropy": jnp.mean(entropy(logit_BijZ)) - jnp.mean(codebook_Z),
+    }
+
+
+def to_uint8(pixels_BIJC: Any) -> np.ndarray:
+    """Pixels around [-1, 1] -> uint8, clamped and truncated as the reference does."""
+    unit = np.clip((np.asarray(pixels_BIJC, np.float32) + 1) / 2, 0, 1)
+    return (unit * 255).astype(np.uint8)
+
+
+def _conv(module, name, x_BIJC, features, size=3, stride=1, padding="SAME"):
+    fan_in = size * size * x_BIJC.shape[-1]
+    shape = (size, size, x_BIJC.shape[-1], features)
+    w = module.param(f"{name}_w", nn.initializers.normal(1 / math.sqrt(fan_in)), shape)
+    b = module.param(f"{name}_b", nn.initializers.zeros, (features,))
+    out = jax.lax.conv_general_dilated(
+        x_BIJC, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return out + b
+
+
+def _norm(module, name, x_BIJC):
+    B, I, J, C = x_BIJC.shape
+    scale_C = module.param(f"{name}_scale", nn.initializers.ones, (C,))
+    bias_C = module.param(f"{name}_bias", nn.initializers.zeros, (C,))
+    x = x_BIJC.reshape(B, I * J, GROUPS, C // GROUPS)
+    mean = jnp.mean(x, axis=(1, 3), keepdims=True)
+    var = jnp.mean((x - mean) ** 2, axis=(1, 3), keepdims=True)
+    x = (x - mean) * jax.lax.rsqrt(var + np.float32(1e-6))
+    return x.reshape(B, I, J, C) * scale_C + bias_C
+
+
+class ResBlock(nn.Module):
+    """Norm, swish, conv, twice, and a shortcut (1x1 convolution where the width changes)."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x_BIJC):
+        h = _conv(self, "conv1", jax.nn.silu(_norm(self, "norm1", x_BIJC)), self.features)
+        h = _conv(self, "conv2", jax.nn.silu(_norm(self, "norm2", h)), self.features)
+        if x_BIJC.shape[-1] != self.features:
+            x_BIJC = _conv(self, "nin_shortcut", x_BIJC, self.features, size=1)
+        return x_BIJC + h
+
+
+class AttnBlock(nn.Module):
+    """One head of attention over all positions, with a residual."""
+
+    @nn.compact
+    def __call__(self, x_BIJC):
+        B, I, J, C = x_BIJC.shape
+        h = _norm(self, "norm", x_BIJC)
+        q, k, v = (_conv(self, n, h, C, size=1).reshape(B, I * J, C) for n in "qkv")
+        p = jax.nn.softmax(jnp.einsum("BSC,BTC->BST", q, k) * np.float32(C**-0.5), axis=-1)
+        h = jnp.einsum("BST,BTC->BSC", p, v).reshape(B, I, J, C)
+        return x_BIJC + _conv(self, "proj_out", h, C, size=1)
+
+
+class Encoder(nn.Module):
+    """Pixels [B, I, J, 3] -> latents [B, i, j, Z]."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        x = _conv(self, "conv_in", x, c.channels)
+        for level, (mult, blocks) in enumerate(zip(c.encoder_mult, c.encoder_blocks, strict=True)):
+            for block in range(blocks):
+                x = ResBlock(c.channels * mult, name=f"down_{level}_block_{block}")(x)
+            if level < len(c.encoder_mult) - 1:
+                # Zeros to the right and below only, then stride 2.
+                pad = ((0, 1), (0, 1))
+                x = _conv(self, f"down_{level}_downsample", x, x.shape[-1], stride=2, padding=pad)
+        x = ResBlock(x.shape[-1], name="mid_block_1")(x)
+        x = AttnBlock(name="mid_attn_1")(x)
+        x = ResBlock(x.shape[-1], name="mid_block_2")(x)
+        x = _conv(self, "conv_out", jax.nn.silu(_norm(self, "norm_out", x)), c.bits)
+        return _conv(self, "quant_conv", x, c.bits, size=1)
+
+
+class Decoder(nn.Module):
+    """Signs [B, i, j, Z] -> pixels [B, I, J, 3]."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, z):
+        c = self.config
+        levels = len(c.decoder_mult)
+        x = _conv(self, "post_quant_conv", z, c.bits, size=1)
+        x = _conv(self, "conv_in", x, c.channels * c.decoder_mult[-1])
+        x = ResBlock(x.shape[-1], name="mid_block_1")(x)
+        x = AttnBlock(name="mid_attn_1")(x)
+        x = ResBlock(x.shape[-1], name="mid_block_2")(x)
+        for level in reversed(range(levels)):
+            for block in range(c.decoder_blocks[level]):
+                features = c.channels * c.decoder_mult[level]
+                x = ResBlock(features, name=f"up_{level}_block_{block}")(x)
+            if level:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = _conv(self, f"up_{level}_upsample", x, x.shape[-1])
+        x = jax.nn.silu(_norm(self, "norm_out", x))
+        return _conv(self, "conv_out", x, c.pixel_channels)

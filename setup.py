@@ -1,0 +1,32 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="mmada_jax",
+    version="0.1.0",
+    description="MMaDA in JAX: one masked-diffusion transformer that reads, reasons and draws.",
+    license="Apache-2.0",
+    packages=find_packages(include=["mmada_jax", "mmada_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10",
+        "flax",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11,<1",
+        "grain",
+        "tensorflow-datasets",
+        "ml-collections",
+        "chex",
+        "numpy>=2",
+        "pillow",
+        "safetensors",
+        "tokenizers",
+        "tensorboardX",
+    ],
+    extras_require={
+        # The quickstart: real scans and their judge (scikit-learn), curves in the report.
+        "digits": ["scikit-learn", "matplotlib"],
+        # The PyTorch twin that the benchmark and the tests of conversion compare against.
+        "torch": ["torch"],
+        "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
+    },
+)
