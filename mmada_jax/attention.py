@@ -39,11 +39,12 @@ def attention(
         raise ValueError(f"soft padding needs implementation='plain', not {implementation!r}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"unknown attention {implementation!r}; known: {IMPLEMENTATIONS}")
-    out_BSHK = jax.nn.dot_product_attention(
-        q_BSHK,
-        k_BTGK,
-        v_BTGK,
-        mask=(q_valid_BS[:, :, None] & valid_BT[:, None, :])[:, None],
-        implementation=implementation,
-    )
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own promotes bfloat16 to float32 silently
+        out_BSHK = jax.nn.dot_product_attention(
+            q_BSHK,
+            k_BTGK,
+            v_BTGK,
+            mask=(q_valid_BS[:, :, None] & valid_BT[:, None, :])[:, None],
+            implementation=implementation,
+        )
     return jnp.where(q_valid_BS[:, :, None, None], out_BSHK, 0)

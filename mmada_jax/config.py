@@ -83,6 +83,8 @@ def _literal(text: str) -> Any:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -95,7 +97,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):
             return value
-        if not isinstance(value, Mapping):
+        if not hasattr(value, "items"):  # a ConfigDict is no Mapping
             raise ValueError(f"{path} is {value!r}; it must be a group of keys")
         return from_dict(kind, value, path + ".")
     if origin is tuple or kind is tuple:
@@ -103,7 +105,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             raise ValueError(f"{path} is {value!r}; it must be a list")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is dict or kind is dict:
-        if not isinstance(value, Mapping):
+        if not hasattr(value, "items"):  # a ConfigDict is no Mapping
             raise ValueError(f"{path} is {value!r}; it must be a group of keys")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

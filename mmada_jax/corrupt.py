@@ -91,7 +91,7 @@ def token_weights(
     scored_BL = hidden_BL | (shown_BL & is_t2i_B[:, None])
     labelled = jnp.sum(jnp.where(is_t2i_B[:, None], scored_BL, False)).astype(jnp.float32)
 
-    rows_T = jnp.sum(task_B[:, None] == jnp.arange(len(TASKS)), axis=0).astype(jnp.float32)
+    rows_T = jnp.sum(task_B[:, None] == jnp.arange(len(TASKS))[None], axis=0).astype(jnp.float32)
     length_B = answer_length_B.astype(jnp.float32)
     if config.lm_per == "token":
         length_B = jnp.where(task_B == TASKS.index("lm"), hidden_BL.shape[1], length_B)
@@ -99,4 +99,5 @@ def token_weights(
 
     coefficient_T = np.array([getattr(config, task) for task in TASKS], np.float32)
     each_B = jnp.where(is_t2i_B, 1 / jnp.maximum(labelled, 1), text_B)
-    return scored_BL * (jnp.asarray(coefficient_T)[task_B] * each_B)[:, None]
+    weight_B = jnp.asarray(coefficient_T)[task_B] * each_B
+    return jnp.where(scored_BL, weight_B[:, None], 0)

@@ -103,7 +103,7 @@ class TextRule:
                 sorted_BN = jnp.take_along_axis(sure_BN, order_BN, axis=1)
                 floor_N = 1 - np.float32(self.factor) / np.arange(2, N + 2, dtype=np.float32)
                 floor_N[0] = -1  # the best one always passes
-                passed_BN = (sorted_BN >= floor_N) & jnp.isfinite(sorted_BN)
+                passed_BN = (sorted_BN >= floor_N[None]) & jnp.isfinite(sorted_BN)
                 quota_B = jnp.sum(jnp.cumprod(passed_BN, axis=1), axis=1)
             else:
                 n_hidden_B = jnp.sum(given_BN == vocab.mask, axis=1)
@@ -252,9 +252,8 @@ def _program(hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, k
     size = rule.block if isinstance(rule, TextRule) else length
     blocks = length // size
     given_BL = jnp.asarray(tokens_BL, jnp.int32)
-    in_span_L = (jnp.arange(given_BL.shape[1]) >= start) & (
-        jnp.arange(given_BL.shape[1]) < start + length
-    )
+    position_1L = jnp.arange(given_BL.shape[1])[None]
+    in_span_1L = (position_1L >= start) & (position_1L < start + length)
     if rule.guidance:
         if unconditional is None:
             unconditional = jnp.full_like(given_BL, vocab.mask), valid_BL
@@ -264,7 +263,7 @@ def _program(hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, k
     def logits_at(state, first):
         tokens, valid = state.tokens_BL, valid_BL
         if rule.guidance:
-            tokens = jnp.concatenate([tokens, jnp.where(in_span_L, tokens, other_BL)])
+            tokens = jnp.concatenate([tokens, jnp.where(in_span_1L, tokens, other_BL)])
             valid = both_valid_2BL
         h = jax.lax.dynamic_slice_in_dim(hidden(tokens, valid), first, size, axis=1)
         logits = unembed(h, *rule.vocabulary(vocab)).astype(jnp.float32)
@@ -278,12 +277,10 @@ def _program(hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, k
         now_BN = jax.lax.dynamic_slice_in_dim(state.tokens_BL, first, size, axis=1)
         given_BN = jax.lax.dynamic_slice_in_dim(given_BL, first, size, axis=1)
         step_key = jax.random.fold_in(jax.random.fold_in(key, state.block), state.step)
-        now_BN = rule.reveal(
-            step_key, logits_at(state, first), now_BN, given_BN, state.step, blocks, vocab
-        )
+        now_BN = rule.reveal(step_key, logits_at(state, first), now_BN, given_BN, state.step, blocks, vocab)
         tokens_BL = jax.lax.dynamic_update_slice_in_dim(state.tokens_BL, now_BN, first, axis=1)
         done = ~jnp.any(now_BN == vocab.mask)
-        block = state.block + done
+        block = state.block + done.astype(jnp.int32)
         if isinstance(rule, TextRule) and rule.stop is not None:
             block = jnp.where(done & jnp.all(now_BN[:, -1] == rule.stop), blocks, block)
         return State(tokens_BL, block, jnp.where(done, 0, state.step + 1))

@@ -123,6 +123,7 @@ def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back, then scaled in x's dtype, as the reference does."""
     x32_D = x_D.astype(jnp.float32)
     norm_D = x32_D * jax.lax.rsqrt(jnp.mean(x32_D**2, axis=-1, keepdims=True) + eps)
+    scale_D = jnp.expand_dims(scale_D, range(x_D.ndim - 1))
     return norm_D.astype(x_D.dtype) * scale_D.astype(x_D.dtype)
 
 

@@ -64,32 +64,31 @@ def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
     encoder, decoder = jax.random.split(key)
     pixels = jnp.zeros((1, side, side, config.pixel_channels))
     return {
-        "encoder": Encoder(config).init(encoder, pixels)["params"],
-        "decoder": Decoder(config).init(decoder, jnp.zeros((1, 1, 1, config.bits)))["params"],
+        "encoder": _Encoder(config).init(encoder, pixels)["params"],
+        "decoder": _Decoder(config).init(decoder, jnp.zeros((1, 1, 1, config.bits)))["params"],
     }
 
 
 def latents(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> what is quantised, [B, i, j, Z]."""
     _, I, J, C = pixels_BIJC.shape
-    if I % config.downsampling or J % config.downsampling or C != config.pixel_channels:
+    if I % config.downsampling or J % config.downsampling or config.pixel_channels != C:
         raise ValueError(
             f"an image of {I}x{J} pixels and {C} channels doesn't fit this tokenizer: it takes "
             f"{config.pixel_channels} channels and sides divisible by {config.downsampling}"
         )
-    return Encoder(config).apply({"params": params["encoder"]}, pixels_BIJC)
+    return _Encoder(config).apply({"params": params["encoder"]}, pixels_BIJC)
 
 
 def quantize(z_BijZ: jax.Array) -> jax.Array:
     """Latents -> codes int32 [B, i, j]: bit 1 where z > 0 (0 gives bit 0), channel 0 the MSB."""
     powers_Z = 2 ** np.arange(z_BijZ.shape[-1] - 1, -1, -1, dtype=np.int32)
-    return jnp.sum((z_BijZ > 0) * powers_Z, axis=-1, dtype=jnp.int32)
+    return jnp.einsum("...Z,Z->...", (z_BijZ > 0).astype(jnp.int32), powers_Z)
 
 
 def dequantize(codes_Bij: jax.Array, bits: int) -> jax.Array:
     """Codes -> float32 [..., Z] of -1 and 1."""
-    shifts_Z = np.arange(bits - 1, -1, -1, dtype=np.int32)
-    bits_BijZ = (codes_Bij[..., None] >> shifts_Z) & 1
+    bits_BijZ = jnp.stack([(codes_Bij >> z) & 1 for z in reversed(range(bits))], axis=-1)
     return (2 * bits_BijZ - 1).astype(jnp.float32)
 
 
@@ -101,7 +100,7 @@ def encode(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> ja
 def decode(params: dict[str, Any], config: Config, codes_Bij: jax.Array) -> jax.Array:
     """Codes [B, i, j] -> pixels [B, I, J, C], around [-1, 1] but unbounded."""
     z_BijZ = dequantize(codes_Bij, config.bits)
-    return Decoder(config).apply({"params": params["decoder"]}, z_BijZ)
+    return _Decoder(config).apply({"params": params["decoder"]}, z_BijZ)
 
 
 def losses(
@@ -117,7 +116,7 @@ def losses(
     z_BijZ = latents(params, config, pixels_BIJC)
     q_BijZ = dequantize(quantize(z_BijZ), config.bits)
     straight_BijZ = z_BijZ + jax.lax.stop_gradient(q_BijZ - z_BijZ)
-    out_BIJC = Decoder(config).apply({"params": params["decoder"]}, straight_BijZ)
+    out_BIJC = _Decoder(config).apply({"params": params["decoder"]}, straight_BijZ)
 
     def entropy(logit):
         # -p log p - (1-p) log(1-p); log_sigmoid keeps the gradient finite where p rounds to 0 or 1.
@@ -148,7 +147,7 @@ def _conv(module, name, x_BIJC, features, size=3, stride=1, padding="SAME"):
     out = jax.lax.conv_general_dilated(
         x_BIJC, w, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return out + b
+    return out + b[None, None, None]
 
 
 def _norm(module, name, x_BIJC):
@@ -159,10 +158,10 @@ def _norm(module, name, x_BIJC):
     mean = jnp.mean(x, axis=(1, 3), keepdims=True)
     var = jnp.mean((x - mean) ** 2, axis=(1, 3), keepdims=True)
     x = (x - mean) * jax.lax.rsqrt(var + np.float32(1e-6))
-    return x.reshape(B, I, J, C) * scale_C + bias_C
+    return x.reshape(B, I, J, C) * scale_C[None, None, None] + bias_C[None, None, None]
 
 
-class ResBlock(nn.Module):
+class _ResBlock(nn.Module):
     """Norm, swish, conv, twice, and a shortcut (1x1 convolution where the width changes)."""
 
     features: int
@@ -176,7 +175,7 @@ class ResBlock(nn.Module):
         return x_BIJC + h
 
 
-class AttnBlock(nn.Module):
+class _AttnBlock(nn.Module):
     """One head of attention over all positions, with a residual."""
 
     @nn.compact
@@ -189,7 +188,7 @@ class AttnBlock(nn.Module):
         return x_BIJC + _conv(self, "proj_out", h, C, size=1)
 
 
-class Encoder(nn.Module):
+class _Encoder(nn.Module):
     """Pixels [B, I, J, 3] -> latents [B, i, j, Z]."""
 
     config: Config
@@ -200,19 +199,19 @@ class Encoder(nn.Module):
         x = _conv(self, "conv_in", x, c.channels)
         for level, (mult, blocks) in enumerate(zip(c.encoder_mult, c.encoder_blocks, strict=True)):
             for block in range(blocks):
-                x = ResBlock(c.channels * mult, name=f"down_{level}_block_{block}")(x)
+                x = _ResBlock(c.channels * mult, name=f"down_{level}_block_{block}")(x)
             if level < len(c.encoder_mult) - 1:
                 # Zeros to the right and below only, then stride 2.
                 pad = ((0, 1), (0, 1))
                 x = _conv(self, f"down_{level}_downsample", x, x.shape[-1], stride=2, padding=pad)
-        x = ResBlock(x.shape[-1], name="mid_block_1")(x)
-        x = AttnBlock(name="mid_attn_1")(x)
-        x = ResBlock(x.shape[-1], name="mid_block_2")(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_1")(x)
+        x = _AttnBlock(name="mid_attn_1")(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_2")(x)
         x = _conv(self, "conv_out", jax.nn.silu(_norm(self, "norm_out", x)), c.bits)
         return _conv(self, "quant_conv", x, c.bits, size=1)
 
 
-class Decoder(nn.Module):
+class _Decoder(nn.Module):
     """Signs [B, i, j, Z] -> pixels [B, I, J, 3]."""
 
     config: Config
@@ -223,13 +222,13 @@ class Decoder(nn.Module):
         levels = len(c.decoder_mult)
         x = _conv(self, "post_quant_conv", z, c.bits, size=1)
         x = _conv(self, "conv_in", x, c.channels * c.decoder_mult[-1])
-        x = ResBlock(x.shape[-1], name="mid_block_1")(x)
-        x = AttnBlock(name="mid_attn_1")(x)
-        x = ResBlock(x.shape[-1], name="mid_block_2")(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_1")(x)
+        x = _AttnBlock(name="mid_attn_1")(x)
+        x = _ResBlock(x.shape[-1], name="mid_block_2")(x)
         for level in reversed(range(levels)):
             for block in range(c.decoder_blocks[level]):
                 features = c.channels * c.decoder_mult[level]
-                x = ResBlock(features, name=f"up_{level}_block_{block}")(x)
+                x = _ResBlock(features, name=f"up_{level}_block_{block}")(x)
             if level:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = _conv(self, f"up_{level}_upsample", x, x.shape[-1])

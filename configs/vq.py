@@ -1,0 +1,34 @@
+"""Training the image tokenizer (MAGVIT-v2 with lookup-free quantisation).
+
+    python launch/train.py --config configs/vq.py:digits --workdir runs/vq
+
+`digits`: canvases of scanned digits, 8x16 pixels -> 32 codes of 6 bits.
+`,fast`: half of the steps. `,smoke`: a few, to see that it runs.
+"""
+
+from ml_collections import ConfigDict
+
+from mmada_jax.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See above."""
+    arg = parse_arg(arg, presets=("digits",), preset="digits", fast=False, smoke=False)
+    steps = 4 if arg["smoke"] else 200 if arg["fast"] else 400
+    return ConfigDict({
+        "program": "vq",
+        "preset": arg["preset"],
+        "steps": steps,
+        "batch_size": 32,
+        "seed": 0,
+        "save_every": 200,
+        "keep": 2,
+        "log_every": 1 if arg["smoke"] else 50,
+        "entropy": 0.1,
+        "commitment": 0.1,
+        "optim": {
+            "name": "adamw", "lr": 3e-3, "warmup": 20, "floor": 0.01, "b1": 0.9, "b2": 0.99,
+            "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, "moments": "float32",
+        },
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    })  # fmt: skip

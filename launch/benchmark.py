@@ -1,0 +1,416 @@
+"""Times ours against the same model in plain PyTorch: same weights, same machine, same run.
+
+    python launch/benchmark.py                       # the digits preset; about a minute on a CPU
+    python launch/benchmark.py --repeats 51 --json out.json
+
+The logits of the two sides must agree before anything is timed. Then a training step, text
+generation and image generation are timed in turns (ours, the twin's, ours, ...), so that whatever
+else the machine does hits both. The claim is the RATIO of the medians, twin / ours; the times
+themselves belong to one machine at one moment.
+
+The twin is tests/torch_twin.py. Ours is timed alone where torch is missing or lacks the accelerator
+that JAX has. Where optax is missing the training step ends in plain gradient descent: jax, flax and
+numpy are enough, as on most machines with accelerators.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a bare checkout will do
+
+from mmada_jax import corrupt, denoise, layout, loss, transformer  # noqa: E402
+from mmada_jax.convert import llada  # noqa: E402
+from mmada_jax.vocab import Vocab  # noqa: E402
+
+VOCAB = Vocab(
+    image_offset=128, codebook_size=128, rows=256, bos=1, eos=2, mask=3, pad=4, soi=5, eoi=6, t2i=7,
+    mmu=8, r2i=9, start_header=10, end_header=11, end_turn=12,
+)  # fmt: skip
+FIRST_WORD = 16
+MAX_TEXT, N_IMAGE = 20, 32
+N_PROMPT, N_NEW = 20, 16
+TEXT = denoise.TextRule(steps=16, block=8)
+IMAGE = denoise.ImageRule(steps=12, guidance=2.0)
+OBJECTIVE = corrupt.Config()
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+
+# Task -> function that does it once and returns when the result is there.
+Tasks = dict[str, Callable[[], Any]]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Runs the benchmark, prints the table, returns what `--json` writes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=("digits", "tiny"), default="digits")
+    parser.add_argument("--repeats", type=int, default=31, help="timed calls of each task per side")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="training batch; generation takes a quarter of it"
+    )
+    parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here")
+    args = parser.parse_args(argv)
+    if args.rows < 4 or args.repeats < 1:
+        parser.error(f"--rows is {args.rows}, at least 4; --repeats is {args.repeats}, at least 1")
+
+    config = dataclasses.replace(transformer.PRESETS[args.preset], vocab=VOCAB.rows)
+    data = make_data(args.rows, args.rows // 4)
+    params = transformer.init_params(jax.random.key(0), config)
+    model, why_not, difference = *load_twin(params, config), None
+    if model is not None:
+        difference = logits_difference(params, config, model, data["train"])
+    sides = {"ours": our_tasks(params, config, data)}
+    if model is not None:
+        sides["twin"] = twin_tasks(model, data)
+
+    load_before = os.getloadavg()[0]
+    tasks = time_in_turns(sides, args.repeats)
+    report = {
+        "preset": args.preset,
+        "params": transformer.param_count(config),
+        "rows": args.rows,
+        "row_length": data["train"].tokens.shape[1],
+        "repeats": args.repeats,
+        "machine": machine(),
+        "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],
+        "twin": why_not or "timed",
+        "logits_difference": difference,
+        "tasks": tasks,
+    }
+    print_report(report)
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+# ---------------------------------------------------------------------------------------- data
+
+
+def make_data(n_train: int, n_generate: int) -> dict[str, layout.Batch]:
+    """Random rows: a training batch (half t2i, a quarter lm, the rest mmu) and prompts."""
+    rng = np.random.default_rng(0)
+
+    def words(low, high):
+        return rng.integers(FIRST_WORD, VOCAB.image_offset, rng.integers(low, high)).tolist()
+
+    def image():
+        return VOCAB.image_ids(rng.integers(0, VOCAB.codebook_size, N_IMAGE))
+
+    def conversation():
+        return [*words(3, 8), VOCAB.end_header, *words(3, 8)]
+
+    n_t2i, n_lm = n_train // 2, n_train // 4
+    train = [layout.t2i(VOCAB, words(4, 15), image(), MAX_TEXT) for _ in range(n_t2i)]
+    train += [layout.lm(VOCAB, words(20, 60), MAX_TEXT + N_IMAGE + 3) for _ in range(n_lm)]
+    train += [layout.mmu(VOCAB, image(), conversation(), MAX_TEXT) for _ in range(n_train - n_t2i - n_lm)]
+    prompts = [words(N_PROMPT, N_PROMPT + 1) for _ in range(n_generate)]
+    draw = [layout.t2i_generation(VOCAB, words(4, 15), N_IMAGE, MAX_TEXT) for _ in prompts]
+    return {
+        "train": layout.stack(train),
+        "text": layout.continuation(VOCAB, prompts, N_NEW),
+        "image": layout.stack(draw),
+        "uncond": layout.stack([layout.drop_condition(VOCAB, row, MAX_TEXT) for row in draw]),
+    }
+
+
+# ---------------------------------------------------------------------------------------- ours
+
+
+def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout.Batch]) -> Tasks:
+    """Training step, text and image generation of mmada_jax, each one jitted function."""
+    train, text, image, uncond = (
+        jax.tree.map(jnp.asarray, data[name]) for name in ("train", "text", "image", "uncond")
+    )
+    root = jax.random.key(0)
+    init, update = make_optimizer()
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(state, batch):
+        params, opt_state, step = state
+        seen = corrupt.corrupt(jax.random.fold_in(root, step), batch, VOCAB.mask, OBJECTIVE)
+
+        def total(params):
+            h_BLD = transformer.hidden_states(params, config, seen.tokens_BL, batch.valid)
+            unembed = functools.partial(transformer.unembed, params, config)
+            nll_B = loss.weighted_nll(unembed, h_BLD, seen.targets_BL, seen.weights_BL)
+            return jnp.sum(nll_B)
+
+        value, grads = jax.value_and_grad(total)(params)
+        return (*update(grads, opt_state, params), step + 1), value
+
+    @jax.jit
+    def write(params, batch, key):
+        return denoise.denoise(
+            functools.partial(transformer.hidden_states, params, config),
+            functools.partial(transformer.unembed, params, config),
+            batch.tokens,
+            batch.valid,
+            start=N_PROMPT,
+            length=N_NEW,
+            rule=TEXT,
+            vocab=VOCAB,
+            key=key,
+        )
+
+    @jax.jit
+    def draw(params, batch, uncond, key):
+        return denoise.denoise(
+            functools.partial(transformer.hidden_states, params, config),
+            functools.partial(transformer.unembed, params, config),
+            batch.tokens,
+            batch.valid,
+            start=MAX_TEXT + 2,
+            length=N_IMAGE,
+            rule=IMAGE,
+            vocab=VOCAB,
+            key=key,
+            unconditional=(uncond.tokens, uncond.valid),
+        )
+
+    # The step donates its state, so it gets params of its own.
+    own = jax.tree.map(jnp.copy, params)
+    state = own, init(own), jnp.int32(0)
+
+    def run_train():
+        nonlocal state
+        state, value = train_step(state, train)
+        return jax.block_until_ready((state, value))[1]
+
+    return {
+        "training step": run_train,
+        "text generation": lambda: jax.block_until_ready(write(params, text, root)),
+        "image generation": lambda: jax.block_until_ready(draw(params, image, uncond, root)),
+    }
+
+
+def make_optimizer() -> tuple[Callable, Callable]:
+    """(init, update) of AdamW; of gradient descent where optax is missing, and it says so."""
+    try:
+        import optax
+    except ImportError:
+        print("optax is missing: our training step ends in gradient descent instead of AdamW")
+        return lambda params: (), lambda grads, opt_state, params: (
+            jax.tree.map(lambda p, g: p - np.float32(LEARNING_RATE) * g, params, grads),
+            opt_state,
+        )
+    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+
+    def update(grads, opt_state, params):
+        updates, opt_state = adamw.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    return adamw.init, update
+
+
+# -------------------------------------------------------------------------------------- the twin
+
+
+def load_twin(params: Any, config: transformer.Config) -> tuple[Any, str | None]:
+    """The PyTorch model with our weights on the device that JAX uses, or None and why not."""
+    try:
+        import torch
+    except ImportError:
+        return None, "torch is missing, ours is timed alone"
+    backend = jax.default_backend()
+    if backend != "cpu" and not (backend == "gpu" and torch.cuda.is_available()):
+        return None, f"torch doesn't run on this {backend}, ours is timed alone"
+    model = twin_module().Transformer(
+        width=config.d_model,
+        layers=config.n_layers,
+        heads=config.n_heads,
+        d_mlp=config.d_mlp,
+        vocab=config.vocab,
+        max_len=config.max_len,
+        theta=config.rope_theta,
+        eps=config.norm_eps,
+    )
+    state = llada.params_to_torch(params, config)
+    model.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
+    return model.to("cpu" if backend == "cpu" else "cuda"), None
+
+
+@functools.cache
+def twin_module() -> Any:
+    """tests/torch_twin.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("torch_twin", ROOT / "tests" / "torch_twin.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def logits_difference(
+    params: Any, config: transformer.Config, model: Any, batch: layout.Batch, limit: float = 1e-4
+) -> float:
+    """max |ours - twin| / max |twin| over the valid positions. SystemExit above `limit`."""
+    import torch
+
+    h_BLD = transformer.hidden_states(params, config, jnp.asarray(batch.tokens), batch.valid)
+    ours = np.asarray(transformer.unembed(params, config, h_BLD))
+    tensors = to_torch(batch, model)
+    with torch.inference_mode():
+        twin = model(tensors["tokens"], tensors["valid"]).cpu().numpy()
+    difference = float(np.abs(ours - twin)[batch.valid].max() / np.abs(twin[batch.valid]).max())
+    if not difference <= limit:
+        raise SystemExit(
+            f"the logits of ours and of the twin differ by {difference:.1e} of the largest, the limit "
+            f"is {limit:.0e}: they are two different models, and their times say nothing"
+        )
+    return difference
+
+
+def twin_tasks(model: Any, data: Mapping[str, layout.Batch]) -> Tasks:
+    """The same three tasks in PyTorch."""
+    import torch
+
+    twin = twin_module()
+    train, text, image, uncond = (
+        to_torch(data[name], model) for name in ("train", "text", "image", "uncond")
+    )
+    coefficients = [getattr(OBJECTIVE, task) for task in layout.TASKS]
+    coefficients = torch.tensor(coefficients, device=train["tokens"].device)
+    learner = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(
+        learner.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+    )
+
+    def run_train():
+        return twin.train_step(learner, optimizer, train, VOCAB.mask, coefficients).cpu()
+
+    def write():
+        return twin.generate_text(
+            model,
+            text["tokens"],
+            # No row is padded, and without a mask PyTorch's attention is faster.
+            None if text["valid"].all() else text["valid"],
+            start=N_PROMPT,
+            length=N_NEW,
+            steps=TEXT.steps,
+            block=TEXT.block,
+            mask=VOCAB.mask,
+        ).cpu()
+
+    def draw():
+        return twin.generate_image(
+            model,
+            image["tokens"],
+            image["valid"],
+            uncond["tokens"],
+            uncond["valid"],
+            start=MAX_TEXT + 2,
+            length=N_IMAGE,
+            steps=IMAGE.steps,
+            guidance=IMAGE.guidance,
+            mask=VOCAB.mask,
+            offset=VOCAB.image_offset,
+            codes=VOCAB.codebook_size,
+            temperature=IMAGE.temperature,
+        ).cpu()
+
+    return {"training step": run_train, "text generation": write, "image generation": draw}
+
+
+def to_torch(batch: layout.Batch, model: Any) -> dict[str, Any]:
+    """A batch as a dict of tensors beside the model; integers are int64, as PyTorch wants ids."""
+    import torch
+
+    device = next(model.parameters()).device
+    arrays = {f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+    return {
+        name: torch.tensor(x.astype(np.int64) if x.dtype == np.int32 else x, device=device)
+        for name, x in arrays.items()
+    }
+
+
+# ------------------------------------------------------------------------------------ measuring
+
+
+def time_in_turns(sides: Mapping[str, Tasks], repeats: int, warm_up: int = 3) -> dict[str, dict[str, Any]]:
+    """Task -> seconds of each side, of the clock and of all cores together, and twin / ours."""
+    report = {}
+    for task in sides["ours"]:
+        for tasks in sides.values():
+            for _ in range(warm_up):
+                tasks[task]()
+        clock, cpu = {side: [] for side in sides}, {side: [] for side in sides}
+        for repeat in range(repeats):
+            for side in list(sides) if repeat % 2 else reversed(sides):
+                # PyTorch's worker threads spin for a while after a call: not on our account.
+                time.sleep(0.02)
+                begin, cpu_begin = time.perf_counter(), time.process_time()
+                sides[side][task]()
+                clock[side].append(time.perf_counter() - begin)
+                cpu[side].append(time.process_time() - cpu_begin)
+        report[task] = {side: quartiles(clock[side]) | {"cpu": median(cpu[side])} for side in sides}
+        if "twin" in sides:
+            report[task]["ratio"] = median(clock["twin"]) / median(clock["ours"])
+            report[task]["cpu_ratio"] = median(cpu["twin"]) / median(cpu["ours"])
+    return report
+
+
+def quartiles(seconds: list[float]) -> dict[str, float]:
+    """The three quartiles, by name."""
+    low, middle, high = statistics.quantiles(seconds, n=4) if seconds[1:] else seconds * 3
+    return {"low": low, "median": middle, "high": high}
+
+
+def machine() -> dict[str, Any]:
+    """Versions, cores and threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    device = jax.devices()[0]
+    facts = {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "cores": cores,
+    }
+    if (torch := sys.modules.get("torch")) is not None:
+        facts |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
+    return facts
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The table, and what it takes to read it."""
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(
+        f"preset {report['preset']}: {report['params']:,} parameters, training batch of "
+        f"{report['rows']} rows of {report['row_length']} tokens; {report['repeats']} repeats; "
+        f"load {report['load'][0]} before, {report['load'][1]} after"
+    )
+    if report["logits_difference"] is None:
+        print(report["twin"])
+    else:
+        print(f"logits agree: largest difference {report['logits_difference']:.1e} of the largest")
+    print(f"\n{'median (quartiles), ms':<22}{'ours':>26}{'PyTorch twin':>26}{'RATIO':>8}{'CPU ratio':>11}")
+    for task, result in report["tasks"].items():
+        row = f"{task:<22}"
+        for side in ("ours", "twin"):
+            ms = {name: 1e3 * value for name, value in result.get(side, {}).items()}
+            cell = "{median:.1f} ({low:.1f} - {high:.1f})".format(**ms) if ms else "-"
+            row += f"{cell:>26}"
+        if "ratio" in result:
+            row += f"{result['ratio']:>8.2f}{result['cpu_ratio']:>11.2f}"
+        print(row)
+    if report["logits_difference"] is not None:
+        print("RATIO is twin / ours by the clock; CPU ratio the same in seconds of all cores together.")
+
+
+if __name__ == "__main__":
+    main()

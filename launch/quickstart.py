@@ -1,0 +1,262 @@
+"""The whole method on real scans of handwritten digits, on a CPU: train, measure, report.
+
+Called by quickstart.sh, which makes the environment first. Running it again resumes, or says what is
+already done.
+"""
+
+import argparse
+import base64
+import dataclasses
+import html
+import io
+import json
+import os
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+from PIL import Image
+
+from configs import pretrain, vq
+from mmada_jax import evaluate, metrics
+from mmada_jax.api import MMaDA
+from mmada_jax.data import digits
+from mmada_jax.denoise import TextRule
+from mmada_jax.train import train
+from mmada_jax.vq import to_uint8
+
+# Cases per metric.
+FULL, FAST = 300, 100
+
+
+def main() -> None:
+    """Three parts: train both models, measure on held-out scans, write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", default="runs/quickstart", help="default: %(default)s")
+    parser.add_argument(
+        "--fast", action="store_true", help="fewer steps and cases: a smoke test with floors"
+    )
+    args = parser.parse_args()
+    workdir = pathlib.Path(args.workdir)
+    report = workdir / "report.json"
+    if report.is_file():
+        result = json.loads(report.read_text())
+        if result["fast"] == args.fast:
+            print(f"{workdir}: everything is done already")
+            finish(workdir, result)
+            return
+
+    # ---- Train: nothing that is done is done again -------------------------------------------------
+    preset = "digits,fast" if args.fast else "digits"
+    say("1/3", "image tokenizer: scans -> 32 codes of 6 bits")
+    seconds = {"tokenizer": timed(lambda: train(vq.get_config(preset), workdir / "image_tokenizer"))}
+    say("2/3", "one model for reading, drawing, inpainting and arithmetic")
+    config = pretrain.get_config(preset)
+    config.image_tokenizer = os.path.join("..", "image_tokenizer")
+    seconds["pretrain"] = timed(lambda: train(config, workdir / "pretrain"))
+
+    # ---- Measure and report ------------------------------------------------------------------------
+    say("3/3", "held-out scans: 360 that no model has seen")
+    start = time.perf_counter()
+    result, pictures = measure(MMaDA.load(workdir / "pretrain"), FAST if args.fast else FULL)
+    seconds["evaluate"] = time.perf_counter() - start
+    result |= {"fast": args.fast, "seconds": {name: round(s, 1) for name, s in seconds.items()}}
+    write(workdir / "report.html", page(workdir, result, pictures))
+    write(report, json.dumps(result, indent=1))
+    finish(workdir, result)
+
+
+def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
+    """All metrics, and what there is to look at."""
+    judge = evaluate.Judge()
+    rebuilt, psnr, canvases = evaluate.reconstruction(model, judge)
+    pictures = {"rebuilt": canvases}
+    stage = {}
+
+    def note(name, count):
+        stage[name] = dataclasses.asdict(count)
+        print(f"  {name}: {count}", flush=True)
+
+    print(f"  judge: {judge.held_out()}\n  reconstructed_digit: {rebuilt}, PSNR {psnr:.1f} dB", flush=True)
+    for name, k in (("one", 1), ("two", 2)):
+        count, pictures[f"read_{name}"] = evaluate.read_digits(model, k, n)
+        note(f"vqa_{name}", count)
+    for name, k in (("one", 1), ("two", 2)):
+        count, *pictures[f"drawn_{name}"] = evaluate.draw_digits(model, judge, k, n)
+        note(f"t2i_{name}", count)
+    count, pictures["inpaint"] = evaluate.inpaint_half(model, judge, n)
+    note("inpaint", count)
+    count, pictures["arithmetic"] = evaluate.arithmetic(model, n)
+    note("text_arithmetic", count)
+    pictures["image_steps"], pictures["text_steps"] = strips(model, canvases)
+    tokenizer = {"reconstructed_digit": dataclasses.asdict(rebuilt), "psnr_db": round(psnr, 2)}
+    judged = dataclasses.asdict(judge.held_out())
+    return {"judge": judged, "stages": {"tokenizer": tokenizer, "pretrain": stage}}, pictures
+
+
+def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
+    """Denoising step by step: one image (hidden tokens grey), one text (hidden tokens as blanks)."""
+    images = []
+    job = model.draw_job([digits.caption(3, 5)], evaluate.DRAW)
+    for ids in model.steps(job):
+        hidden = (ids[0] == model.vocab.mask).reshape(model.grid)
+        codes = np.where(ids == model.vocab.mask, model.vocab.image_offset, ids)
+        pixels = model.decode(model.vocab.image_codes(codes).reshape(-1, *model.grid))[0]
+        down = model.vq_config.downsampling
+        pixels[np.repeat(np.repeat(hidden, down, 0), down, 1)] = 0
+        images.append(pixels)
+    scans = digits.load("test")
+    job = model.answer_job([digits.canvas(*scans.pixels[:2])], [digits.ASK_TWO])
+    job = dataclasses.replace(job, rule=TextRule(steps=job.length, block=job.length))
+    texts = []
+    for ids in model.steps(job):
+        shown = [
+            "▁" if i == model.vocab.mask else model.tokenizer.decode([i]) or "·" for i in ids[0].tolist()
+        ]
+        texts.append(" ".join(s.strip() or "⏎" for s in shown))
+    return images, texts
+
+
+# ---- The report ------------------------------------------------------------------------------------
+
+
+def finish(workdir: pathlib.Path, result: dict) -> None:
+    """Prints the table and where the report is; exits with 1 if a floor is missed."""
+    print("\n" + "\n".join(f"{name:24}{value}" for name, value in table(result)))
+    print(f"\nreport: {(workdir / 'report.html').absolute()}")
+    floors = {"vqa_one": 0.6, "t2i_one": 0.6}
+    if not result["fast"]:
+        floors = {"vqa_one": 0.85, "vqa_two": 0.6, "t2i_one": 0.95, "t2i_two": 0.7, "inpaint": 0.75}
+    got = {name: c["correct"] / c["total"] for name, c in result["stages"]["pretrain"].items()}
+    missed = [
+        f"{name} {got[name]:.1%} < {floor:.0%}" for name, floor in floors.items() if got[name] < floor
+    ]
+    if missed:
+        sys.exit(f"below what this run should reach: {', '.join(missed)}")
+
+
+def table(result: dict) -> list[tuple[str, str]]:
+    """Rows (metric, value)."""
+    tokenizer, model = result["stages"]["tokenizer"], result["stages"]["pretrain"]
+    counts = {"judge": result["judge"], "reconstructed_digit": tokenizer["reconstructed_digit"], **model}
+    rows = [(name, str(evaluate.Count(**count))) for name, count in counts.items()]
+    rows.insert(2, ("psnr_db", str(tokenizer["psnr_db"])))
+    return rows + [(f"seconds, {name}", str(s)) for name, s in result["seconds"].items()]
+
+
+def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:
+    """report.html, self-contained."""
+    scans = digits.load("test")
+    cells = "".join(f"<tr><td>{name}<td>{html.escape(value)}" for name, value in table(result))
+    real = [digits.canvas(scan) for scan in scans.pixels[:12]]
+    one, wanted_one = pictures["drawn_one"]
+    two, wanted_two = pictures["drawn_two"]
+    hole = pictures["inpaint"]
+    holes = [np.where(m[..., None], 0, c) for m, c in zip(hole["masks"], hole["canvases"], strict=True)]
+    columns = [
+        figure(holes[i], "") + figure(hole["pixels"][i], "")
+        + figure(hole["canvases"][i], digits.caption(*hole["labels"][i]))
+        for i in range(8)
+    ]  # fmt: skip
+    read = pictures["read_one"][:6] + pictures["read_two"][:10]
+    sums = "".join(
+        f"<li>{html.escape(q)} = {html.escape(a)}" + ("" if a == w else f" <i>(is {w})</i>")
+        for q, a, w in pictures["arithmetic"][:12]
+    )
+    sections = [
+        ("Results on held-out scans", f"<table>{cells}</table>"),
+        ("Loss", curves(workdir)),
+        ("Reconstructions", row(figure(r, "") + figure(o, "") for r, o in zip(real, pictures["rebuilt"]))),
+        ("Drawn, one digit", row(figure(p, digits.caption(*d)) for p, d in zip(one[:20], wanted_one))),
+        (
+            "Drawn, two digits",
+            row(figure(p, digits.caption(*d)) for p, d in zip(two[3:100:5], wanted_two[3:100:5])),
+        ),
+        ("Inpainted: what is given, what was redrawn, the scan", row(columns)),
+        ("Read", row(figure(c, a + ("" if a == w else f" (is {w})")) for c, a, w in read)),
+        ("Arithmetic", f"<ul>{sums}</ul>"),
+        (
+            f"Drawing {digits.caption(3, 5)!r}, step by step",
+            row(figure(p, "") for p in pictures["image_steps"]),
+        ),
+        ("Reading, step by step", "<pre>" + html.escape("\n".join(pictures["text_steps"])) + "</pre>"),
+    ]
+    body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
+    style = (
+        "body{font:15px sans-serif;max-width:1000px;margin:2em auto}figure{display:inline-block;margin:4px;"
+        "vertical-align:top}img{display:block}figcaption{font-size:11px;max-width:128px}"
+        "td{padding:2px 12px;border-bottom:1px solid #ddd}"
+    )
+    title = "mmada_jax: handwritten digits"
+    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>{body}"
+
+
+def row(figures) -> str:
+    """Figures side by side."""
+    return "<div>" + "".join(f"<span style='display:inline-block'>{f}</span>" for f in figures) + "</div>"
+
+
+def figure(pixels: np.ndarray, label: str) -> str:
+    """A canvas as an inline PNG, eight times enlarged."""
+    image = Image.fromarray(to_uint8(pixels)[..., 0])
+    image = image.resize((8 * image.width, 8 * image.height), Image.Resampling.NEAREST)
+    return f"<figure>{inline(image)}<figcaption>{html.escape(label)}</figcaption></figure>"
+
+
+def curves(workdir: pathlib.Path) -> str:
+    """The losses of both runs over the steps."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3))
+    for axis, run in zip(axes, ("image_tokenizer", "pretrain"), strict=True):
+        rows = metrics.read(workdir / run / "metrics.jsonl")
+        names = [n for n in rows[0] if n == "reconstruction" or n.startswith("loss_")]
+        for name in names:
+            axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+        axis.set(title=run, xlabel="step", yscale="log")
+        axis.legend(fontsize=7)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=90, bbox_inches="tight")
+    pyplot.close(figure)
+    return inline(Image.open(buffer))
+
+
+def inline(image: Image.Image) -> str:
+    """An <img> that holds its own bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+
+
+def write(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def say(part: str, what: str) -> None:
+    """A banner."""
+    print(f"\n[{part}] {what}", flush=True)
+
+
+def timed(work) -> float:
+    """Runs `work`; seconds."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("MMADA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

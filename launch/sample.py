@@ -1,0 +1,165 @@
+"""Samples from a trained workdir: writes PNGs and prints text.
+
+python launch/sample.py --workdir runs/digits text "7 + 12"
+python launch/sample.py --workdir runs/digits draw "a handwritten seven" "a three and a five"
+python launch/sample.py --workdir runs/digits answer canvas.png --question "which digit is this?"
+python launch/sample.py --workdir runs/digits inpaint canvas.png --box 0 8 8 16 --prompt "a three and a five"
+python launch/sample.py --workdir runs/digits extend canvas.png --direction right --prompt "a five"
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+from PIL import Image
+
+from mmada_jax.api import MMaDA
+from mmada_jax.denoise import ImageRule, TextRule
+
+# A picture of more pixels than this is refused before it is decoded.
+MAX_PIXELS = 40_000_000
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--workdir", required=True, help="workdir of a trained model")
+    top.add_argument("--out", default="samples", help="folder for the PNGs (default: %(default)s)")
+    top.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
+    tasks = top.add_subparsers(dest="task", required=True, metavar="TASK")
+
+    def text_rule(task):
+        task.add_argument("--max-new", type=int, help="new tokens (default: as many as in training)")
+        task.add_argument("--steps", type=int, help="denoising steps (default: one per new token)")
+        task.add_argument("--block", type=int, help="tokens per block (default: all new tokens)")
+        task.add_argument("--temperature", type=float, default=0.0)
+        task.add_argument("--guidance", type=float, default=0.0)
+
+    def image_rule(task):
+        task.add_argument("--steps", type=int, default=12, help="denoising steps (default: 12)")
+        task.add_argument("--guidance", type=float, default=1.0, help="0: none (default: 1)")
+        task.add_argument("--temperature", type=float, default=1.0, help="of the order (default: 1)")
+        task.add_argument("--schedule", default="cosine", help="cosine, linear, powK, sigmoid")
+        task.add_argument("--scale", type=int, default=16, help="enlarge the PNG (default: 16)")
+
+    text = tasks.add_parser("text", help="answer questions in text")
+    text.add_argument("prompts", nargs="+")
+    text_rule(text)
+    answer = tasks.add_parser("answer", help="answer a question about images")
+    answer.add_argument("images", nargs="+")
+    answer.add_argument("--question", default="which digit is this?")
+    text_rule(answer)
+    draw = tasks.add_parser("draw", help="draw images for prompts")
+    draw.add_argument("prompts", nargs="+")
+    image_rule(draw)
+    inpaint = tasks.add_parser("inpaint", help="redraw a part of images")
+    inpaint.add_argument("images", nargs="+")
+    inpaint.add_argument("--prompt", default="", help="what the whole image shows")
+    inpaint.add_argument("--mask", help="a picture of the same size; white is redrawn")
+    inpaint.add_argument(
+        "--box", type=int, nargs=4, metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"), help="in pixels"
+    )
+    image_rule(inpaint)
+    extend = tasks.add_parser("extend", help="continue images beyond an edge")
+    extend.add_argument("images", nargs="+")
+    extend.add_argument(
+        "--prompt", default="", help="what the new part of the image and its neighbour show"
+    )
+    extend.add_argument("--direction", choices=("left", "right", "up", "down"), default="right")
+    image_rule(extend)
+    return top
+
+
+def main() -> None:
+    """Loads the model, runs one task, writes and prints its results."""
+    args = parser().parse_args()
+    model = MMaDA.load(args.workdir)
+    if args.task in ("text", "answer"):
+        say(model, args)
+        return
+    rule = ImageRule(args.steps, args.schedule, args.temperature, args.guidance)
+    if args.task == "draw":
+        names = args.prompts
+        drawings = model.draw(args.prompts, rule, seed=args.seed)
+    else:
+        names = [pathlib.Path(path).stem for path in args.images]
+        images = [read_image(model, path) for path in args.images]
+        prompts = [args.prompt] * len(images)
+        if args.task == "inpaint":
+            masks = np.stack([read_mask(args, image.size) for image in images])
+            drawings = model.inpaint(images, masks, prompts, rule, seed=args.seed)
+        else:
+            drawings = model.extend(images, args.direction, prompts, rule, seed=args.seed)
+    out = pathlib.Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, (name, drawing) in enumerate(zip(names, drawings, strict=True)):
+        slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40]
+        path = out / f"{args.task}_{i:02}_{slug}.png"
+        size = [args.scale * side for side in drawing.image.size]
+        drawing.image.resize(size, Image.Resampling.NEAREST).save(path)
+        print(path)
+
+
+def say(model: MMaDA, args: argparse.Namespace) -> None:
+    """The tasks whose result is text."""
+    if args.task == "text":
+        names, inputs = args.prompts, (args.prompts,)
+        job = model.text_job(*inputs, max_new=args.max_new)
+    else:
+        names = args.images
+        inputs = ([read_image(model, path) for path in args.images], [args.question] * len(names))
+        job = model.answer_job(*inputs, max_new=args.max_new)
+    block = args.block or job.length
+    rule = TextRule(args.steps or job.length, block, args.temperature, guidance=args.guidance)
+    method = model.generate if args.task == "text" else model.answer
+    for name, text in zip(names, method(*inputs, rule, args.max_new, seed=args.seed), strict=True):
+        print(f"{name}: {text.text}")
+
+
+def read_image(model: MMaDA, path: str) -> Image.Image:
+    """Opens a picture. One that is an enlargement of the model's size, as this program writes them,
+    is brought back to it; any other size is an error of the model's."""
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{path} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
+        image = image.convert("L" if model.vq_config.pixel_channels == 1 else "RGB")
+    height, width = (side * model.vq_config.downsampling for side in model.grid)
+    scale = image.width // width
+    if scale > 1 and image.size == (scale * width, scale * height):
+        image = image.resize((width, height), Image.Resampling.BOX)
+    return image
+
+
+def read_mask(args: argparse.Namespace, size: tuple[int, int]) -> np.ndarray:
+    """The mask of inpainting in pixels, from --mask or --box."""
+    if args.mask:
+        with Image.open(args.mask) as mask:
+            if mask.size != size:
+                raise ValueError(
+                    f"{args.mask} is {mask.size[0]}x{mask.size[1]}, the image {size[0]}x{size[1]}"
+                )
+            return np.asarray(mask.convert("L")) >= 128
+    if not args.box:
+        raise ValueError("say what to redraw: --mask FILE or --box TOP LEFT BOTTOM RIGHT")
+    top, left, bottom, right = args.box
+    if not (0 <= top < bottom <= size[1] and 0 <= left < right <= size[0]):
+        raise ValueError(
+            f"box {args.box} is empty or outside the image of {size[1]}x{size[0]} (rows x columns)"
+        )
+    mask = np.zeros((size[1], size[0]), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("MMADA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

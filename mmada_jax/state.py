@@ -1,0 +1,64 @@
+"""What a training run is at a step: the step, the params, the optimizer's state. Nothing random."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmada_jax import sharding
+
+
+class TrainState(NamedTuple):
+    """A pytree; the key of a step is fold_in(root, step), so that resuming needs no stored key."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def state_shardings(
+    mesh: jax.sharding.Mesh,
+    init_params: Callable[[jax.Array], Any],
+    axes: Any,
+    optimizer: optax.GradientTransformation,
+) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the state: moments lie as their params do, counters everywhere.
+
+    `axes` is the tree of logical axis names of the params, or None to replicate them.
+    """
+
+    def init(key):
+        params = init_params(key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    everywhere = sharding.replicated(mesh)
+    if axes is None:
+        return shapes, jax.tree.map(lambda _: everywhere, shapes)
+    params = sharding.tree_shardings(mesh, axes, shapes.params)
+    of_path = dict(jax.tree.leaves_with_path(params))
+
+    def place(path, leaf):
+        # A moment's path in the optimizer's state ends in the path of its param.
+        del leaf
+        suffixes = (path[i:] for i in range(len(path)))
+        return next((of_path[suffix] for suffix in suffixes if suffix in of_path), everywhere)
+
+    return shapes, TrainState(everywhere, params, jax.tree.map_with_path(place, shapes.opt_state))
+
+
+def init_state(
+    key: jax.Array,
+    init_params: Callable[[jax.Array], Any],
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+) -> TrainState:
+    """A fresh state, created in place on its devices."""
+
+    def init(key):
+        params = init_params(key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=shardings)(key)

@@ -1,0 +1,162 @@
+"""Every implementation of attention against a dense softmax in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmada_jax.attention import attention
+from mmada_jax.kernels import reference
+
+
+def dense(q, k, v, q_valid, valid, soft=False):
+    """softmax(q k^T / sqrt(K)) v over the valid keys, head by head, float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        g = h // (q.shape[2] // k.shape[2])
+        scores = q[b, :, h] @ k[b, :, g].T / np.sqrt(q.shape[3])
+        pair = q_valid[b][:, None] & valid[b][None]
+        scores = scores + pair if soft else np.where(pair, scores, -np.inf)
+        rows = np.ones(len(scores), bool) if soft else pair.any(axis=1)
+        p = np.exp(scores[rows] - scores[rows].max(axis=1, keepdims=True))
+        out[b, rows, h] = p / p.sum(axis=1, keepdims=True) @ v[b, :, g]
+    return out
+
+
+def inputs(B=2, S=7, T=7, H=4, G=4, K=8, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (B, S, H, K), (B, T, G, K), (B, T, G, K)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+VALIDITY = {
+    "all": lambda b, t: t >= 0,
+    "left padding": lambda b, t: t >= 2 * b,
+    "right padding": lambda b, t: t < 5 - b,
+    "holes": lambda b, t: (t + b) % 3 != 0,
+    "an empty row": lambda b, t: (t >= 0) & (b == 0),
+}
+
+
+def validity(name, B, T):
+    return np.stack([np.broadcast_to(VALIDITY[name](b, np.arange(T)), T) for b in range(B)])
+
+
+class AttentionChecks:
+    """What every implementation must pass; subclass it and set `implementation`."""
+
+    implementation: str
+
+    def run(self, q, k, v, valid, q_valid=None):
+        run = jax.jit(lambda *x: attention(*x, implementation=self.implementation))
+        return run(q, k, v, valid, valid if q_valid is None else q_valid)
+
+    @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+    @pytest.mark.parametrize("mask", VALIDITY)
+    def test_values(self, mask, heads):
+        q, k, v = inputs(H=heads[0], G=heads[1])
+        valid = validity(mask, *q.shape[:2])
+        expected = dense(q, k, v, valid, valid)
+        np.testing.assert_allclose(self.run(q, k, v, valid), expected, atol=2e-6)
+
+    @pytest.mark.parametrize("length", [1, 3, 17, 129])
+    def test_any_length(self, length):
+        q, k, v = inputs(S=length, T=length, H=2, G=1)
+        valid = validity("left padding", 2, length)
+        np.testing.assert_allclose(self.run(q, k, v, valid), dense(q, k, v, valid, valid), atol=2e-6)
+
+    def test_a_block_of_queries_against_a_whole_row(self):
+        q, k, v = inputs(S=3, T=9)
+        valid, q_valid = validity("holes", 2, 9), validity("holes", 2, 3)
+        expected = dense(q, k, v, q_valid, valid)
+        np.testing.assert_allclose(self.run(q, k, v, valid, q_valid), expected, atol=2e-6)
+
+    @pytest.mark.parametrize("mask", VALIDITY)
+    def test_queries_that_are_not_valid_get_zeros(self, mask):
+        q, k, v = inputs()
+        valid = validity(mask, *q.shape[:2])
+        assert not np.any(np.asarray(self.run(q, k, v, valid))[~valid])
+
+    def test_what_is_not_valid_has_no_influence_even_if_it_is_huge(self):
+        q, k, v = inputs()
+        valid = validity("holes", *q.shape[:2])
+        pads = ~valid[:, :, None, None]
+        huge = [jnp.where(pads, x * np.float32(1e4), x) for x in (q, k, v)]
+        np.testing.assert_array_equal(self.run(*huge, valid), self.run(q, k, v, valid))
+
+    @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+    @pytest.mark.parametrize("mask", VALIDITY)
+    def test_gradients(self, mask, heads):
+        q, k, v = inputs(S=5, T=5, H=heads[0], G=heads[1], K=4)
+        valid = validity(mask, *q.shape[:2])
+        cotangent = np.random.default_rng(1).standard_normal(q.shape).astype(np.float32)
+        _, pull = jax.vjp(lambda *x: self.run(*x, valid), q, k, v)
+        grads = pull(jnp.asarray(cotangent))
+        # Along random directions, against central differences of the float64 softmax.
+        rng = np.random.default_rng(2)
+        for i, grad in enumerate(grads):
+            assert np.all(np.isfinite(grad))
+            assert not np.any(np.asarray(grad)[~valid])
+            for _ in range(3):
+                at = [np.asarray(x, np.float64) for x in (q, k, v)]
+                direction = rng.standard_normal(grad.shape)
+                ends = []
+                for sign in (1e-5, -1e-5):
+                    moved = [*at[:i], at[i] + sign * direction, *at[i + 1 :]]
+                    ends.append(np.sum(dense(*moved, valid, valid) * cotangent))
+                expected = (ends[0] - ends[1]) / 2e-5
+                size = np.linalg.norm(grad) * np.linalg.norm(direction)
+                assert abs(np.sum(grad * direction) - expected) < 1e-5 * size + 1e-8
+
+    def test_bfloat16(self):
+        q, k, v = inputs(dtype=jnp.bfloat16, S=33, T=33)
+        valid = validity("left padding", 2, 33)
+        out = self.run(q, k, v, valid)
+        assert out.dtype == jnp.bfloat16
+        # Rounding of the probabilities and of the result: two units of 2^-8 of the largest value.
+        error = np.abs(np.asarray(out, np.float64) - dense(q, k, v, valid, valid)).max()
+        assert error < 2 * 2.0**-8 * np.abs(np.asarray(v, np.float64)).max()
+
+
+class TestPlain(AttentionChecks):
+    implementation = "plain"
+
+
+class TestXla(AttentionChecks):
+    implementation = "xla"
+
+
+def test_soft_padding_adds_one_and_hides_nothing():
+    q, k, v = inputs(G=2)
+    valid = validity("left padding", *q.shape[:2])
+    out = attention(q, k, v, valid, soft=True)
+    np.testing.assert_allclose(out, dense(q, k, v, valid, valid, soft=True), atol=2e-6)
+    changed = v.at[1, 0].add(1)
+    assert not valid[1, 0]
+    assert np.all(np.abs(attention(q, k, changed, valid, soft=True) - out)[1] > 0)
+
+
+def test_without_padding_soft_and_hard_are_equal():
+    q, k, v = inputs()
+    valid = validity("all", *q.shape[:2])
+    soft = attention(q, k, v, valid, soft=True)
+    np.testing.assert_allclose(soft, attention(q, k, v, valid), atol=2e-6)
+
+
+def test_validity_of_queries_defaults_to_that_of_the_keys():
+    q, k, v = inputs()
+    valid = validity("holes", *q.shape[:2])
+    np.testing.assert_array_equal(attention(q, k, v, valid), reference.attention(q, k, v, valid, valid))
+
+
+def test_errors():
+    q, k, v = inputs(S=3)
+    valid = validity("all", 2, 7)
+    with pytest.raises(ValueError, match=r"validity \(2, 7\) of queries \(2, 3\)"):
+        attention(q, k, v, valid)
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="unknown attention 'flash'"):
+        attention(q, k, v, valid, implementation="flash")
+    with pytest.raises(ValueError, match="soft padding needs implementation='plain'"):
+        attention(q, k, v, valid, implementation="xla", soft=True)
