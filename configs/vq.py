@@ -3,7 +3,7 @@
     python launch/train.py --config configs/vq.py:digits --workdir runs/vq
 
 `digits`: canvases of scanned digits, 8x16 pixels -> 32 codes of 6 bits.
-`,fast`: half of the steps. `,smoke`: a few, to see that it runs.
+`,fast`: fewer steps. `,smoke`: a few, to see that it runs.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from mmada_jax.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
     arg = parse_arg(arg, presets=("digits",), preset="digits", fast=False, smoke=False)
-    steps = 4 if arg["smoke"] else 200 if arg["fast"] else 400
+    steps = 4 if arg["smoke"] else 150 if arg["fast"] else 400
     return ConfigDict({
         "program": "vq",
         "preset": arg["preset"],

@@ -14,6 +14,7 @@ numpy are enough, as on most machines with accelerators.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -36,7 +37,7 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a bare checkout will do
 
-from mmada_jax import corrupt, denoise, layout, loss, transformer  # noqa: E402
+from mmada_jax import corrupt, denoise, layout, loss, sharding, transformer  # noqa: E402
 from mmada_jax.convert import llada  # noqa: E402
 from mmada_jax.vocab import Vocab  # noqa: E402
 
@@ -50,7 +51,7 @@ N_PROMPT, N_NEW = 20, 16
 TEXT = denoise.TextRule(steps=16, block=8)
 IMAGE = denoise.ImageRule(steps=12, guidance=2.0)
 OBJECTIVE = corrupt.Config()
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
+LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 
 # Task -> function that does it once and returns when the result is there.
 Tasks = dict[str, Callable[[], Any]]
@@ -140,21 +141,6 @@ def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout
         jax.tree.map(jnp.asarray, data[name]) for name in ("train", "text", "image", "uncond")
     )
     root = jax.random.key(0)
-    init, update = make_optimizer()
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(state, batch):
-        params, opt_state, step = state
-        seen = corrupt.corrupt(jax.random.fold_in(root, step), batch, VOCAB.mask, OBJECTIVE)
-
-        def total(params):
-            h_BLD = transformer.hidden_states(params, config, seen.tokens_BL, batch.valid)
-            unembed = functools.partial(transformer.unembed, params, config)
-            nll_B = loss.weighted_nll(unembed, h_BLD, seen.targets_BL, seen.weights_BL)
-            return jnp.sum(nll_B)
-
-        value, grads = jax.value_and_grad(total)(params)
-        return (*update(grads, opt_state, params), step + 1), value
 
     @jax.jit
     def write(params, batch, key):
@@ -185,39 +171,59 @@ def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout
             unconditional=(uncond.tokens, uncond.valid),
         )
 
-    # The step donates its state, so it gets params of its own.
-    own = jax.tree.map(jnp.copy, params)
-    state = own, init(own), jnp.int32(0)
-
-    def run_train():
-        nonlocal state
-        state, value = train_step(state, train)
-        return jax.block_until_ready((state, value))[1]
-
     return {
-        "training step": run_train,
+        "training step": training_step(config, train),
         "text generation": lambda: jax.block_until_ready(write(params, text, root)),
         "image generation": lambda: jax.block_until_ready(draw(params, image, uncond, root)),
     }
 
 
-def make_optimizer() -> tuple[Callable, Callable]:
-    """(init, update) of AdamW; of gradient descent where optax is missing, and it says so."""
+def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[], Any]:
+    """The step of mmada_jax/train.py; gradient descent where its requirements are missing."""
+    root = jax.random.key(0)
+
+    def loss_fn(params, key, batch):
+        seen = corrupt.corrupt(key, batch, VOCAB.mask, OBJECTIVE)
+        h_BLD = transformer.hidden_states(params, config, seen.tokens_BL, batch.valid)
+        unembed = functools.partial(transformer.unembed, params, config)
+        nll_B = loss.weighted_nll(unembed, h_BLD, seen.targets_BL, seen.weights_BL)
+        return jnp.sum(nll_B), {}
+
+    init_params = functools.partial(transformer.init_params, config=config)
     try:
-        import optax
-    except ImportError:
-        print("optax is missing: our training step ends in gradient descent instead of AdamW")
-        return lambda params: (), lambda grads, opt_state, params: (
-            jax.tree.map(lambda p, g: p - np.float32(LEARNING_RATE) * g, params, grads),
-            opt_state,
+        from mmada_jax import optim, train
+        from mmada_jax.state import init_state, state_shardings
+    except ImportError as error:
+        print(f"{error.name} is missing: our training step is gradient descent instead of AdamW")
+        mesh, state = None, init_params(root)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def step_fn(params, root, batch):
+            (value, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, root, batch)
+            lr = np.float32(LEARNING_RATE)
+            return jax.tree.map(lambda p, g: p - lr * g, params, grads), value
+    else:
+        # One device, as the twin has.
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        optimizer = optim.make(
+            optim.Config(lr=LEARNING_RATE, warmup=0, weight_decay=WEIGHT_DECAY, clip=CLIP),
+            steps=1_000_000,
         )
-    adamw = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        axes = transformer.param_axes(config)
+        _, shardings = state_shardings(mesh, init_params, axes, optimizer)
+        with jax.set_mesh(mesh):
+            state = init_state(root, init_params, optimizer, shardings)
+        batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, batch))
+        program = train.Program(init_params, axes, loss_fn, lambda step: batch, batch.tokens.size)
+        step_fn = train.make_step(program, optimizer, mesh, shardings)
 
-    def update(grads, opt_state, params):
-        updates, opt_state = adamw.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+    def run():
+        nonlocal state
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            state, values = step_fn(state, root, batch)
+        return jax.block_until_ready((state, values))
 
-    return adamw.init, update
+    return run
 
 
 # -------------------------------------------------------------------------------------- the twin
@@ -292,7 +298,7 @@ def twin_tasks(model: Any, data: Mapping[str, layout.Batch]) -> Tasks:
     )
 
     def run_train():
-        return twin.train_step(learner, optimizer, train, VOCAB.mask, coefficients).cpu()
+        return twin.train_step(learner, optimizer, train, VOCAB.mask, coefficients, CLIP).cpu()
 
     def write():
         return twin.generate_text(

@@ -6,6 +6,7 @@ already done.
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import html
 import io
@@ -36,9 +37,7 @@ def main() -> None:
     """Three parts: train both models, measure on held-out scans, write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", default="runs/quickstart", help="default: %(default)s")
-    parser.add_argument(
-        "--fast", action="store_true", help="fewer steps and cases: a smoke test with floors"
-    )
+    parser.add_argument("--fast", action="store_true", help="fewer steps and cases, lower floors")
     args = parser.parse_args()
     workdir = pathlib.Path(args.workdir)
     report = workdir / "report.json"
@@ -52,21 +51,36 @@ def main() -> None:
     # ---- Train: nothing that is done is done again -------------------------------------------------
     preset = "digits,fast" if args.fast else "digits"
     say("1/3", "image tokenizer: scans -> 32 codes of 6 bits")
-    seconds = {"tokenizer": timed(lambda: train(vq.get_config(preset), workdir / "image_tokenizer"))}
+    with clock(workdir, "tokenizer"):
+        train(vq.get_config(preset), workdir / "image_tokenizer")
     say("2/3", "one model for reading, drawing, inpainting and arithmetic")
     config = pretrain.get_config(preset)
     config.image_tokenizer = os.path.join("..", "image_tokenizer")
-    seconds["pretrain"] = timed(lambda: train(config, workdir / "pretrain"))
+    with clock(workdir, "pretrain"):
+        train(config, workdir / "pretrain")
 
     # ---- Measure and report ------------------------------------------------------------------------
-    say("3/3", "held-out scans: 360 that no model has seen")
-    start = time.perf_counter()
-    result, pictures = measure(MMaDA.load(workdir / "pretrain"), FAST if args.fast else FULL)
-    seconds["evaluate"] = time.perf_counter() - start
-    result |= {"fast": args.fast, "seconds": {name: round(s, 1) for name, s in seconds.items()}}
+    say("3/3", "held-out scans: 359 that no model has seen")
+    with clock(workdir, "evaluate"):
+        result, pictures = measure(MMaDA.load(workdir / "pretrain"), FAST if args.fast else FULL)
+    result |= {"fast": args.fast, "seconds": json.loads((workdir / "seconds.json").read_text())}
+    results(pictures).save(workdir / "results.png")
     write(workdir / "report.html", page(workdir, result, pictures))
     write(report, json.dumps(result, indent=1))
     finish(workdir, result)
+
+
+@contextlib.contextmanager
+def clock(workdir: pathlib.Path, name: str):
+    """Adds the seconds of the block to WORKDIR/seconds.json: a resumed run counts all of its parts."""
+    start, path = time.perf_counter(), workdir / "seconds.json"
+    try:
+        yield
+    finally:
+        seconds = json.loads(path.read_text()) if path.is_file() else {}
+        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 1)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(seconds))
 
 
 def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
@@ -104,7 +118,7 @@ def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
     for ids in model.steps(job):
         hidden = (ids[0] == model.vocab.mask).reshape(model.grid)
         codes = np.where(ids == model.vocab.mask, model.vocab.image_offset, ids)
-        pixels = model.decode(model.vocab.image_codes(codes).reshape(-1, *model.grid))[0]
+        pixels = model.decode(model.vocab.image_codes(codes).reshape(-1, *model.grid))[0].copy()
         down = model.vq_config.downsampling
         pixels[np.repeat(np.repeat(hidden, down, 0), down, 1)] = 0
         images.append(pixels)
@@ -166,23 +180,20 @@ def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:
         f"<li>{html.escape(q)} = {html.escape(a)}" + ("" if a == w else f" <i>(is {w})</i>")
         for q, a, w in pictures["arithmetic"][:12]
     )
+    beside = zip(real, pictures["rebuilt"][:12], strict=True)
+    drawn_one = zip(one[:20], wanted_one[:20], strict=True)
+    drawn_two = zip(two[3:100:5], wanted_two[3:100:5], strict=True)
     sections = [
         ("Results on held-out scans", f"<table>{cells}</table>"),
         ("Loss", curves(workdir)),
-        ("Reconstructions", row(figure(r, "") + figure(o, "") for r, o in zip(real, pictures["rebuilt"]))),
-        ("Drawn, one digit", row(figure(p, digits.caption(*d)) for p, d in zip(one[:20], wanted_one))),
-        (
-            "Drawn, two digits",
-            row(figure(p, digits.caption(*d)) for p, d in zip(two[3:100:5], wanted_two[3:100:5])),
-        ),
+        ("Reconstructions: scan, decoded", row(figure(a, "") + figure(b, "") for a, b in beside)),
+        ("Drawn, one digit", row(figure(p, digits.caption(*d)) for p, d in drawn_one)),
+        ("Drawn, two digits", row(figure(p, digits.caption(*d)) for p, d in drawn_two)),
         ("Inpainted: what is given, what was redrawn, the scan", row(columns)),
         ("Read", row(figure(c, a + ("" if a == w else f" (is {w})")) for c, a, w in read)),
         ("Arithmetic", f"<ul>{sums}</ul>"),
-        (
-            f"Drawing {digits.caption(3, 5)!r}, step by step",
-            row(figure(p, "") for p in pictures["image_steps"]),
-        ),
-        ("Reading, step by step", "<pre>" + html.escape("\n".join(pictures["text_steps"])) + "</pre>"),
+        (f"Drawing {digits.caption(3, 5)!r}", row(figure(p, "") for p in pictures["image_steps"])),
+        ("Reading, step by step", f"<pre>{html.escape(chr(10).join(pictures['text_steps']))}</pre>"),
     ]
     body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
     style = (
@@ -191,7 +202,25 @@ def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:
         "td{padding:2px 12px;border-bottom:1px solid #ddd}"
     )
     title = "mmada_jax: handwritten digits"
-    return f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>{body}"
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style>"
+    return f"{head}<h1>{title}</h1>{body}"
+
+
+def results(pictures: dict) -> Image.Image:
+    """The report in one picture: drawn ones, drawn twos, inpaintings (given above redrawn), steps."""
+    hole = pictures["inpaint"]
+    given = [np.where(m[..., None], 0, c) for m, c in zip(hole["masks"], hole["canvases"], strict=True)]
+    steps = pictures["image_steps"]
+    rows = [
+        pictures["drawn_one"][0][:10],
+        pictures["drawn_two"][0][3:100:10],
+        given[:10],
+        hole["pixels"][:10],
+        [steps[i * (len(steps) - 1) // 9] for i in range(10)],
+    ]
+    tiles = [np.concatenate([np.pad(p[..., 0], 1, constant_values=-0.5) for p in r], axis=1) for r in rows]
+    image = Image.fromarray(to_uint8(np.concatenate(tiles)))
+    return image.resize((5 * image.width, 5 * image.height), Image.Resampling.NEAREST)
 
 
 def row(figures) -> str:
@@ -244,13 +273,6 @@ def write(path: pathlib.Path, text: str) -> None:
 def say(part: str, what: str) -> None:
     """A banner."""
     print(f"\n[{part}] {what}", flush=True)
-
-
-def timed(work) -> float:
-    """Runs `work`; seconds."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

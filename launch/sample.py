@@ -3,7 +3,8 @@
 python launch/sample.py --workdir runs/digits text "7 + 12"
 python launch/sample.py --workdir runs/digits draw "a handwritten seven" "a three and a five"
 python launch/sample.py --workdir runs/digits answer canvas.png --question "which digit is this?"
-python launch/sample.py --workdir runs/digits inpaint canvas.png --box 0 8 8 16 --prompt "a three and a five"
+python launch/sample.py --workdir runs/digits inpaint canvas.png --box 0 8 8 16 \
+        --prompt "a three and a five"
 python launch/sample.py --workdir runs/digits extend canvas.png --direction right --prompt "a five"
 """
 

@@ -79,7 +79,7 @@ class MMaDA:
         with Checkpoints(workdir) as checkpoints:
             places = sharding.tree_shardings(sharding.make_mesh(), axes, shapes)
             params = checkpoints.restore_params(shapes, places)
-        vq_params, _ = run.load_vq(workdir / config.image_tokenizer)
+        vq_params, _ = run.load_vq(run.image_tokenizer_of(config, workdir))
         return cls(
             params, plan.model, plan.vocab, plan.tokenizer, vq_params, plan.vq, config.max_text, plan.grid
         )

@@ -1,8 +1,10 @@
 """Optimizers: AdamW with the reference's settings, Muon as an option; cosine with warm-up and floor."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -68,7 +70,18 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
         )
     if config.clip:
         update = optax.chain(optax.clip_by_global_norm(config.clip), update)
-    return optax.apply_if_finite(update, max_consecutive_errors=2**30)
+    update = optax.apply_if_finite(update, max_consecutive_errors=2**30)
+    return optax.GradientTransformation(_lenient(update.init), _lenient(update.update))
+
+
+def _lenient(f: Callable[..., Any]) -> Callable[..., Any]:
+    """optax promotes dtypes and ranks implicitly; our own code may be run where that is an error."""
+
+    def call(*args):
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return f(*args)
+
+    return call
 
 
 def skipped(opt_state: optax.ApplyIfFiniteState) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -104,7 +105,7 @@ def plan(run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = Non
 
     `vq_config` is given where the image tokenizer is yet to be trained."""
     rows_per_task(run.mixture, run.batch_size)
-    vq_config = vq_config or vq_config_of(workdir / run.image_tokenizer)
+    vq_config = vq_config or vq_config_of(image_tokenizer_of(run, workdir))
     grid = (digits.HEIGHT // vq_config.downsampling, digits.WIDTH // vq_config.downsampling)
     saved = workdir / "tokenizer.json"
     if saved.is_file():
@@ -122,6 +123,11 @@ def plan(run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = Non
             f"+ 3), the model takes {model.max_len}; lower max_text or raise model.max_len"
         )
     return Plan(tokenizer, vocab, model, vq_config, grid)
+
+
+def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
+    """The workdir of a run's image tokenizer; the run's own needn't exist yet."""
+    return pathlib.Path(os.path.normpath(pathlib.Path(workdir) / run.image_tokenizer))
 
 
 def vq_config_of(workdir: str | pathlib.Path) -> vq.Config:

@@ -25,7 +25,7 @@ from mmada_jax.data import digits
 from mmada_jax.data.pipeline import DigitCanvases, DigitRows, rows_per_task
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.metrics import Metrics
-from mmada_jax.run import ModelRun, VQRun, load_vq, parse, plan, preset_of
+from mmada_jax.run import ModelRun, VQRun, image_tokenizer_of, load_vq, parse, plan, preset_of
 from mmada_jax.state import TrainState, init_state, state_shardings
 
 
@@ -118,7 +118,7 @@ def check(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.batch_size % shards:
         raise ValueError(
-            f"batch_size {run.batch_size} is not divisible by the {shards} shards of mesh {dict(mesh.shape)}"
+            f"batch_size {run.batch_size} is not divisible by the {shards} data shards: {mesh.shape}"
         )
     check_workdir(workdir, config_lib.to_dict(run), FIXED)
     if isinstance(run, ModelRun):
@@ -146,7 +146,7 @@ def make_step(
         values = {
             "loss": total,
             **values,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "skipped": optim.skipped(opt_state),
         }
         return TrainState(state.step + 1, params, opt_state), values
@@ -164,7 +164,7 @@ def model_program(run: ModelRun, workdir: pathlib.Path) -> Program:
     """The model on token rows: corrupt, hidden states, weighted loss."""
     what = plan(run, workdir)
     model, vocab = what.model, what.vocab
-    vq_params, vq_config = load_vq(workdir / run.image_tokenizer)
+    vq_params, vq_config = load_vq(image_tokenizer_of(run, workdir))
     rows = rows_per_task(run.mixture, run.batch_size)
     batch = DigitRows(
         what.tokenizer,

@@ -63,7 +63,7 @@ PRESETS = {
     "tiny": Config(d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_mlp=160, vocab=640,
                    max_len=256, dtype="float32"),
     "digits": Config(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_mlp=384, vocab=256,
-                     max_len=128, dtype="float32", unroll=4),
+                     max_len=128, dtype="float32"),
 }  # fmt: skip
 
 

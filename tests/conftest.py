@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 
 import jax
 import numpy as np
+import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,3 +33,48 @@ def golden_weights(settings: dict) -> dict[str, np.ndarray]:
             "norm" in key and key.endswith("weight"))  # fmt: skip
         state[key] = 1 + np.float32(0.1) * w if is_norm else w * np.float32(settings["weights"]["scale"])
     return state
+
+
+@pytest.fixture(scope="session")
+def smoke_config():
+    """configs/pretrain.py:digits,smoke as a plain dict; on 8 devices."""
+    from configs import pretrain
+
+    return pretrain.get_config("digits,smoke").to_dict()
+
+
+def save_params(workdir, config, params):
+    """A workdir as training leaves it, but with these params."""
+    from mmada_jax.checkpoint import Checkpoints, claim_workdir
+    from mmada_jax.config import to_dict
+    from mmada_jax.run import parse
+    from mmada_jax.state import TrainState
+
+    claim_workdir(workdir, to_dict(parse(config)))
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(TrainState(np.int32(1), params, {"count": np.int32(0)}))
+
+
+@pytest.fixture(scope="session")
+def image_tokenizer(tmp_path_factory):
+    """Workdir of an untrained image tokenizer."""
+    from configs import vq as vq_config
+    from mmada_jax import vq
+
+    workdir = tmp_path_factory.mktemp("image_tokenizer")
+    params = jax.jit(lambda key: vq.init_params(key, vq.PRESETS["digits"]))(jax.random.key(0))
+    save_params(workdir, vq_config.get_config("digits,smoke").to_dict(), params)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def model_workdir(smoke_config, image_tokenizer, tmp_path_factory):
+    """Workdir of an untrained model."""
+    from mmada_jax import run, transformer
+
+    workdir = tmp_path_factory.mktemp("model")
+    config = smoke_config | {"image_tokenizer": str(image_tokenizer)}
+    plan = run.plan(run.parse(config), workdir)
+    plan.tokenizer.save(workdir / "tokenizer.json")
+    save_params(workdir, config, transformer.init_params(jax.random.key(0), plan.model))
+    return workdir

@@ -136,12 +136,13 @@ def loss(model, tokens_BL, valid_BL, targets_BL, weights_BL):
     return (nll * weights_BL.flatten()).sum()
 
 
-def train_step(model, optimizer, batch, mask, coefficients):
-    """One step: corrupt, forward, backward, update. Returns the loss (a tensor)."""
+def train_step(model, optimizer, batch, mask, coefficients, clip=1.0):
+    """One step: corrupt, forward, backward, clip, update. Returns the loss (a tensor)."""
     tokens, weights = corrupt(batch, mask, coefficients)
     value = loss(model, tokens, batch["valid"], batch["tokens"], weights)
     optimizer.zero_grad(set_to_none=True)
     value.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return value.detach()
 
@@ -186,7 +187,8 @@ def generate_image(
         full = torch.where(unknown, drawn + offset, now)
 
         ratio = (step + 1) / steps
-        n_hidden = math.floor(length * math.cos(math.pi / 2 * ratio))
+        # In float32, as the published system: at a ratio of 2/3 float64 hides one more.
+        n_hidden = (length * torch.cos(torch.tensor(ratio) * math.pi * 0.5)).floor().long().item()
         n_hidden = (unknown.sum(1, keepdim=True) - 1).clamp(max=n_hidden).clamp(min=1)
         temperature *= 1 - ratio
         score = p.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()

@@ -58,18 +58,13 @@ def load(split: str) -> Scans:
     return Scans(pixels, data.target[chosen])
 
 
-def canvas(*scans: np.ndarray, shift: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """One scan in the middle or two side by side -> [8, 16, 1]; `shift` moves all by whole pixels."""
-    out = np.full((HEIGHT, WIDTH), -1, np.float32)
+def canvas(*scans: np.ndarray) -> np.ndarray:
+    """One scan in the middle or two side by side -> [8, 16, 1]."""
+    out = np.full((HEIGHT, WIDTH, 1), -1, np.float32)
     left = (WIDTH - SIDE * len(scans)) // 2
     for i, scan in enumerate(scans):
-        out[:, left + SIDE * i : left + SIDE * (i + 1)] = scan
-    for axis, by in enumerate(shift):
-        out = np.roll(out, by, axis)
-        edge = [slice(None), slice(None)]
-        edge[axis] = slice(0, by) if by >= 0 else slice(by, None)
-        out[tuple(edge)] = -1
-    return out[..., None]
+        out[:, left + SIDE * i : left + SIDE * (i + 1), 0] = scan
+    return out
 
 
 def cut(canvas_IJ1: np.ndarray, n: int) -> list[np.ndarray]:
@@ -131,8 +126,7 @@ def records(split: str, seed: int, step: int, rows: dict[str, int]) -> list[Reco
 def _image_record(rng: np.random.Generator, task: str, scans: Scans) -> Record:
     which = rng.integers(len(scans.labels), size=1 + rng.integers(2))
     digits = [int(d) for d in scans.labels[which]]
-    shift = (0, 0)
-    pixels = canvas(*scans.pixels[which], shift=shift)
+    pixels = canvas(*scans.pixels[which])
     if task == "t2i":
         return Record(task, caption(*digits), pixels)
     ask = ASK_ONE if len(digits) == 1 else ASK_TWO

@@ -89,7 +89,7 @@ class DigitCanvases:
     seed: int
 
     def __call__(self, step: int) -> np.ndarray:
-        """The canvases of `step`, shifted by up to one pixel."""
+        """The canvases of `step`."""
         records = digits.records("train", self.seed, step, {"mmu": self.rows})
         part = self.rows // jax.process_count()
         mine = slice(part * jax.process_index(), part * (jax.process_index() + 1))
