@@ -16,6 +16,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     arg = parse_arg(arg, presets=("digits",), preset="digits", fast=False, smoke=False)
     smoke = arg["smoke"]
     steps = 6 if smoke else 350 if arg["fast"] else 1000
+    mixture = {"t2i": 8, "lm": 2, "lm_chat": 5, "mmu": 17}
+    if arg["fast"]:
+        mixture = {"t2i": 10, "lm": 1, "lm_chat": 2, "mmu": 19}
     return ConfigDict({
         "program": "model",
         "preset": arg["preset"],
@@ -31,7 +34,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "max_text": 22,
         "cond_dropout": 0.1,
         # Reading is harder to learn than drawing from scans as few as these.
-        "mixture": {"t2i": 10, "lm": 1, "lm_chat": 2, "mmu": 19} if arg["fast"] else {"t2i": 8, "lm": 2, "lm_chat": 5, "mmu": 17},
+        "mixture": mixture,
         "loss": {
             "t2i": 1.0, "lm": 0.1, "lm_chat": 0.5, "mmu": 3.0, "r2i": 1.0, "lm_per": "token",
             "schedule": "cosine", "min_ratio": 0.0,
