@@ -244,6 +244,7 @@ class MMaDA:
         """Images (PIL, or float arrays [I, J, C] in [-1, 1]) -> [B, I, J, C]; wrong sizes raise."""
         down, channels = self.vq_config.downsampling, self.vq_config.pixel_channels
         want = (self.grid[0] * down, self.grid[1] * down, channels)
+        _some(images)
         out = []
         for image in images:
             if isinstance(image, Image.Image):
@@ -281,6 +282,7 @@ class MMaDA:
         return rows
 
     def _image_job(self, rows: list[layout.Batch], rule: ImageRule | None) -> Job:
+        _some(rows)
         rule = rule or ImageRule()
         rule.check(self.n_image)
         other = [layout.drop_condition(self.vocab, row, self.max_text) for row in rows]
@@ -310,6 +312,7 @@ class MMaDA:
     def _text_job(
         self, prefixes: list[list[int]], row: int, rule: TextRule | None, max_new: int | None
     ) -> Job:
+        _some(prefixes)
         longest = max(map(len, prefixes))
         new = row - longest if max_new is None else max_new
         if new < 1 or longest + new > self.config.max_len:
@@ -361,6 +364,11 @@ def _direction(direction: str) -> tuple[int, bool]:
     if direction not in known:
         raise ValueError(f"unknown direction {direction!r}; known: {', '.join(known)}")
     return known[direction]
+
+
+def _some(rows: Sequence[Any]) -> None:
+    if not len(rows):
+        raise ValueError("there is nothing to do: give at least one prompt or image")
 
 
 def _same_length(**named: Sequence[Any]) -> None:

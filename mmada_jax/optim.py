@@ -100,7 +100,7 @@ def check_finite(opt_state: optax.ApplyIfFiniteState) -> None:
 
 def _matrices(params: dict[str, Any]) -> dict[str, Any]:
     """Muon's matrices: those of the blocks, by the axes that they contract (layers are a batch
-    axis). Embedding, head and norms are left to AdamW."""
+    axis). Embedding, head and norms are left to AdamW (with Nesterov momentum, as Muon itself)."""
     dims = {
         "q_DHK": ((1,), (2, 3)), "k_DGK": ((1,), (2, 3)), "v_DGK": ((1,), (2, 3)),
         "o_HKD": ((1, 2), (3,)), "gate_DF": ((1,), (2,)), "up_DF": ((1,), (2,)),

@@ -13,6 +13,7 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+ROOT = pathlib.Path(__file__).parent.parent
 GOLDENS = pathlib.Path(os.environ.get("MMADA_GOLDENS", pathlib.Path(__file__).parent / "goldens"))
 
 

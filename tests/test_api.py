@@ -1,0 +1,108 @@
+"""What a user imports, on an untrained model: shapes, seeds, what is kept, what is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmada_jax.api import MMaDA
+from mmada_jax.data import digits
+from mmada_jax.denoise import ImageRule, TextRule
+
+FAST = ImageRule(steps=3, guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def model(model_workdir):
+    return MMaDA.load(model_workdir)
+
+
+@pytest.fixture(scope="module")
+def canvases():
+    return np.stack([digits.canvas(*digits.load("test").pixels[i : i + 2]) for i in range(2)])
+
+
+def test_generate(model):
+    rule = TextRule(steps=4, block=4)
+    texts = model.generate(["7 + 2", "what is twelve minus three?"], rule, max_new=4)
+    assert len(texts) == 2
+    assert all(isinstance(t.text, str) and len(t.ids) <= 4 for t in texts)
+    again = model.generate(["7 + 2", "what is twelve minus three?"], rule, max_new=4)
+    assert [t.text for t in texts] == [t.text for t in again]
+
+
+def test_answer(model, canvases):
+    images = [canvases[0], Image.fromarray(((canvases[1, ..., 0] + 1) * 127.5).astype(np.uint8))]
+    texts = model.answer(images, [digits.ASK_TWO] * 2, TextRule(steps=2, block=4), max_new=4)
+    assert len(texts) == 2
+
+
+def test_draw_is_seeded(model):
+    prompts = ["a handwritten seven", "a three and a five"]
+    a, b, c = (model.draw(prompts, FAST, seed=seed) for seed in (0, 0, 1))
+    assert a[0].image.size == (16, 8)
+    assert a[0].codes.shape == (4, 8)
+    np.testing.assert_array_equal(a[1].codes, b[1].codes)
+    assert (a[1].codes != c[1].codes).any()
+
+
+def test_inpaint_keeps_what_is_not_covered(model, canvases):
+    masks = np.zeros((2, 8, 16), bool)
+    masks[0, :, 8:] = True
+    masks[1, 0, 0] = True  # a quarter of a token
+    before = model.encode(canvases)
+    after = np.stack([d.codes for d in model.inpaint(canvases, masks, ["a", "b"], FAST)])
+    np.testing.assert_array_equal(after[0, :, :4], before[0, :, :4])
+    assert (after[0, :, 4:] != before[0, :, 4:]).any()
+    np.testing.assert_array_equal(after[1], before[1])
+
+
+@pytest.mark.parametrize("direction", ["right", "left", "up", "down"])
+def test_extend_keeps_the_image_and_adds_half(model, canvases, direction):
+    before = model.encode(canvases)
+    after = np.stack([d.codes for d in model.extend(canvases, direction, ["a", "b"], FAST)])
+    rows, columns = (4, 12) if direction in ("right", "left") else (6, 8)
+    assert after.shape == (2, rows, columns)
+    kept = {"right": after[:, :, :8], "left": after[:, :, 4:], "down": after[:, :4], "up": after[:, 2:]}
+    np.testing.assert_array_equal(kept[direction], before)
+
+
+def test_steps_show_the_decoding_that_run_makes(model):
+    job = model.draw_job(["a handwritten seven"], FAST)
+    steps = list(model.steps(job, seed=5))
+    assert len(steps) == FAST.steps
+    np.testing.assert_array_equal(steps[-1], model.run(job, seed=5))
+
+
+def test_bad_input_is_one_clear_error(model, canvases, tmp_path):
+    small = np.zeros((8, 8, 1), np.float32)
+    cases = {
+        r"an image has 8 x 8 x 1 .* takes 8 x 16 x 1": lambda: model.answer([small], ["?"]),
+        r"an image has 16 x 8 x 1": lambda: model.encode([Image.new("L", (8, 16))]),
+        "numbers differ": lambda: model.answer(canvases, ["?"]),
+        "masks have shape": lambda: model.inpaint(canvases, np.zeros((2, 4, 8)), ["a", "b"]),
+        "unknown direction 'out'": lambda: model.extend(canvases, "out", ["a", "b"]),
+        r"prompt .* limit is": lambda: model.draw(["a very long prompt " * 20]),
+        "don't fit": lambda: model.generate(["seven"], max_new=500),
+        "steps 3 are not divisible": lambda: model.generate(["7"], TextRule(steps=3, block=4), max_new=8),
+        "is no image token": lambda: model.vocab.image_codes([0]),
+        "image code 64 is outside": lambda: model.vocab.image_ids([64]),
+    }
+    for message, call in cases.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(FileNotFoundError, match="is no workdir of a training run"):
+        MMaDA.load(tmp_path / "nowhere")
+
+
+def test_an_image_tokenizer_is_no_model(image_tokenizer):
+    with pytest.raises(ValueError, match="holds an image tokenizer; name the workdir of a model"):
+        MMaDA.load(image_tokenizer)
+
+
+def test_no_prompts_are_an_error(model):
+    with pytest.raises(ValueError, match="at least one"):
+        model.generate([])
+    with pytest.raises(ValueError, match="at least one"):
+        model.draw([])
+    with pytest.raises(ValueError, match="at least one"):
+        model.answer([], [])

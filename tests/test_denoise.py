@@ -1,0 +1,244 @@
+"""The denoising loop and its rules, on a made-up network whose logits are a function of the tokens."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmada_jax import schedule
+from mmada_jax.denoise import ImageRule, TextRule, denoise, denoise_steps, transfer_quota
+from mmada_jax.vocab import Vocab
+
+V, D, B, L = 40, 8, 3, 20
+VOCAB = Vocab(
+    image_offset=24, codebook_size=16, rows=V, bos=0, eos=1, mask=2, pad=3, soi=4, eoi=5, t2i=6, mmu=7,
+    r2i=8, start_header=9, end_header=10, end_turn=11,
+)  # fmt: skip
+START, LENGTH = 6, 12
+RNG = np.random.default_rng(0)
+EMBED_VD = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
+# The mask and the pad are never the most likely tokens.
+HEAD_DV = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32).at[:, 2:4].set(0)
+MIX_LL = jnp.asarray(RNG.normal(size=(L, L)), jnp.float32)
+
+TEXT_RULES = {
+    "greedy": TextRule(steps=12, block=12),
+    "blocks": TextRule(steps=6, block=4),
+    "margin": TextRule(steps=4, block=12, remask="margin"),
+    "entropy": TextRule(steps=6, block=6, remask="entropy"),
+    "random": TextRule(steps=6, block=6, remask="random"),
+    "hot": TextRule(steps=6, block=6, temperature=0.7),
+    "guided": TextRule(steps=6, block=6, guidance=1.5),
+    "threshold": TextRule(block=6, threshold=0.6),
+    "factor": TextRule(block=12, factor=1.5),
+    "stop": TextRule(steps=6, block=4, stop=11),
+}
+IMAGE_RULES = {
+    "cosine": ImageRule(steps=5, guidance=0.0),
+    "guided": ImageRule(steps=5, guidance=3.0),
+    "argmax": ImageRule(steps=4, guidance=0.0, draw="argmax"),
+    "linear": ImageRule(steps=5, guidance=0.0, schedule="linear", anneal="linear"),
+    "hidden": ImageRule(steps=4, guidance=0.0, quota="hidden"),
+    "one step": ImageRule(steps=1, guidance=0.0),
+}
+RULES = {f"text {k}": r for k, r in TEXT_RULES.items()} | {f"image {k}": r for k, r in IMAGE_RULES.items()}
+
+
+def hidden(tokens_BL, valid_BL):
+    mixed = jnp.einsum("LM,BMD->BLD", MIX_LL, jnp.where(valid_BL[..., None], EMBED_VD[tokens_BL], 0))
+    return jnp.tanh(mixed)
+
+
+def unembed(h_BLD, first=0, size=None):
+    head = HEAD_DV[:, first:] if size is None else HEAD_DV[:, first : first + size]
+    return h_BLD @ head
+
+
+def rows(known=()):
+    """Rows with a hidden span, some of whose tokens are `known`."""
+    tokens = np.random.default_rng(1).integers(12, 24, size=(B, L)).astype(np.int32)
+    tokens[:, START : START + LENGTH] = VOCAB.mask
+    tokens[:, [START + i for i in known]] = 30
+    valid = np.ones((B, L), bool)
+    valid[1, :3] = False
+    return tokens, valid
+
+
+def settings(rule, seed=0):
+    other = None
+    if isinstance(rule, ImageRule) and rule.guidance:
+        tokens, valid = rows()
+        other = (np.where(np.arange(L) < START, 12, tokens).astype(np.int32), valid)
+    return {"start": START, "length": LENGTH, "rule": rule, "vocab": VOCAB, "key": jax.random.key(seed),
+            "unconditional": other}  # fmt: skip
+
+
+def run(rule, tokens_valid=None, seed=0):
+    call = jax.jit(lambda t, v: denoise(hidden, unembed, t, v, **settings(rule, seed)))
+    return np.asarray(call(*(tokens_valid or rows())))
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("known", [(), (0, 5, 11)], ids=["all hidden", "inpainting"])
+def test_the_prompt_never_changes_and_less_and_less_is_hidden(name, known):
+    tokens, valid = rows(known)
+    steps = [np.asarray(x) for x in denoise_steps(hidden, unembed, tokens, valid, **settings(RULES[name]))]
+    for now in steps:
+        np.testing.assert_array_equal(now[tokens != VOCAB.mask], tokens[tokens != VOCAB.mask])
+    counts = np.array([(x == VOCAB.mask).sum(axis=1) for x in [tokens, *steps]])
+    assert (np.diff(counts, axis=0) <= 0).all()
+    assert (counts[-1] == 0).all()
+    for before, after in itertools.pairwise(steps):
+        revealed = before != VOCAB.mask
+        np.testing.assert_array_equal(after[revealed], before[revealed])
+    # The same, jitted whole.
+    np.testing.assert_array_equal(run(RULES[name], (tokens, valid)), steps[-1])
+
+
+@pytest.mark.parametrize("name", IMAGE_RULES)
+def test_images_consist_of_codes(name):
+    drawn = run(IMAGE_RULES[name])[:, START : START + LENGTH]
+    assert ((drawn >= VOCAB.image_offset) & (drawn < VOCAB.image_offset + VOCAB.codebook_size)).all()
+
+
+def test_text_blocks_are_filled_from_the_left():
+    rule = TEXT_RULES["blocks"]
+    for now in denoise_steps(hidden, unembed, *rows(), **settings(rule)):
+        blocks = (np.asarray(now)[:, START : START + LENGTH] == VOCAB.mask).reshape(B, -1, rule.block)
+        started = (~blocks).any(axis=2)
+        finished = (~blocks).all(axis=2)
+        assert (finished[:, :-1] | ~started[:, 1:]).all()
+
+
+def test_the_number_of_steps_is_the_rules():
+    for name, rule in TEXT_RULES.items():
+        n = sum(1 for _ in denoise_steps(hidden, unembed, *rows(), **settings(rule)))
+        if rule.threshold is None and rule.factor is None and name != "stop":
+            assert n == rule.steps, name
+        else:
+            assert n <= LENGTH, name
+    for name, rule in IMAGE_RULES.items():
+        n = sum(1 for _ in denoise_steps(hidden, unembed, *rows(), **settings(rule)))
+        assert n <= rule.steps, name
+
+
+def test_images_hide_what_the_schedule_says():
+    rule = IMAGE_RULES["cosine"]
+    wanted = schedule.hidden_counts(schedule.named("cosine"), LENGTH, rule.steps)
+    steps = [np.asarray(x) for x in denoise_steps(hidden, unembed, *rows(), **settings(rule))]
+    counts = [(x == VOCAB.mask).sum(axis=1) for x in steps[:-1]]
+    for got, want in zip(counts, wanted, strict=False):
+        np.testing.assert_array_equal(got, max(1, want))
+
+
+def test_inpainting_is_spread_over_the_steps_by_the_quota_of_the_hidden():
+    tokens, valid = rows(known=range(6))
+    counts = {}
+    for quota in ("total", "hidden"):
+        rule = ImageRule(steps=4, guidance=0.0, schedule="linear", quota=quota)
+        steps = denoise_steps(hidden, unembed, tokens, valid, **settings(rule))
+        counts[quota] = [int((np.asarray(x)[0] == VOCAB.mask).sum()) for x in steps]
+    assert counts["total"] == [5, 4, 3, 0]  # 9, 6, 3 of 12 stay hidden, at most one less than before
+    assert counts["hidden"] == [4, 3, 1, 0]  # floor of 6 * (3/4, 2/4, 1/4)
+
+
+def test_seeds_make_draws_and_greedy_needs_none():
+    hot, cool = TEXT_RULES["hot"], TEXT_RULES["greedy"]
+    np.testing.assert_array_equal(run(hot, seed=3), run(hot, seed=3))
+    assert (run(hot, seed=3) != run(hot, seed=4)).any()
+    np.testing.assert_array_equal(run(cool, seed=3), run(cool, seed=4))
+    image = IMAGE_RULES["cosine"]
+    assert (run(image, seed=3) != run(image, seed=4)).any()
+
+
+def test_greedy_reveals_the_most_likely_token_of_the_surest_position_first():
+    tokens, valid = rows()
+    p = np.asarray(jax.nn.softmax(unembed(hidden(tokens, valid)), axis=-1))[:, START : START + LENGTH]
+    first = np.asarray(
+        next(denoise_steps(hidden, unembed, tokens, valid, **settings(TEXT_RULES["greedy"])))
+    )
+    for b in range(B):
+        place = int(p[b].max(axis=-1).argmax())
+        span = first[b, START : START + LENGTH]
+        assert list(np.flatnonzero(span != VOCAB.mask)) == [place]
+        assert span[place] == p[b, place].argmax()
+
+
+def test_never_and_defer():
+    plain = run(TEXT_RULES["greedy"])
+    often = int(np.bincount(plain[:, START : START + LENGTH].ravel()).argmax())
+    never = run(dataclasses.replace(TEXT_RULES["greedy"], never=(often,)))
+    assert often not in never[:, START : START + LENGTH]
+    defer = dataclasses.replace(TEXT_RULES["greedy"], defer=(often,))
+    tokens, valid = rows()
+    first = np.asarray(next(denoise_steps(hidden, unembed, tokens, valid, **settings(defer))))
+    likely = np.asarray(unembed(hidden(tokens, valid))).argmax(-1)
+    for b in range(B):
+        (place,) = np.flatnonzero(first[b] != tokens[b])
+        assert likely[b, place] != often or (likely[b, START : START + LENGTH] == often).all()
+
+
+def test_stop_ends_decoding_and_fills_the_rest():
+    calls = []
+
+    def unembed_stop(h_BLD, first=0, size=None):
+        logits = unembed(h_BLD, first, size)
+        return logits.at[..., 11].set(100.0)
+
+    rule = TextRule(steps=6, block=4, stop=11)
+    for now in denoise_steps(hidden, unembed_stop, *rows(), **settings(rule)):
+        calls.append(np.asarray(now))
+    assert len(calls) == 2  # of 6: the first block of three ended in the stop token everywhere
+    assert (calls[-1][:, START : START + LENGTH] == 11).all()
+
+
+def test_guidance_moves_away_from_the_unconditional_row():
+    # With weight g the logits are u + (1 + g)(c - u); as g grows the choice is argmax(c - u).
+    rule = ImageRule(steps=1, guidance=1e6, draw="argmax")
+    tokens, valid = rows()
+    other, other_valid = settings(rule)["unconditional"]
+    span = slice(START, START + LENGTH)
+    c, u = (unembed(hidden(t, v), 24, 16)[:, span] for t, v in ((tokens, valid), (other, other_valid)))
+    np.testing.assert_array_equal(run(rule)[:, span], np.asarray(jnp.argmax(c - u, -1)) + 24)
+
+
+def test_text_guidance_hides_the_prompt_where_no_other_row_is_given():
+    rule = dataclasses.replace(TEXT_RULES["guided"], steps=2, block=12)
+    tokens, valid = rows()
+    hidden_row = np.full_like(tokens, VOCAB.mask)
+    given = settings(rule) | {"unconditional": (hidden_row, valid)}
+    want = jax.jit(lambda t, v: denoise(hidden, unembed, t, v, **given))(tokens, valid)
+    np.testing.assert_array_equal(run(rule), want)
+
+
+@pytest.mark.parametrize(("n", "steps"), [(12, 5), (5, 5), (3, 8), (0, 4), (16, 4)])
+def test_quotas_add_up_and_come_first(n, steps):
+    quota = [int(transfer_quota(jnp.array([n]), steps, jnp.int32(step))[0]) for step in range(steps)]
+    assert sum(quota) == n
+    assert max(quota) - min(quota) <= 1
+    assert quota == sorted(quota, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (TextRule(steps=5, block=4), "steps 5 are not divisible by the 3 blocks"),
+        (TextRule(steps=12, block=5), "length 12 is not divisible by block 5; choose a block .* as 4"),
+        (TextRule(steps=12, block=0), "block 0"),
+        (TextRule(steps=12, block=12, remask="luck"), "unknown remask 'luck'"),
+        (ImageRule(steps=0), "steps is 0"),
+        (ImageRule(schedule="saw"), "saw"),
+    ],
+)
+def test_rules_that_cannot_fill_the_span_are_errors(rule, message):
+    with pytest.raises(ValueError, match=message):
+        denoise(hidden, unembed, *rows(), **settings(rule))
+
+
+def test_a_span_outside_the_row_is_an_error():
+    given = settings(TextRule(steps=12, block=12)) | {"start": 10}
+    with pytest.raises(ValueError, match=r"span \[10, 22\) is outside a row of 20 tokens"):
+        denoise(hidden, unembed, *rows(), **given)

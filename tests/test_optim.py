@@ -1,0 +1,94 @@
+"""Learning rate, AdamW, Muon, clipping."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmada_jax import optim, transformer
+
+CONFIG = transformer.Config(
+    d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab=64, max_len=16, dtype="float32"
+)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 1.0])
+def test_cosine_rises_falls_and_ends_at_its_floor(floor):
+    factor = np.array([optim.cosine_factor(step, 100, 10, floor) for step in range(0, 131)])
+    assert factor[0] == 0
+    assert factor[10] == 1
+    np.testing.assert_allclose(factor[5], 0.5)
+    np.testing.assert_allclose(factor[55], floor + (1 - floor) / 2, rtol=1e-5)
+    np.testing.assert_allclose(factor[100:], floor, atol=1e-6)
+    assert (np.diff(factor[10:]) <= 1e-7).all()
+
+
+def test_without_warm_up_the_first_step_is_whole():
+    assert optim.cosine_factor(0, 10, 0) == 1
+
+
+def test_adamw_is_that_of_the_textbook():
+    config = optim.Config(lr=0.1, warmup=0, floor=1.0, b1=0.8, b2=0.9, weight_decay=0.1, clip=0)
+    optimizer = optim.make(config, 10)
+    params = {"w": jnp.array([1.0, -2.0])}
+    opt_state = optimizer.init(params)
+    w, m, v = np.array([1.0, -2.0]), np.zeros(2), np.zeros(2)
+    for t, g in enumerate(np.array([[0.5, 1.0], [-1.0, 3.0]]), 1):
+        updates, opt_state = optimizer.update({"w": jnp.asarray(g, jnp.float32)}, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g**2
+        w = w - 0.1 * (m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8) + 0.1 * w)
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = optim.Config(lr=1.0, warmup=0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip=1.0)
+    update = optim.make(config, 10).update
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    grads = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
+    updates, _ = update(grads, optim.make(config, 10).init(params), params)
+    # With b1 = b2 = 0 and eps = 1 the update is g / (|g| + 1), of g clipped to norm 1.
+    np.testing.assert_allclose([-updates["a"][0], -updates["b"][0]], [0.6 / 1.6, 0.8 / 1.8], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda: transformer.init_params(jax.random.key(0), CONFIG))()
+
+
+def test_muon_orthogonalises_every_matrix_of_the_blocks_and_adamw_does_the_rest(params):
+    config = optim.Config(name="muon", lr=1.0, warmup=0, weight_decay=0.0, clip=0)
+    optimizer = optim.make(config, 10)
+    rng = np.random.default_rng(0)
+    merged = {"q_DHK": (16, 16), "o_HKD": (16, 16), "gate_DF": (16, 32), "down_FD": (32, 16)}
+
+    def gradient(path, x):
+        if path[-1].key not in merged:
+            return jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+        # Singular values from 1 to 5.
+        u, _, v = np.linalg.svd(rng.normal(size=(2, *merged[path[-1].key])), full_matrices=False)
+        return jnp.asarray(((u * np.linspace(1, 5, 16)) @ v).reshape(x.shape), jnp.float32)
+
+    grads = jax.tree.map_with_path(gradient, params)
+    updates, _ = jax.jit(optimizer.update)(grads, jax.jit(optimizer.init)(params), params)
+    for name, shape in merged.items():
+        for layer in np.asarray(updates["blocks"][name]).reshape(2, *shape):
+            s = np.linalg.svd(layer, compute_uv=False)
+            # Newton-Schulz brings singular values near 1, times 0.2 sqrt(max(fan in, fan out)).
+            assert s.max() < 1.4 * 0.2 * max(shape) ** 0.5, name
+            assert s.min() > 0.4 * 0.2 * max(shape) ** 0.5, name
+    for name in ("embed_VD", "head_DV", "norm_D"):  # AdamW's first update is the sign, with Nesterov
+        np.testing.assert_allclose(np.abs(updates[name]), 1 + 0.9 / 1.9, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_rest_in_the_dtype_that_is_asked_for(params, name):
+    config = optim.Config(name=name, moments="bfloat16")
+    shapes = jax.eval_shape(optim.make(config, 10).init, params)
+    assert np.dtype(jnp.bfloat16) in {x.dtype for x in jax.tree.leaves(shapes)}
+    config = dataclasses.replace(config, moments="float32")
+    shapes = jax.eval_shape(optim.make(config, 10).init, params)
+    assert np.dtype(jnp.bfloat16) not in {x.dtype for x in jax.tree.leaves(shapes)}
