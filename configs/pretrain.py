@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
     arg = parse_arg(arg, presets=("digits",), preset="digits", fast=False, smoke=False)
     smoke = arg["smoke"]
-    steps = 6 if smoke else 350 if arg["fast"] else 1000
+    steps = 6 if smoke else 300 if arg["fast"] else 1000
     mixture = {"t2i": 8, "lm": 2, "lm_chat": 5, "mmu": 17}
     if arg["fast"]:
         mixture = {"t2i": 10, "lm": 1, "lm_chat": 2, "mmu": 19}

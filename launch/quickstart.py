@@ -144,7 +144,9 @@ def finish(workdir: pathlib.Path, result: dict) -> None:
     floors = {"vqa_one": 0.6, "t2i_one": 0.6}
     if not result["fast"]:
         floors = {"vqa_one": 0.85, "vqa_two": 0.6, "t2i_one": 0.95, "t2i_two": 0.7, "inpaint": 0.75}
-    got = {name: c["correct"] / c["total"] for name, c in result["stages"]["pretrain"].items()}
+        floors["reconstructed_digit"] = 0.97
+    counts = result["stages"]["pretrain"] | result["stages"]["tokenizer"]
+    got = {name: counts[name]["correct"] / counts[name]["total"] for name in floors}
     missed = [
         f"{name} {got[name]:.1%} < {floor:.0%}" for name, floor in floors.items() if got[name] < floor
     ]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmada_jax.data import digits
-from mmada_jax.denoise import ImageRule
+from mmada_jax.denoise import ImageRule, TextRule
 
 # Chosen on the validation scans.
 DRAW = ImageRule(steps=12, guidance=1.0)
@@ -97,7 +97,9 @@ def inpaint_half(model, judge: Judge, n: int, split: str = "test", seed: int = 0
 def arithmetic(model, n: int, seed: int = 0) -> tuple[Count, list]:
     """text_arithmetic: sums and differences that were held out."""
     questions = digits.sums("test")[:n]
-    answers = model.generate([question for question, _ in questions], seed=seed)
+    # Short blocks from the left, and an end when every answer has ended.
+    rule = TextRule(steps=40, block=4, stop=model.vocab.eos)
+    answers = model.generate([question for question, _ in questions], rule, max_new=40, seed=seed)
     rows = [(q, text.text, want) for (q, want), text in zip(questions, answers, strict=True)]
     return _count(np.array([answer == want for _, answer, want in rows])), rows
 

@@ -61,4 +61,6 @@ def init_state(
         params = init_params(key)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=shardings)(key)
+    # On a CPU most of the time of a start goes into optimising code that runs once.
+    hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=hurry)(key)
