@@ -63,7 +63,7 @@ PRESETS = {
     "tiny": Config(d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_mlp=160, vocab=640,
                    max_len=256, dtype="float32"),
     "digits": Config(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_mlp=384, vocab=256,
-                     max_len=128, dtype="float32"),
+                     max_len=128, dtype="float32", unroll=4),
 }  # fmt: skip
 
 
@@ -127,12 +127,16 @@ def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return norm_D.astype(x_D.dtype) * scale_D.astype(x_D.dtype)
 
 
-def rope(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
-    """Rotates the two halves of each head (not interleaved pairs) by position, in float32."""
-    half = x_BLHK.shape[-1] // 2
+def rope_table(positions_BL: jax.Array, d_head: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of RoPE's angles, each [B, L, 1, K/2] float32. One table serves all layers."""
+    half = d_head // 2
     freq_k = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angle_BL1k = positions_BL[:, :, None, None].astype(jnp.float32) * freq_k[None, None, None]
-    cos_BL1k, sin_BL1k = jnp.cos(angle_BL1k), jnp.sin(angle_BL1k)
+    return jnp.cos(angle_BL1k), jnp.sin(angle_BL1k)
+
+
+def rope(x_BLHK: jax.Array, cos_BL1k: jax.Array, sin_BL1k: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head (not interleaved pairs) by position, in float32."""
     a_BLHk, b_BLHk = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     rotated = (a_BLHk * cos_BL1k - b_BLHk * sin_BL1k, b_BLHk * cos_BL1k + a_BLHk * sin_BL1k)
     return jnp.concatenate(rotated, axis=-1).astype(x_BLHK.dtype)
@@ -163,7 +167,7 @@ class _Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x_BLD, layer, valid_BL, positions_BL):
+    def __call__(self, x_BLD, layer, valid_BL, cos_BL1k, sin_BL1k):
         c = self.config
         width = 1 / math.sqrt(c.d_model)
         # Mitchell: what a layer writes to the residual stream shrinks with depth.
@@ -181,8 +185,8 @@ class _Block(nn.Module):
         k_BLGK = jnp.einsum("BLD,DGK->BLGK", h_BLD, weight("k_DGK", kv_heads, width))
         v_BLGK = jnp.einsum("BLD,DGK->BLGK", h_BLD, weight("v_DGK", kv_heads, width))
         att_BLHK = attention(
-            rope(q_BLHK, positions_BL, c.rope_theta),
-            rope(k_BLGK, positions_BL, c.rope_theta),
+            rope(q_BLHK, cos_BL1k, sin_BL1k),
+            rope(k_BLGK, cos_BL1k, sin_BL1k),
             v_BLGK,
             valid_BL,
             implementation=c.attention,
@@ -213,12 +217,13 @@ class _Transformer(nn.Module):
             nn.remat(_Block, prevent_cse=False) if c.remat == "full" else _Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layers,
             unroll=c.unroll,
         )
         layers_N = jnp.arange(c.n_layers, dtype=jnp.float32)
-        x_BLD, _ = blocks(c, name="blocks")(x_BLD, layers_N, valid_BL, positions_BL)
+        cos_sin = rope_table(positions_BL, c.d_head, c.rope_theta)
+        x_BLD, _ = blocks(c, name="blocks")(x_BLD, layers_N, valid_BL, *cos_sin)
         return rms_norm(x_BLD, self.param("norm_D", nn.initializers.ones, (c.d_model,)), c.norm_eps)
 
 

@@ -90,7 +90,8 @@ def test_rope():
     x = normal(2, 4, 9, 16)
     theirs = twin.rope(x, *twin.rope_tables(9, 16, 500000.0))
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    ours = transformer.rope(ours_of(x.transpose(1, 2)), positions, 500000.0)
+    table = transformer.rope_table(positions, 16, 500000.0)
+    ours = transformer.rope(ours_of(x.transpose(1, 2)), *table)
     assert_close(ours, theirs.transpose(1, 2))
 
 
@@ -112,8 +113,9 @@ def test_block(params, model, data):
     theirs = model.model.transformer.blocks[layer](x, *tables, valid[:, None, None, :])
     weights = jax.tree.map(lambda w: w[layer], params["blocks"])
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    table = transformer.rope_table(positions, CONFIG.d_head, CONFIG.rope_theta)
     ours, _ = transformer._Block(CONFIG).apply(
-        {"params": weights}, ours_of(x), jnp.float32(layer), ours_of(valid), positions
+        {"params": weights}, ours_of(x), jnp.float32(layer), ours_of(valid), *table
     )
     assert_close(np.asarray(ours)[valid], theirs[valid])
 
