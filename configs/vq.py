@@ -14,7 +14,7 @@ from mmada_jax.config import parse_arg
 def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
     arg = parse_arg(arg, presets=("digits",), preset="digits", fast=False, smoke=False)
-    steps = 4 if arg["smoke"] else 120 if arg["fast"] else 400
+    steps = 4 if arg["smoke"] else 90 if arg["fast"] else 400
     return ConfigDict({
         "program": "vq",
         "preset": arg["preset"],
