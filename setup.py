@@ -11,7 +11,7 @@ setup(
         "jax>=0.10",
         "flax",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11,<1",
+        "orbax-checkpoint>=0.12,<1",
         "grain",
         "tensorflow-datasets",
         "ml-collections",
@@ -25,8 +25,8 @@ setup(
     extras_require={
         # The quickstart: real scans and their judge (scikit-learn), curves in the report.
         "digits": ["scikit-learn", "matplotlib"],
-        # The PyTorch twin that the benchmark and the tests of conversion compare against.
-        "torch": ["torch"],
+        # pytorch_model*.bin; the PyTorch twin that the benchmark and the tests compare against.
+        "torch": ["torch", "transformers>=4.46"],
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
     },
 )

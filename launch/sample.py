@@ -1,11 +1,11 @@
-"""Samples from a trained workdir: writes PNGs and prints text.
+"""Samples from a model: writes PNGs and prints text.
 
-python launch/sample.py --workdir runs/digits text "7 + 12"
-python launch/sample.py --workdir runs/digits draw "a handwritten seven" "a three and a five"
-python launch/sample.py --workdir runs/digits answer canvas.png --question "which digit is this?"
-python launch/sample.py --workdir runs/digits inpaint canvas.png --box 0 8 8 16 \
+python launch/sample.py --model runs/digits text "7 + 12"
+python launch/sample.py --model runs/digits draw "a handwritten seven" "a three and a five"
+python launch/sample.py --model runs/digits answer canvas.png --question "which digit is this?"
+python launch/sample.py --model runs/digits inpaint canvas.png --box 0 8 8 16 \
         --prompt "a three and a five"
-python launch/sample.py --workdir runs/digits extend canvas.png --direction right --prompt "a five"
+python launch/sample.py --model runs/digits extend canvas.png --direction right --prompt "a five"
 """
 
 import argparse
@@ -29,7 +29,11 @@ MAX_PIXELS = 40_000_000
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    top.add_argument("--workdir", required=True, help="workdir of a trained model")
+    top.add_argument(
+        "--model", "--workdir", required=True, metavar="FOLDER",
+        help="training workdir, checkpoint, or Hugging Face folder",
+    )  # fmt: skip
+    top.add_argument("--image-tokenizer", metavar="FOLDER", help="if the model's folder has none")
     top.add_argument("--out", default="samples", help="folder for the PNGs (default: %(default)s)")
     top.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
     tasks = top.add_subparsers(dest="task", required=True, metavar="TASK")
@@ -46,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         task.add_argument("--guidance", type=float, default=1.0, help="0: none (default: 1)")
         task.add_argument("--temperature", type=float, default=1.0, help="of the order (default: 1)")
         task.add_argument("--schedule", default="cosine", help="cosine, linear, powK, sigmoid")
-        task.add_argument("--scale", type=int, default=16, help="enlarge the PNG (default: 16)")
+        task.add_argument("--scale", type=int, help="enlarge the PNG (default: small ones, to 256 pixels)")
 
     text = tasks.add_parser("text", help="answer questions in text")
     text.add_argument("prompts", nargs="+")
@@ -79,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Loads the model, runs one task, writes and prints its results."""
     args = parser().parse_args()
-    model = MMaDA.load(args.workdir)
+    model = MMaDA.load(args.model, image_tokenizer=args.image_tokenizer)
     if args.task in ("text", "answer"):
         say(model, args)
         return
@@ -101,7 +105,8 @@ def main() -> None:
     for i, (name, drawing) in enumerate(zip(names, drawings, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40]
         path = out / f"{args.task}_{i:02}_{slug}.png"
-        size = [args.scale * side for side in drawing.image.size]
+        scale = args.scale or max(1, 256 // max(drawing.image.size))
+        size = [scale * side for side in drawing.image.size]
         drawing.image.resize(size, Image.Resampling.NEAREST).save(path)
         print(path)
 
@@ -125,11 +130,11 @@ def say(model: MMaDA, args: argparse.Namespace) -> None:
 def read_image(model: MMaDA, path: str) -> Image.Image:
     """Opens a picture. One that is an enlargement of the model's size, as this program writes them,
     is brought back to it; any other size is an error of the model's."""
+    height, width = model.image_size
     with Image.open(path) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{path} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
-        image = image.convert("L" if model.vq_config.pixel_channels == 1 else "RGB")
-    height, width = (side * model.vq_config.downsampling for side in model.grid)
+        image = image.convert("RGB")
     scale = image.width // width
     if scale > 1 and image.size == (scale * width, scale * height):
         image = image.resize((width, height), Image.Resampling.BOX)
@@ -160,7 +165,7 @@ def read_mask(args: argparse.Namespace, size: tuple[int, int]) -> np.ndarray:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("MMADA_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

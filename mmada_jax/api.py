@@ -1,26 +1,27 @@
 """What a user imports: a trained model that generates, answers, draws, inpaints and extends.
 
-model = MMaDA.load("runs/digits")
+model = MMaDA.load("runs/digits")  # a training workdir, a checkpoint, or a Hugging Face folder
 model.draw(["a handwritten seven"])[0].image.save("seven.png")
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from PIL import Image
 
-from mmada_jax import denoise, layout, run, sharding, transformer, vq
-from mmada_jax.checkpoint import Checkpoints, read_config
+from mmada_jax import denoise, layout, sharding, transformer, vq
+from mmada_jax.convert.folder import Source, image_tokenizer_of, open_folder
 from mmada_jax.data.tokenizer import TextTokenizer, chat, conversation_end
 from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.vocab import Vocab
 
 Direction = Literal["left", "right", "up", "down"]
+Conversation = Sequence[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,36 +53,79 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class MMaDA:
-    """A model with its tokenizers. All methods are batched and take a `seed`."""
+    """A model with its tokenizers. All methods are batched and take a `seed`.
+
+    `vq_params` is None for a model without an image tokenizer, which has text alone.
+    """
 
     params: Any
     config: transformer.Config
     vocab: Vocab
     tokenizer: TextTokenizer
     vq_params: Any
-    vq_config: vq.Config
+    vq_config: vq.Config | None
     max_text: int
     grid: tuple[int, int]  # rows and columns of image tokens
+    mesh: jax.sharding.Mesh
 
     @classmethod
-    def load(cls, workdir: str | pathlib.Path) -> "MMaDA":
-        """Loads the newest checkpoint of a training workdir.
+    def load(
+        cls,
+        path: str | pathlib.Path,
+        mesh: jax.sharding.Mesh | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
+        *,
+        image_tokenizer: str | pathlib.Path | None = None,
+        image_size: tuple[int, int] | None = None,
+        max_text: int | None = None,
+    ) -> "MMaDA":
+        """Loads a training workdir (its newest step), a checkpoint, or a Hugging Face folder.
 
-        Raises FileNotFoundError if there is none, ValueError if it isn't that of a model.
+        Params go straight onto `mesh`, by default all devices; each process reads its own part.
+        `dtype` is that of params and computation; by default params stay as they are stored. The
+        image tokenizer is a folder of any of these kinds, by default `path`/image_tokenizer or the
+        one that the run was trained with; without one there is text alone. `image_size` (rows,
+        columns in pixels) and `max_text` (tokens of the text slot) are those that the model was
+        trained with where `path` says so, else 512 x 512 and 512, as the published ones.
+
+        Raises FileNotFoundError if there is no model, ValueError if it isn't one or doesn't fit.
         """
-        workdir = pathlib.Path(workdir)
-        config = run.parse(read_config(workdir))
-        if not isinstance(config, run.ModelRun):
-            raise ValueError(f"{workdir} holds an image tokenizer; name the workdir of a model")
-        plan = run.plan(config, workdir)
-        shapes = transformer.param_shapes(plan.model)
-        axes = transformer.param_axes(plan.model)
-        with Checkpoints(workdir) as checkpoints:
-            places = sharding.tree_shardings(sharding.make_mesh(), axes, shapes)
-            params = checkpoints.restore_params(shapes, places)
-        vq_params, _ = run.load_vq(run.image_tokenizer_of(config, workdir))
+        source = open_folder(path)
+        if source.is_image_tokenizer:
+            raise ValueError(f"{path} holds an image tokenizer; name the folder of a model")
+        tokenizer = source.tokenizer()
+        if tokenizer is None:
+            raise FileNotFoundError(f"{path} has no tokenizer.json; copy that of the model there")
+        config, codes = source.config, source.values.get("codebook_size") or 0
+        vocab = tokenizer.vocab(codes, config.vocab)
+        vision = image_tokenizer_of(source, image_tokenizer)
+        grid = _grid(source, vision.config.downsampling if vision else 16, image_size)
+        max_text = source.values.get("max_text", 512) if max_text is None else max_text
+        if type(max_text) is not int or max_text < 1:
+            raise ValueError(f"{path}: max_text is {max_text!r}, it must be a number of tokens")
+        if dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"dtype is {dtype!r}; it must be float32 or bfloat16")
+        if dtype is None and source.dtype == "float16":
+            dtype = "float32"
+        if source.kind != "workdir" or dtype:
+            config = dataclasses.replace(config, dtype=dtype or source.dtype)
+        mesh = mesh or sharding.make_mesh()
+        places = sharding.tree_shardings(mesh, source.axes, source.params)
+        params = sharding.put_params(source.params, places, dtype and np.dtype(dtype))
+        vq_params = None
+        if vision:
+            everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), vision.params)
+            vq_params = sharding.put_params(vision.params, everywhere, np.dtype("float32"))
         return cls(
-            params, plan.model, plan.vocab, plan.tokenizer, vq_params, plan.vq, config.max_text, plan.grid
+            params,
+            config,
+            vocab,
+            tokenizer,
+            vq_params,
+            vision and vision.config,
+            max_text,
+            grid,
+            mesh,
         )
 
     @property
@@ -89,27 +133,36 @@ class MMaDA:
         """Tokens of an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Rows and columns of an image in pixels. Raises ValueError without an image tokenizer."""
+        down = self._vision().downsampling
+        return self.grid[0] * down, self.grid[1] * down
+
     # ---- Tasks ----------------------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Conversation],
         rule: TextRule | None = None,
         max_new: int | None = None,
         seed: int = 0,
     ) -> list[Text]:
-        """Answers questions in text. `max_new` tokens, by default what fits the trained length."""
+        """Answers questions, or continues conversations ({"role", "content"} in turns), in text.
+
+        `max_new` tokens, by default what fits the trained length, 512 at most.
+        """
         return self._texts(self.text_job(prompts, rule, max_new), seed)
 
     def answer(
         self,
         images: Sequence[Any],
-        questions: Sequence[str],
+        questions: Sequence[str | Conversation],
         rule: TextRule | None = None,
         max_new: int | None = None,
         seed: int = 0,
     ) -> list[Text]:
-        """Answers a question about each image (PIL, or arrays in [-1, 1])."""
+        """Answers a question about each image (PIL, or arrays: see `pixels`)."""
         return self._texts(self.answer_job(images, questions, rule, max_new), seed)
 
     def draw(self, prompts: Sequence[str], rule: ImageRule | None = None, seed: int = 0) -> list[Drawing]:
@@ -119,14 +172,16 @@ class MMaDA:
     def inpaint(
         self,
         images: Sequence[Any],
-        masks: np.ndarray,
+        masks: Sequence[Any],
         prompts: Sequence[str],
         rule: ImageRule | None = None,
         seed: int = 0,
     ) -> list[Drawing]:
-        """Redraws what `masks` (bool [B, I, J] in pixels, True = redraw) cover; keeps all else.
+        """Redraws what `masks` cover; keeps all else.
 
-        A token is redrawn if at least half of its pixels are covered.
+        A mask is of the size of the image: bool [I, J], True = redraw, or a picture whose white is
+        redrawn (PIL, uint8, or floats from 0 to 1). A token is redrawn if at least half of its pixels
+        are covered.
         """
         return self._drawings(self.inpaint_job(images, masks, prompts, rule), seed)
 
@@ -160,7 +215,10 @@ class MMaDA:
     # ---- Jobs: layouts and rules, checked before any compute ------------------------------------
 
     def text_job(
-        self, prompts: Sequence[str], rule: TextRule | None = None, max_new: int | None = None
+        self,
+        prompts: Sequence[str | Conversation],
+        rule: TextRule | None = None,
+        max_new: int | None = None,
     ) -> Job:
         """The rows of `generate`."""
         prefixes = [self.tokenizer.encode(chat(prompt)) for prompt in prompts]
@@ -169,7 +227,7 @@ class MMaDA:
     def answer_job(
         self,
         images: Sequence[Any],
-        questions: Sequence[str],
+        questions: Sequence[str | Conversation],
         rule: TextRule | None = None,
         max_new: int | None = None,
     ) -> Job:
@@ -190,15 +248,15 @@ class MMaDA:
     def inpaint_job(
         self,
         images: Sequence[Any],
-        masks: np.ndarray,
+        masks: Sequence[Any],
         prompts: Sequence[str],
         rule: ImageRule | None = None,
     ) -> Job:
         """The rows of `inpaint`."""
         codes_Bij = self.encode(images)
-        down = self.vq_config.downsampling
-        masks = np.asarray(masks, np.float32)
-        want = (len(codes_Bij), self.grid[0] * down, self.grid[1] * down)
+        down = self._vision().downsampling
+        masks = np.stack([_covered(mask) for mask in masks]).astype(np.float32)
+        want = (len(codes_Bij), *self.image_size)
         if masks.shape != want:
             raise ValueError(f"masks have shape {masks.shape}; they must have {want}: images and pixels")
         share_Bij = masks.reshape(want[0], self.grid[0], down, self.grid[1], down).mean((2, 4))
@@ -206,66 +264,97 @@ class MMaDA:
 
     def run(self, job: Job, seed: int = 0) -> np.ndarray:
         """Fills the span of a job; ids [B, length]."""
-        other = job.unconditional
-        tokens = _denoise(
-            self.params,
-            job.rows.tokens,
-            job.rows.valid,
-            jax.random.key(seed),
-            None if other is None else (other.tokens, other.valid),
-            config=self.config,
-            vocab=self.vocab,
-            start=job.start,
-            length=job.length,
-            rule=job.rule,
-        )
-        return np.asarray(tokens)[:, job.start : job.start + job.length]
+        n, other = len(job.rows.tokens), job.unconditional
+        with jax.set_mesh(self.mesh):
+            tokens = _denoise(
+                self.params,
+                *self._rows(job.rows),
+                jax.random.key(seed),
+                None if other is None else self._rows(other),
+                config=self.config,
+                vocab=self.vocab,
+                start=job.start,
+                length=job.length,
+                rule=job.rule,
+            )
+        return np.asarray(tokens)[:n, job.start : job.start + job.length]
 
     def steps(self, job: Job, seed: int = 0):
         """The same as a Python loop: yields ids [B, length] after every step."""
-        other = job.unconditional
-        for tokens in denoise.denoise_steps(
+        n, other = len(job.rows.tokens), job.unconditional
+        tokens, valid = self._rows(job.rows)
+        rows = denoise.denoise_steps(
             functools.partial(transformer.hidden_states, self.params, self.config),
             functools.partial(transformer.unembed, self.params, self.config),
-            job.rows.tokens,
-            job.rows.valid,
+            tokens,
+            valid,
             start=job.start,
             length=job.length,
             rule=job.rule,
             vocab=self.vocab,
             key=jax.random.key(seed),
-            unconditional=None if other is None else (other.tokens, other.valid),
-        ):
-            yield np.asarray(tokens)[:, job.start : job.start + job.length]
+            unconditional=None if other is None else self._rows(other),
+        )
+        while True:
+            with jax.set_mesh(self.mesh):  # between two steps it is the caller's
+                tokens = next(rows, None)
+            if tokens is None:
+                return
+            yield np.asarray(tokens)[:n, job.start : job.start + job.length]
+
+    def _rows(self, batch: layout.Batch) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and validity, the last row repeated until the rows divide among the devices."""
+        more = -len(batch.tokens) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        pad = ((0, more), (0, 0))
+        return np.pad(batch.tokens, pad, "edge"), np.pad(batch.valid, pad, "edge")
 
     # ---- Images ---------------------------------------------------------------------------------
 
     def pixels(self, images: Sequence[Any]) -> np.ndarray:
-        """Images (PIL, or float arrays [I, J, C] in [-1, 1]) -> [B, I, J, C]; wrong sizes raise."""
-        down, channels = self.vq_config.downsampling, self.vq_config.pixel_channels
-        want = (self.grid[0] * down, self.grid[1] * down, channels)
+        """Images -> float32 [B, I, J, C] in [-1, 1]; wrong sizes raise.
+
+        An image is PIL, or an array [I, J, C] (or [I, J], if C is 1): uint8, or floats in [-1, 1].
+        """
+        channels = self._vision().pixel_channels
+        want = (*self.image_size, channels)
         _some(images)
         out = []
         for image in images:
             if isinstance(image, Image.Image):
-                image = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.float32)
-                image = image.reshape(*image.shape[:2], channels) / 127.5 - 1
-            image = np.asarray(image, np.float32)
+                image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            image = np.asarray(image)
+            if image.ndim == 2:
+                image = image[..., None]
             if image.shape != want:
                 raise ValueError(
                     f"an image has {' x '.join(map(str, image.shape))} (rows, columns, channels); this "
                     f"model takes {' x '.join(map(str, want))}: crop or resize it"
                 )
-            out.append(image)
+            if image.dtype == np.uint8:
+                image = image.astype(np.float32) / 127.5 - 1
+            elif not np.abs(image).max() <= 1.5:  # a decoder overshoots a little; NaN fails too
+                raise ValueError(
+                    f"an image has {image.dtype} pixels from {image.min()} to {image.max()}; give uint8 "
+                    "from 0 to 255 or floats from -1 to 1"
+                )
+            out.append(image.astype(np.float32))
         return np.stack(out)
 
     def decode(self, codes_Bij: np.ndarray) -> np.ndarray:
         """Codes [B, i, j] -> pixels [B, I, J, C] around [-1, 1]."""
-        return np.asarray(_vq_decode(self.vq_params, np.asarray(codes_Bij), self.vq_config))
+        return np.asarray(_vq_decode(self.vq_params, np.asarray(codes_Bij), self._vision()))
 
     def encode(self, images: Sequence[Any]) -> np.ndarray:
         """Images as `pixels` takes them -> codes [B, i, j]."""
-        return np.asarray(_vq_encode(self.vq_params, self.pixels(images), self.vq_config))
+        return np.asarray(_vq_encode(self.vq_params, self.pixels(images), self._vision()))
+
+    def _vision(self) -> vq.Config:
+        if self.vq_config is None:
+            raise ValueError(
+                "this model was loaded without an image tokenizer and has text alone; give "
+                "MMaDA.load(..., image_tokenizer=FOLDER), as that of showlab/magvitv2"
+            )
+        return self.vq_config
 
     def _image_ids(self, codes_Bij: np.ndarray) -> np.ndarray:
         return self.vocab.image_ids(codes_Bij.reshape(len(codes_Bij), -1))
@@ -283,6 +372,7 @@ class MMaDA:
 
     def _image_job(self, rows: list[layout.Batch], rule: ImageRule | None) -> Job:
         _some(rows)
+        self._vision()
         rule = rule or ImageRule()
         rule.check(self.n_image)
         other = [layout.drop_condition(self.vocab, row, self.max_text) for row in rows]
@@ -314,13 +404,17 @@ class MMaDA:
     ) -> Job:
         _some(prefixes)
         longest = max(map(len, prefixes))
-        new = row - longest if max_new is None else max_new
+        new = max_new
+        if new is None:
+            # All that the trained length leaves; of long rows whole blocks, no more than the reference.
+            new = row - longest
+            new = min(new - new % 128, 512) if new > 128 else new
         if new < 1 or longest + new > self.config.max_len:
             raise ValueError(
                 f"a prompt of {longest} tokens and {new} new ones don't fit: the model was trained on "
                 f"rows of {row} and takes {self.config.max_len}; shorten the prompt or lower max_new"
             )
-        rule = rule or TextRule(steps=new, block=new)
+        rule = rule or TextRule(steps=new, block=denoise.divisor(new, 128))
         rule.check(new)
         return Job(layout.continuation(self.vocab, prefixes, new), longest, new, rule)
 
@@ -357,6 +451,26 @@ def _vq_encode(params, pixels_BIJC, config):
 @functools.partial(jax.jit, static_argnums=2)
 def _vq_decode(params, codes_Bij, config):
     return vq.decode(params, config, codes_Bij)
+
+
+def _grid(source: Source, down: int, image_size: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of image tokens, each of `down` pixels."""
+    if image_size is None:
+        grid = source.values.get("image_grid", [512 // down, 512 // down])
+        if not (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)):
+            raise ValueError(
+                f"{source.path}: image_grid is {grid!r}, it must be rows and columns of tokens"
+            )
+        return tuple(grid)
+    if any(side < 1 or side % down for side in image_size):
+        raise ValueError(f"image_size {image_size} isn't made of multiples of {down} pixels")
+    return tuple(side // down for side in image_size)
+
+
+def _covered(mask: Any) -> np.ndarray:
+    """A mask as `inpaint` takes it -> bool [I, J]."""
+    mask = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
+    return mask >= 128 if mask.dtype == np.uint8 and mask.max() > 1 else mask >= 0.5
 
 
 def _direction(direction: str) -> tuple[int, bool]:

@@ -1,17 +1,39 @@
-"""Checkpoints of a workdir through Orbax: asynchronous, atomic, the newest few kept.
+"""Checkpoints through Orbax: asynchronous, atomic, verified before they are read.
 
-WORKDIR/config.json      the configuration of the run
-WORKDIR/checkpoints/N    params and optimizer state after N steps
+WORKDIR/config.json          the configuration of a training run
+WORKDIR/checkpoints/N        params and optimizer state after N steps, the newest few
+FOLDER/params                params alone, streamed there by a conversion
+
+Orbax keeps no checksum of the data: a flipped bit would come back as a wrong weight. So every
+checkpoint gets a manifest of sizes and hashes when it is complete, and is compared with it before
+anything is restored.
 """
 
+import asyncio
+import hashlib
 import json
+import os
 import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
+from jax.experimental import multihost_utils
 
+from mmada_jax.convert import Lazy, leaves, pieces, refuse, tree
 from mmada_jax.state import TrainState
+
+MANIFEST = "manifest.sha256.json"
+
+# Axes of params are stored in chunks of these lengths, so that a process of a sharded restore reads
+# little more than its own part, and a conversion can read a matrix by rows and by columns.
+CHUNKS = {"layers": 1, "embed": 256, "vocab": 8192}
 
 
 class Checkpoints:
@@ -19,10 +41,12 @@ class Checkpoints:
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._saving: int | None = None
+        after = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, cleanup_tmp_directories=True
+                max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=after
             ),
         )
 
@@ -41,6 +65,8 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        self._manager.wait_until_finished()  # one save at a time: `_saving` is the one under way
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -50,8 +76,16 @@ class Checkpoints:
         )
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The newest step, as arrays of these shapes laid out by these shardings."""
-        step = self._require()
+        """The newest step, as arrays of these shapes laid out by these shardings.
+
+        Raises ValueError, naming files or leaves, if a file isn't what the manifest says or if a
+        leaf has another shape or dtype than asked for.
+        """
+        folder = newest_step(self.folder.parent)
+        step = int(folder.name)
+        verify_manifest(folder)
+        _check_leaves(folder / "params", shapes.params)
+        _check_leaves(folder / "opt_state", shapes.opt_state)
         target = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
         )
@@ -65,19 +99,226 @@ class Checkpoints:
         number = jax.device_put(jax.numpy.int32(step), shardings.step)
         return TrainState(number, restored["params"], restored["opt_state"])
 
-    def restore_params(self, shapes: Any, shardings: Any) -> Any:
-        """The params alone of the newest step."""
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-        )
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-        return self._manager.restore(self._require(), args=args)["params"]
+    def _write_manifest(self) -> None:
+        # Orbax calls this when all data is written, before it renames the temporary folder: a step is
+        # committed with its manifest or not at all.
+        if jax.process_index() == 0:
+            (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+            write_manifest(folder)
 
-    def _require(self) -> int:
-        step = self.latest()
-        if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self.folder}; train first, or name another workdir")
-        return step
+
+def newest_step(workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder of the newest complete step of a workdir; its manifest covers all that is in it.
+
+    Raises FileNotFoundError if there is none. Nothing is created or cleaned up.
+    """
+    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    # Orbax writes a step under another name and renames it.
+    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
+    if not steps:
+        raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name another workdir")
+    return folder / str(max(steps))
+
+
+# ---- Params alone --------------------------------------------------------------------------------
+
+
+def write_params(
+    folder: str | pathlib.Path,
+    params: Mapping[str, Any],
+    axes: Any,
+    progress: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Streams a tree of Lazy arrays into an Orbax checkpoint with a manifest; `folder` must be new.
+
+    `axes` is the tree of logical axis names (they decide how arrays are cut into chunks), or None.
+    Holds a few pieces of arrays in memory, never all of one.
+    """
+    streams = _StreamHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (_Stream, streams)
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    names = {path: names for path, names in leaves(axes)} if axes else {}
+    streamed = tree(
+        (path, _Stream(array, _chunks(array, names.get(path)), progress)) for path, array in leaves(params)
+    )
+    folder = pathlib.Path(folder).absolute()
+    # Data files are written when they reach this size, and held in memory before.
+    args = ocp.args.PyTreeSave(streamed, ocdbt_target_data_file_size=32 << 20)
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder, args=args)
+    except Exception as error:
+        raise streams.error or error from error
+    if streams.error:
+        shutil.rmtree(folder)
+        raise streams.error
+    write_manifest(folder)
+
+
+def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The arrays of a checkpoint's params as a tree of Lazy arrays; nothing is read yet."""
+    folder = pathlib.Path(folder).absolute()
+
+    def open_one(path):
+        # What Orbax writes: one zarr array for each leaf in one OCDBT store.
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result()
+        return Lazy(array.shape, array.dtype.numpy_dtype, lambda index: array[index].read().result())
+
+    return tree((path, open_one(path)) for path in _stored(folder))
+
+
+class _Stream:
+    """A Lazy array on its way into a checkpoint: what Orbax wants to know of a leaf, and the chunks."""
+
+    def __init__(self, array: Any, chunks: tuple[int, ...], progress: Callable[[int], None]):
+        self.array, self.chunks, self.progress = array, chunks, progress
+        self.shape, self.dtype, self.size = array.shape, array.dtype, array.size
+        self.ndim, self.nbytes = len(array.shape), array.nbytes
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of numpy arrays, which writes piece by piece, a few at a time.
+
+    The first error ends the writing of all arrays and is kept: raised here, it would leave Orbax's
+    event loop with the others half-way.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._few = asyncio.Semaphore(3)
+        # Nothing waits for the disk: a checkpoint that a power cut left incomplete fails its manifest.
+        self._context = tensorstore.Context(
+            {"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+        )
+        self.error: Exception | None = None
+
+    async def _open_and_write(self, value: _Stream, tspec: dict[str, Any], ts_context: Any) -> None:
+        tspec["metadata"]["chunks"] = list(value.chunks)
+        store = await tensorstore.open(tspec, create=True, open=True, context=self._context)
+
+        async def write(index):
+            async with self._few:
+                if self.error:
+                    return
+                try:
+                    part = await asyncio.to_thread(lambda: value.array[index])
+                    await store[index].write(part, can_reference_source_data_indefinitely=True)
+                    value.progress(part.nbytes)
+                except Exception as error:
+                    self.error = self.error or error
+
+        step = value.chunks[0] if value.chunks else 1
+        await asyncio.gather(*(write(index) for index in pieces(value.array, multiple=step)))
+
+
+def _chunks(array: Any, names: tuple[str | None, ...] | None) -> tuple[int, ...]:
+    names = names or (None,) * len(array.shape)
+    return tuple(max(1, min(n, CHUNKS.get(name, n))) for n, name in zip(array.shape, names, strict=True))
+
+
+def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+    """Path -> what Orbax recorded (shape, dtype) of every leaf of a checkpoint."""
+    try:
+        found = ocp.PyTreeCheckpointHandler().metadata(folder)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        raise ValueError(f"{folder} is no readable checkpoint: {error}") from error
+    return {path: leaf for path, leaf in ocp.tree.to_flat_dict(found.tree).items()}
+
+
+def _check_leaves(folder: pathlib.Path, shapes: Any) -> None:
+    """Orbax would cast a leaf of another dtype without a word."""
+    stored = _stored(folder)
+    wrong = []
+    for path, want in ocp.tree.to_flat_dict(shapes).items():
+        have = stored.get(path)
+        if have is None:
+            wrong.append(f"missing {'.'.join(path)}")
+        elif np.dtype(have.dtype) != np.dtype(want.dtype):
+            wrong.append(f"{'.'.join(path)} is {have.dtype}, {want.dtype} is asked for")
+        elif tuple(have.shape) != tuple(want.shape):
+            wrong.append(f"{'.'.join(path)} has shape {tuple(have.shape)}, not {tuple(want.shape)}")
+    refuse(wrong, f"the checkpoint in {folder} doesn't fit this run")
+
+
+# ---- Manifests -----------------------------------------------------------------------------------
+
+
+def write_manifest(folder: str | pathlib.Path) -> None:
+    """Writes the size and the sha256 of every file below `folder` into its manifest."""
+    folder = pathlib.Path(folder)
+    names = _files_below(folder)
+    with ThreadPoolExecutor(_threads()) as pool:
+        hashes = pool.map(lambda name: _hash(folder / name), names)
+        files = {
+            name: {"size": (folder / name).stat().st_size, "sha256": digest}
+            for name, digest in zip(names, hashes, strict=True)
+        }
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"files": files}, indent=1))
+    temporary.replace(folder / MANIFEST)
+
+
+def verify_manifest(folder: str | pathlib.Path, part: str = "") -> None:
+    """Raises ValueError, naming them, if files below `folder` are missing, cut or changed.
+
+    `part` is the folder within it that matters, as "params"; by default all does.
+    Each process hashes its share, and all raise if one finds something. A checkpoint without a
+    manifest, as older versions wrote them, is accepted with a warning.
+    """
+    folder = pathlib.Path(folder)
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        print(f"warning: {folder} has no {MANIFEST}, its content can't be verified", file=sys.stderr)
+        return
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        mine = sorted(name for name in files if name.startswith(part))[
+            jax.process_index() :: jax.process_count()
+        ]
+        with ThreadPoolExecutor(_threads()) as pool:
+            found = pool.map(lambda name: _difference(folder / name, files[name]), mine)
+            wrong = [f"{name} {what}" for name, what in zip(mine, found, strict=True) if what]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        wrong = [f"{MANIFEST} can't be read: {error!r}"]
+    if jax.process_count() > 1:
+        counts = multihost_utils.process_allgather(np.int32(len(wrong)))
+        if not wrong and counts.any():
+            wrong = [f"process {int(np.flatnonzero(counts)[0])} found damaged files"]
+    refuse(wrong, f"{folder} is damaged; use another copy (of a run: delete this step, the one before it "
+           "is taken)")  # fmt: skip
+
+
+def _files_below(folder: pathlib.Path) -> list[str]:
+    skip = (MANIFEST, f"{MANIFEST}.tmp", "_CHECKPOINT_METADATA")  # the last: time stamps, set at the commit
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and str(path.relative_to(folder)) not in skip
+    )
+
+
+def _difference(path: pathlib.Path, want: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != want["size"]:
+        return f"has {path.stat().st_size} bytes instead of {want['size']}"
+    return None if _hash(path) == want["sha256"] else "has changed: its sha256 is another"
+
+
+def _hash(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+# ---- Workdirs ------------------------------------------------------------------------------------
 
 
 def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class TextRule:
         if self.block < 1 or length % self.block:
             raise ValueError(
                 f"length {length} is not divisible by block {self.block}; "
-                f"choose a block that divides it, as {_divisor(length, self.block)}"
+                f"choose a block that divides it, as {divisor(length, self.block)}"
             )
         blocks = length // self.block
         by_quota = self.threshold is None and self.factor is None
@@ -304,5 +304,6 @@ def _pick(values_BNV, index_BN):
     return jnp.take_along_axis(values_BNV, index_BN[..., None], axis=-1)[..., 0]
 
 
-def _divisor(length: int, near: int) -> int:
+def divisor(length: int, near: int) -> int:
+    """The largest divisor of `length` that is at most `near`: a block size."""
     return next(b for b in range(max(1, min(near, length)), 0, -1) if length % b == 0)

@@ -3,6 +3,8 @@
 import json
 import math
 import pathlib
+import sys
+import threading
 import time
 
 
@@ -52,6 +54,46 @@ class Metrics:
     def resume_clock(self) -> None:
         """Leaves the time since the last row (compilation, an evaluation) out of the speed."""
         self._last_time = time.perf_counter()
+
+
+class Progress:
+    """Progress of a copy on stderr: bytes, speed and ETA. Call it with the bytes that are done more;
+    threads may. A terminal shows one line that changes, a log a line every ten seconds."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done = what, total, 0
+        self._terminal = sys.stderr.isatty()
+        self._lock, self._start, self._shown = threading.Lock(), time.perf_counter(), 0.0
+
+    def __enter__(self):
+        self._shown = self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self._show(time.perf_counter(), "\n")  # where it ended, if it failed
+
+    def __call__(self, n: int) -> None:
+        """Counts `n` bytes."""
+        with self._lock:
+            self._done += n
+            now = time.perf_counter()
+            if now - self._shown > (0.2 if self._terminal else 10):
+                self._shown = now
+                self._show(now, "" if self._terminal else "\n")
+
+    def _show(self, now: float, end: str) -> None:
+        seconds = max(now - self._start, 1e-9)
+        speed = self._done / seconds
+        share = self._done / max(self._total, 1)
+        eta = duration((self._total - self._done) / speed) if speed else "unknown"
+        bar = "#" * int(30 * share)
+        unit, name = (1e9, "GB") if self._total >= 1e9 else (1e6, "MB")
+        done, total = self._done / unit, self._total / unit
+        line = (
+            f"{self._what} [{bar:30}] {share:4.0%}  {done:.2f}/{total:.2f} {name}  "
+            f"{speed / 1e6:,.0f} MB/s  " + (f"in {duration(seconds)}" if share >= 1 else f"ETA {eta}")
+        )
+        print(("\r" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, float]]:

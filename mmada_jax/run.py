@@ -1,7 +1,6 @@
 """What a workdir holds: the configuration of its run, and the loading of what was trained there."""
 
 import dataclasses
-import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -10,8 +9,8 @@ from typing import Any, Literal
 import jax
 
 from mmada_jax import config as config_lib
-from mmada_jax import transformer, vq
-from mmada_jax.checkpoint import Checkpoints, read_config
+from mmada_jax import sharding, transformer, vq
+from mmada_jax.checkpoint import newest_step, open_params, read_config, verify_manifest
 from mmada_jax.corrupt import Config as LossConfig
 from mmada_jax.data import digits
 from mmada_jax.data.pipeline import rows_per_task
@@ -144,11 +143,11 @@ def vq_config_of(workdir: str | pathlib.Path) -> vq.Config:
 def load_vq(workdir: str | pathlib.Path) -> tuple[Any, vq.Config]:
     """The newest params of the image tokenizer in `workdir`, on one device, and its architecture."""
     config = vq_config_of(workdir)
-    shapes = jax.eval_shape(functools.partial(vq.init_params, config=config), jax.random.key(0))
+    step = newest_step(workdir)
+    verify_manifest(step, "params")
+    params = open_params(step / "params")
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with Checkpoints(workdir) as checkpoints:
-        params = checkpoints.restore_params(shapes, jax.tree.map(lambda _: place, shapes))
-    return params, config
+    return sharding.put_params(params, jax.tree.map(lambda _: place, params)), config
 
 
 def preset_of(presets: Mapping[str, Any], name: str) -> Any:

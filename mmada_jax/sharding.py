@@ -83,6 +83,21 @@ def tree_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any, rules: AxisR
     return jax.tree.map(place, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def put_params(params: Any, shardings: Any, dtype: Any = None) -> Any:
+    """A tree of host arrays, which may be read piece by piece as they are indexed -> global arrays.
+
+    Every process reads what lies on its devices. With `dtype` the pieces are cast on the way.
+    """
+
+    def put(array, place):
+        def read(index):
+            return np.asarray(array[index]).astype(dtype or array.dtype, copy=False)
+
+        return jax.make_array_from_callback(array.shape, place, read)
+
+    return jax.tree.map(put, params, shardings)
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Arrays whose first axis is the row: split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(USE.batch))

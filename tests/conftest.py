@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -79,3 +80,12 @@ def model_workdir(smoke_config, image_tokenizer, tmp_path_factory):
     plan.tokenizer.save(workdir / "tokenizer.json")
     save_params(workdir, config, transformer.init_params(jax.random.key(0), plan.model))
     return workdir
+
+
+@pytest.fixture
+def free_port():
+    """A port of this machine that nothing listens on."""
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -28,6 +28,8 @@ def test_generate(model):
     assert all(isinstance(t.text, str) and len(t.ids) <= 4 for t in texts)
     again = model.generate(["7 + 2", "what is twelve minus three?"], rule, max_new=4)
     assert [t.text for t in texts] == [t.text for t in again]
+    turns = [{"role": "user", "content": "7 + 2"}]
+    assert model.generate([turns], rule, max_new=4)[0].text == texts[0].text
 
 
 def test_answer(model, canvases):
@@ -54,6 +56,24 @@ def test_inpaint_keeps_what_is_not_covered(model, canvases):
     np.testing.assert_array_equal(after[0, :, :4], before[0, :, :4])
     assert (after[0, :, 4:] != before[0, :, 4:]).any()
     np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_pictures_in_every_form_are_the_same_picture(model, canvases):
+    shades = np.random.default_rng(0).integers(0, 256, (8, 16), np.uint8)
+    forms = (Image.fromarray(shades), shades, shades[..., None], shades[..., None] / np.float32(127.5) - 1)
+    want = model.pixels(forms[3:])
+    for form in forms:
+        np.testing.assert_array_equal(model.pixels([form]), want)
+    mask = np.zeros((8, 16), bool)
+    mask[:, 8:] = True
+    white = Image.fromarray(mask.astype(np.uint8) * 255)
+    for form in (mask, mask.astype(np.uint8), mask * np.uint8(255), mask.astype(np.float32), white):
+        rows = model.inpaint_job(canvases[:1], [form], ["a"], FAST).rows
+        hidden = (rows.tokens[0, model.max_text + 2 : -1] == model.vocab.mask).reshape(model.grid)
+        np.testing.assert_array_equal(hidden, np.repeat([[False, True]], 4, axis=1).repeat(4, axis=0))
+    wrong = shades.astype(np.float32)[..., None]
+    with pytest.raises(ValueError, match=r"float32 pixels from \d+\.0 to \d+\.0; give uint8"):
+        model.pixels([wrong])
 
 
 @pytest.mark.parametrize("direction", ["right", "left", "up", "down"])
@@ -95,7 +115,7 @@ def test_bad_input_is_one_clear_error(model, canvases, tmp_path):
 
 
 def test_an_image_tokenizer_is_no_model(image_tokenizer):
-    with pytest.raises(ValueError, match="holds an image tokenizer; name the workdir of a model"):
+    with pytest.raises(ValueError, match="holds an image tokenizer; name the folder of a model"):
         MMaDA.load(image_tokenizer)
 
 

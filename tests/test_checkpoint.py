@@ -1,4 +1,8 @@
-"""Checkpoints: there and back on other meshes, retention, what is missing."""
+"""Checkpoints: there and back on other meshes, retention, what is missing, what is damaged."""
+
+import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +10,18 @@ import numpy as np
 import pytest
 
 from mmada_jax import optim, sharding, transformer
-from mmada_jax.checkpoint import Checkpoints, check_workdir, claim_workdir, read_config
+from mmada_jax.checkpoint import (
+    MANIFEST,
+    Checkpoints,
+    check_workdir,
+    claim_workdir,
+    newest_step,
+    open_params,
+    read_config,
+    verify_manifest,
+    write_params,
+)
+from mmada_jax.convert import Lazy
 from mmada_jax.state import TrainState, init_state, state_shardings
 
 CONFIG = transformer.Config(
@@ -32,7 +47,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path):
     _, shapes, one = place(sharding.make_mesh(devices=jax.devices()[:1]), optimizer)
     with Checkpoints(tmp_path) as checkpoints:
         back = checkpoints.restore(shapes, one)
-        alone = checkpoints.restore_params(shapes.params, one.params)
+        alone = sharding.put_params(open_params(newest_step(tmp_path) / "params"), one.params)
     assert int(back.step) == 7
     jax.tree.map(np.testing.assert_array_equal, back, state)
     jax.tree.map(np.testing.assert_array_equal, alone, state.params)
@@ -75,8 +90,8 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        checkpoints.restore_params({}, {})
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        newest_step(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no workdir of a training run: config\.json is missing"):
         read_config(tmp_path / "elsewhere")
 
@@ -89,3 +104,133 @@ def test_a_workdir_holds_one_model(tmp_path):
     check_workdir(tmp_path, config | {"steps": 5}, ("preset", "model"))
     with pytest.raises(ValueError, match=r"model\.dtype is 'float32' there and 'bfloat16' now"):
         check_workdir(tmp_path, config | {"model": {"dtype": "bfloat16"}}, ("preset", "model"))
+
+
+# ---- Damage ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A workdir with one step, and what it takes to restore it on one device."""
+    workdir = tmp_path_factory.mktemp("saved")
+    optimizer = optim.make(optim.Config(), 10)
+    init, shapes, one = place(sharding.make_mesh(devices=jax.devices()[:1]), optimizer)
+    state = init_state(jax.random.key(0), init, optimizer, one)._replace(step=jnp.int32(3))
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(state)
+    return workdir, shapes, one
+
+
+def payload(step):
+    """The largest file of a step: arrays, of which Orbax keeps no checksum."""
+    return max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "has changed": flip,
+    "bytes instead of": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "is missing": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_is_named_before_anything_is_restored(saved, tmp_path, what):
+    workdir, shapes, one = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    path = payload(tmp_path / "run" / "checkpoints" / "3")
+    DAMAGE[what](path)
+    named = rf"is damaged.*{path.name} .*{what}"
+    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(ValueError, match=named):
+        checkpoints.restore(shapes, one)
+
+
+def test_every_file_is_in_the_manifest_but_what_the_commit_writes(saved):
+    step = saved[0] / "checkpoints" / "3"
+    verify_manifest(step)
+    listed = json.loads((step / MANIFEST).read_text())["files"]
+    there = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
+    assert there - set(listed) == {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def test_a_manifest_that_cannot_be_read_is_damage_and_none_is_a_warning(saved, tmp_path, capsys):
+    step = tmp_path / "3"
+    shutil.copytree(saved[0] / "checkpoints" / "3", step)
+    (step / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"is damaged.*can't be read"):
+        verify_manifest(step)
+    (step / MANIFEST).unlink()
+    verify_manifest(step)
+    assert f"has no {MANIFEST}" in capsys.readouterr().err
+
+
+def test_another_dtype_shape_or_leaf_is_an_error_and_never_a_cast(saved):
+    workdir, shapes, one = saved
+
+    def ask(**change):
+        params = dict(shapes.params)
+        for name, shape in change.items():
+            params[name] = shape
+        with Checkpoints(workdir) as checkpoints:
+            checkpoints.restore(shapes._replace(params=params), one)
+
+    norm = shapes.params["norm_D"]
+    with pytest.raises(ValueError, match="norm_D is float32, bfloat16 is asked for"):
+        ask(norm_D=jax.ShapeDtypeStruct(norm.shape, jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"norm_D has shape \(16,\), not \(17,\)"):
+        ask(norm_D=jax.ShapeDtypeStruct((17,), jnp.float32))
+    with pytest.raises(ValueError, match="missing other"):
+        ask(other=norm)
+    moments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes.opt_state)
+    with (
+        pytest.raises(ValueError, match=r"is (float32|int32|bool), bfloat16 is asked for"),
+        Checkpoints(workdir) as checkpoints,
+    ):
+        checkpoints.restore(shapes._replace(opt_state=moments), one)
+
+
+def test_reading_leaves_a_workdir_as_it_is(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    (tmp_path / "run/checkpoints/9.orbax-checkpoint-tmp").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    step = newest_step(tmp_path / "run")
+    assert step == tmp_path / "run/checkpoints/3"
+    open_params(step / "params")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- Streaming -------------------------------------------------------------------------------------
+
+
+def test_params_are_streamed_in_pieces_and_come_back_in_any_slice(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, n_layers=3, d_model=512, vocab=10_000)
+    shapes = transformer.param_shapes(config)
+    rng = np.random.default_rng(0)
+    arrays = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
+    asked = []
+
+    def lazy(array):
+        def read(index):
+            asked.append(array[index].nbytes)
+            return array[index]
+
+        return Lazy(array.shape, array.dtype, read)
+
+    monkeypatch.setattr("mmada_jax.convert.PIECE", 1 << 20)
+    counted = []
+    axes = transformer.param_axes(config)
+    write_params(tmp_path / "params", jax.tree.map(lazy, arrays), axes, counted.append)
+    total = sum(x.nbytes for x in jax.tree.leaves(arrays))
+    assert sum(counted) == sum(asked) == total
+    # One chunk of rows at least: 256 of the head, 8192 of the embedding.
+    assert max(asked) == 8192 * 512 * 4
+    back = open_params(tmp_path / "params")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), back, arrays)
+    np.testing.assert_array_equal(back["head_DV"][3:300, 8000:9000], arrays["head_DV"][3:300, 8000:9000])
+    np.testing.assert_array_equal(back["blocks"]["q_DHK"][1], arrays["blocks"]["q_DHK"][1])
+    verify_manifest(tmp_path / "params")

@@ -1,14 +1,17 @@
 """Scans and their split, the sentences, the text tokenizer, and batches as functions of a step."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mmada_jax import layout
 from mmada_jax.data import digits
 from mmada_jax.data.pipeline import DigitCanvases, DigitRows, rows_per_task
-from mmada_jax.data.tokenizer import TextTokenizer, chat, conversation_end
+from mmada_jax.data.tokenizer import CONTROL, HEADERS, TEMPLATE, TextTokenizer, chat, conversation_end
+from mmada_jax.vocab import LLADA
 
 N_IMAGE, MAX_TEXT = 32, 22
 MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
@@ -98,16 +101,96 @@ def test_a_saved_tokenizer_is_the_same_and_training_repeats(tokenizer, tmp_path)
 
 def test_the_chat_template_is_that_of_mmada(tokenizer):
     head = "<|startoftext|><|start_header_id|>user<|end_header_id|>\nhi<|eot_id|>"
-    head += "<|start_header_id|>assistant<|end_header_id|>"
-    assert chat(" hi ") == head
-    assert chat("hi", "yes") == f"{head}\nyes<|eot_id|>"
+    assistant = "<|start_header_id|>assistant<|end_header_id|>\n"
+    assert chat(" hi ") == head + assistant
+    assert chat("hi", "yes") == f"{head}{assistant}yes<|eot_id|>"
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes\n"},
+        {"role": "user", "content": "and?"},
+    ]
+    more = "<|start_header_id|>user<|end_header_id|>\nand?<|eot_id|>"
+    assert chat(turns) == f"{head}{assistant}yes<|eot_id|>{more}{assistant}"
     vocab = tokenizer.vocab(64)
     ids = tokenizer.encode(chat("hi", "yes"))
     assert ids[0] == vocab.bos
     assert ids.count(vocab.end_turn) == 2
-    assert ids[: len(tokenizer.encode(head))] == tokenizer.encode(head)
-    answer = ids[len(tokenizer.encode(head)) :]
-    assert tokenizer.decode(conversation_end([*answer, vocab.eos], vocab)) == "\nyes"
+    prompt = tokenizer.encode(chat("hi"))
+    assert ids[: len(prompt)] == prompt
+    assert tokenizer.decode(conversation_end([*ids[len(prompt) :], vocab.eos], vocab)) == "yes"
+
+
+# ---- LLaDA's tokenizer -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llada_words():
+    """Word -> id of a tokenizer of LLaDA's size, with its control tokens in their places."""
+    ids = {f"w{i}": i for i in range(LLADA.image_offset)}
+    for name in ("bos", "eos", "mask", *HEADERS):
+        del ids[f"w{getattr(LLADA, name)}"]
+        ids[CONTROL[name]] = getattr(LLADA, name)
+    return ids
+
+
+def save_words(ids, path):
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([token for token in CONTROL.values() if token in ids])
+    tokenizer.save(str(path))
+    return path
+
+
+def test_lladas_tokenizer_gives_lladas_vocab(llada_words, tmp_path):
+    tokenizer = TextTokenizer.load(save_words(llada_words, tmp_path / "tokenizer.json"))
+    assert tokenizer.vocab(8192, LLADA.rows) == LLADA
+    asked = tokenizer.encode(chat("w5 w7"))
+    assert asked[0] == LLADA.bos
+    assert asked[asked.index(5) :][:4] == [5, 7, LLADA.end_turn, LLADA.start_header]
+    bare = tokenizer.vocab(0, 126464)
+    assert bare.codebook_size == 0
+    assert bare.rows == 126464
+
+
+def test_a_tokenizer_that_lacks_the_headers_is_given_them(llada_words, tmp_path):
+    short = {token: i for token, i in llada_words.items() if i < LLADA.start_header}
+    tokenizer = TextTokenizer.load(save_words(short, tmp_path / "tokenizer.json"))
+    assert tokenizer.vocab(8192, LLADA.rows) == LLADA
+
+
+def test_truncation_and_padding_of_a_file_are_not_used(llada_words, tmp_path):
+    path = save_words(llada_words, tmp_path / "tokenizer.json")
+    theirs = Tokenizer.from_file(str(path))
+    theirs.enable_truncation(5)
+    theirs.enable_padding(length=64)
+    theirs.save(str(path))
+    tokenizer = TextTokenizer.load(path)
+    assert tokenizer.encode("w1 w2 w3 w4 w5 w6 w7") == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_what_is_exported_for_pytorch(llada_words, tmp_path):
+    short = {token: i for token, i in llada_words.items() if i < LLADA.start_header}
+    tokenizer = TextTokenizer.load(save_words(short, tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "theirs", "kept": 1}')
+    tokenizer.export(tmp_path)
+    values = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert values == {"chat_template": TEMPLATE, "kept": 1}
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == LLADA.image_offset
+
+
+def test_a_tokenizer_of_another_model_is_refused_by_token(llada_words, tmp_path):
+    path, mask = tmp_path / "tokenizer.json", CONTROL["mask"]
+    swapped = llada_words | {mask: 17, "w17": LLADA.mask}
+    with pytest.raises(ValueError, match=r"isn't LLaDA's: '<\|mdm_mask\|>' has id 17, expected 126336$"):
+        TextTokenizer.load(save_words(swapped, path)).vocab(8192, LLADA.rows)
+    few = {token: i for token, i in llada_words.items() if i < 1000}
+    with pytest.raises(
+        ValueError, match=r"it has 1000 entries, expected 126349; '<\|startoftext\|>' has id None"
+    ):
+        TextTokenizer.load(save_words(few, path)).vocab(8192, LLADA.rows)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="is no tokenizer"):
+        TextTokenizer.load(path)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------

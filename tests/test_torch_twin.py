@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "launch" / "benchmark.py")
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
+modeling = benchmark.module("mmada_jax/convert/modeling_mmada.py")
 
 VOCAB, MAX_TEXT, N_IMAGE = benchmark.VOCAB, benchmark.MAX_TEXT, benchmark.N_IMAGE
 CONFIG = dataclasses.replace(transformer.PRESETS["tiny"], vocab=VOCAB.rows)
@@ -80,7 +81,7 @@ def normal(*shape, seed=0):
 
 
 def test_norm():
-    x, norm = normal(2, 5, 64), twin.RMSNorm(64, 1e-5)
+    x, norm = normal(2, 5, 64), modeling.RMSNorm(64, 1e-5)
     norm.weight.data = 1 + 0.1 * normal(64, seed=1)
     ours = transformer.rms_norm(ours_of(x), ours_of(norm.weight.data), 1e-5)
     assert_close(ours, norm(x))
@@ -88,7 +89,7 @@ def test_norm():
 
 def test_rope():
     x = normal(2, 4, 9, 16)
-    theirs = twin.rope(x, *twin.rope_tables(9, 16, 500000.0))
+    theirs = modeling.rope(x, *modeling.rope_tables(9, 16, 500000.0))
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
     table = transformer.rope_table(positions, 16, 500000.0)
     ours = transformer.rope(ours_of(x.transpose(1, 2)), *table)
@@ -109,7 +110,7 @@ def test_attention(data):
 def test_block(params, model, data):
     valid = torch.from_numpy(data["train"].valid)
     x, layer = normal(*valid.shape, CONFIG.d_model), 1
-    tables = (table[: x.shape[1]] for table in model.tables)
+    tables = model.rope_tables(x.shape[1], x.device)
     theirs = model.model.transformer.blocks[layer](x, *tables, valid[:, None, None, :])
     weights = jax.tree.map(lambda w: w[layer], params["blocks"])
     positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
@@ -130,7 +131,7 @@ def test_logits_in_bf16(params, model, data):
     assert h_BLD.dtype == jnp.bfloat16
     ours = transformer.unembed(params, config, h_BLD)
     tensors = benchmark.to_torch(batch, model)
-    theirs = model.bfloat16()(tensors["tokens"], tensors["valid"])
+    theirs = model.bfloat16()(tensors["tokens"], tensors["valid"]).logits
     assert theirs.dtype == torch.bfloat16
     assert_close(np.asarray(ours)[batch.valid], theirs[tensors["valid"]], 2e-2)
 

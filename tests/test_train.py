@@ -1,6 +1,5 @@
 """The training program: one compilation, exact resume, NaN batches, bad configurations."""
 
-import json
 import os
 import pathlib
 import signal
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import metrics, optim, sharding, transformer
-from mmada_jax.checkpoint import Checkpoints
-from mmada_jax.run import parse, plan
+from mmada_jax import convert, metrics, optim, sharding
+from mmada_jax.checkpoint import newest_step, open_params
+from mmada_jax.run import parse
 from mmada_jax.state import init_state, state_shardings
 from mmada_jax.train import make_step, model_program, train
 
@@ -27,11 +26,7 @@ def losses(workdir):
 
 
 def params(workdir):
-    run = parse(json.loads((workdir / "config.json").read_text()))
-    shapes = transformer.param_shapes(plan(run, workdir).model)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_params(shapes, jax.tree.map(lambda _: place, shapes))
+    return convert.in_memory(open_params(newest_step(workdir) / "params"))
 
 
 def start(program, config, mesh):

@@ -1,9 +1,9 @@
-"""MMaDA in plain PyTorch: the model, a training step, text and image generation.
+"""What MMaDA does with its model, in plain PyTorch: a training step, text and image generation.
 
 Written from the description of the published system, as one writes PyTorch today (fused attention,
-guidance as one batch of twice the rows, inference mode, no compilation). The tests compare ours
-with it layer by layer, and launch/benchmark.py times it. It needs nothing but torch; the shape
-letters are those of mmada_jax/transformer.py.
+guidance as one batch of twice the rows, inference mode, no compilation). The model is the one that
+travels with exported checkpoints, mmada_jax/convert/modeling_mmada.py. The tests compare ours with
+these two files, and launch/benchmark.py times them.
 """
 
 import math
@@ -11,97 +11,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back, then scaled."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        norm = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return norm.to(x.dtype) * self.weight
-
-
-def rope_tables(length, width, theta):
-    """cos and sin [L, K] of positions 0..L-1; both halves of a head turn by the same angles."""
-    freq = theta ** (-torch.arange(0, width, 2).float() / width)
-    angle = torch.outer(torch.arange(length).float(), freq)
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rope(x_BHLK, cos_LK, sin_LK):
-    """Rotates the two halves of each head by position, in float32."""
-    x = x_BHLK.float()
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos_LK + torch.cat([-b, a], dim=-1) * sin_LK).to(x_BHLK.dtype)
-
-
-class Block(nn.Module):
-    """Attention and gated SiLU MLP, each behind a norm."""
-
-    def __init__(self, width, heads, d_mlp, eps):
-        super().__init__()
-        self.heads = heads
-        self.attn_norm, self.ff_norm = RMSNorm(width, eps), RMSNorm(width, eps)
-        for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
-            setattr(self, name, nn.Linear(width, width, bias=False))
-        self.ff_proj = nn.Linear(width, d_mlp, bias=False)
-        self.up_proj = nn.Linear(width, d_mlp, bias=False)
-        self.ff_out = nn.Linear(d_mlp, width, bias=False)
-
-    def attention(self, h_BLD, cos, sin, mask):
-        """Bidirectional attention of a normed input, before the residual is added."""
-        B, L, D = h_BLD.shape
-
-        def heads(x_BLD):
-            return x_BLD.view(B, L, self.heads, -1).transpose(1, 2)
-
-        q, k = rope(heads(self.q_proj(h_BLD)), cos, sin), rope(heads(self.k_proj(h_BLD)), cos, sin)
-        out = F.scaled_dot_product_attention(q, k, heads(self.v_proj(h_BLD)), attn_mask=mask)
-        return self.attn_out(out.transpose(1, 2).reshape(B, L, D))
-
-    def forward(self, x, cos, sin, mask):
-        x = x + self.attention(self.attn_norm(x), cos, sin, mask)
-        h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
-
-
-class Transformer(nn.Module):
-    """The transformer under the state-dict keys of LLaDA and MMaDA."""
-
-    def __init__(self, *, width, layers, heads, d_mlp, vocab, max_len, theta, eps):
-        super().__init__()
-        blocks = (Block(width, heads, d_mlp, eps) for _ in range(layers))
-        parts = {
-            "wte": nn.Embedding(vocab, width),
-            "blocks": nn.ModuleList(blocks),
-            "ln_f": RMSNorm(width, eps),
-            "ff_out": nn.Linear(width, vocab, bias=False),
-        }
-        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
-        # Tables are kept (in float32 whatever the model's dtype), not computed in every layer.
-        self.tables = rope_tables(max_len, width // heads, theta)
-
-    def _apply(self, fn, recurse=True):
-        # Tables follow the model to its device, but not into its dtype.
-        out = super()._apply(fn, recurse)
-        device = self.model.transformer.wte.weight.device
-        self.tables = tuple(table.to(device) for table in self.tables)
-        return out
-
-    def forward(self, tokens_BL, valid_BL=None):
-        """Token ids -> logits [B, L, V]. Without `valid` every position is (the faster kernel)."""
-        net, L = self.model.transformer, tokens_BL.shape[1]
-        cos, sin = (table[:L] for table in self.tables)
-        mask = None if valid_BL is None else valid_BL[:, None, None, :]
-        x = net.wte(tokens_BL)
-        for block in net.blocks:
-            x = block(x, cos, sin, mask)
-        return net.ff_out(net.ln_f(x))
 
 
 def corrupt(batch, mask, coefficients, t_B=None, noise_BL=None, eps=1e-3):
@@ -131,7 +40,7 @@ def corrupt(batch, mask, coefficients, t_B=None, noise_BL=None, eps=1e-3):
 
 def loss(model, tokens_BL, valid_BL, targets_BL, weights_BL):
     """sum(weights * cross entropy), over the full vocabulary."""
-    logits = model(tokens_BL, valid_BL)
+    logits = model(tokens_BL, valid_BL).logits
     nll = F.cross_entropy(logits.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
     return (nll * weights_BL.flatten()).sum()
 
@@ -155,7 +64,7 @@ def generate_text(model, tokens_BL, valid_BL, *, start, length, steps, block, ma
         span = slice(first, first + block)
         count = (tokens[:, span] == mask).sum(1, keepdim=True)
         for step in range(per_block):
-            logits, now = model(tokens, valid_BL)[:, span].float(), tokens[:, span]
+            logits, now = model(tokens, valid_BL).logits[:, span].float(), tokens[:, span]
             noise = -torch.log(torch.empty_like(logits).exponential_()) if temperature else 0.0
             drawn = (logits + temperature * noise).argmax(-1)
             sure = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
@@ -178,7 +87,7 @@ def generate_image(
     both, valid = torch.cat([tokens, uncond_BL]), torch.cat([valid_BL, uncond_valid_BL])
     for step in range(steps):
         both[:, span] = tokens[:, span].repeat(2, 1)
-        logits = model(both, valid)[:, span, offset : offset + codes].float()
+        logits = model(both, valid).logits[:, span, offset : offset + codes].float()
         cond, uncond = logits.chunk(2)
         p = ((1 + guidance) * cond - guidance * uncond).softmax(-1)
         drawn = p.flatten(0, 1).multinomial(1).view(p.shape[:2]) if sample else p.argmax(-1)

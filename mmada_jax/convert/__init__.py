@@ -1,25 +1,80 @@
-"""PyTorch <-> JAX: state dicts and params through one strict key table per model.
+"""PyTorch <-> JAX: tensors and params through one strict key table per model, piece by piece.
 
-Whatever doesn't fit the table (a key too many or too few, a wrong shape) is one error that lists the
-first ten offenders and their count. Arrays keep their dtype and their bits.
+A table says where each PyTorch tensor lies in params. Both directions read through it lazily: what
+they return are `Lazy` arrays, and nothing is in memory before a piece of one is asked for. Whatever
+doesn't fit the table (a key too many or too few, a wrong shape or dtype) is one error that lists the
+first ten offenders and their count. Unless another dtype is asked for, bits stay as they are.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
+
+Index = tuple[slice, ...]
+Path = tuple[str, ...]
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+# What is read at once of params holds at most this many bytes, where one layer doesn't hold more.
+PIECE = 8 << 20
+# Rows that are read at once of a PyTorch tensor: the matrices of a layer whole, embedding and head not.
+# A checkpoint is stored in chunks of which parts can't be read, so fewer would read them repeatedly.
+ROWS = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is read piece by piece: `read` takes a slice [start, stop) for every axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[Index], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """The piece at `index` (integers and slices of step 1, for the first axes or all)."""
+        index = index if isinstance(index, tuple) else (index,)
+        index += (slice(None),) * (len(self.shape) - len(index))
+        ranges = [
+            slice(*i.indices(n)[:2]) if isinstance(i, slice) else slice(i, i + 1)
+            for i, n in zip(index, self.shape, strict=True)
+        ]
+        single = tuple(axis for axis, i in enumerate(index) if not isinstance(i, slice))
+        return self.read(tuple(ranges)).squeeze(single)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        """All of it, in memory."""
+        return np.asarray(self[()], dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where one PyTorch array lies in params.
+    """Where one PyTorch tensor lies in params.
 
     `shape` is ours; `merged` the same with the axes joined that PyTorch has as one; `order` permutes
     `merged` into PyTorch's; `layer` is the index in the stacked array.
     """
 
-    path: tuple[str, ...]
+    path: Path
     shape: tuple[int, ...]
     order: tuple[int, ...] | None = None
     merged: tuple[int, ...] | None = None
@@ -31,76 +86,204 @@ class Rule:
         merged = self.merged or self.shape
         return tuple(merged[i] for i in self.order) if self.order else merged
 
-    def to_torch(self, ours: np.ndarray) -> np.ndarray:
-        """Our array -> PyTorch's."""
-        ours = ours.reshape(self.merged or self.shape)
-        return np.ascontiguousarray(ours.transpose(self.order) if self.order else ours)
-
-    def from_torch(self, theirs: np.ndarray) -> np.ndarray:
-        """PyTorch's array -> ours."""
+    def from_torch(self, theirs: np.ndarray, index: Index | None = None) -> np.ndarray:
+        """PyTorch's tensor -> ours, or the piece of it at `index`."""
         if self.order:
             theirs = theirs.transpose(np.argsort(self.order))
-        return theirs.reshape(self.shape)
+        if index is None or whole(index, self.shape):
+            return _contiguous(theirs).reshape(self.shape)
+        return _contiguous(theirs.reshape(self.shape)[index])
+
+    def to_torch(self, ours: np.ndarray) -> np.ndarray:
+        """Our array, or a piece of it that `rows` gave, -> PyTorch's."""
+        if self.merged:
+            ours = ours.reshape(self.merged)
+        return _contiguous(ours.transpose(self.order) if self.order else ours)
+
+    def rows(self, first: int, last: int) -> Index | None:
+        """The piece of ours that holds PyTorch's rows [first, last); None if it isn't one piece."""
+        axis = self.order[0] if self.order else 0
+        if self.merged:
+            return None
+        index = [slice(0, n) for n in self.shape]
+        index[axis] = slice(first, last)
+        return tuple(index)
 
 
-def from_torch(state: Mapping[str, np.ndarray], table: Mapping[str, Rule]) -> dict[str, Any]:
-    """State dict -> params."""
+Table = Mapping[str, Rule]
+
+
+def params_of(state: Mapping[str, Any], table: Table, dtype: np.dtype | None = None) -> dict[str, Any]:
+    """State dict -> params, as a tree of Lazy arrays. Tensors need `shape`, `dtype` and `__array__`.
+
+    Raises ValueError for everything in `state` that doesn't fit. All tensors must have one dtype,
+    float32, bfloat16 or float16; with `dtype` any of them, and they are cast to it.
+    """
     wrong = [f"missing {key}" for key in table if key not in state]
     wrong += [f"unexpected {key}" for key in state if key not in table]
-    wrong += [
-        f"{key} has shape {tuple(state[key].shape)}, expected {rule.torch_shape}"
-        for key, rule in table.items()
-        if key in state and tuple(state[key].shape) != rule.torch_shape
-    ]
-    _raise(wrong, "the state dict doesn't fit the configuration")
-    params: dict[str, Any] = {}
-    stacks: dict[tuple[str, ...], list[np.ndarray]] = {}
+    kinds = [np.dtype(state[key].dtype) for key in table if key in state]
+    usual = max(kinds, key=kinds.count, default=None)
+    for key in table:
+        if key not in state:
+            continue
+        shape, kind = tuple(state[key].shape), np.dtype(state[key].dtype)
+        if shape != table[key].torch_shape:
+            wrong.append(f"{key} has shape {shape}, expected {table[key].torch_shape}")
+        if kind not in DTYPES.values():
+            wrong.append(f"{key} has dtype {kind}, expected one of {', '.join(DTYPES)}")
+        elif dtype is None and kind != usual:
+            wrong.append(f"{key} has dtype {kind}, the others {usual} (a target dtype casts them all)")
+    refuse(wrong, "the tensors don't fit the configuration")
+    dtype = dtype or usual
+
+    stacks: dict[Path, list[str]] = {}
     for key, rule in table.items():
-        array = rule.from_torch(np.asarray(state[key]))
+        stacks.setdefault(rule.path, []).append(key)
+
+    def read(keys: list[str], index: Index) -> np.ndarray:
+        rule = table[keys[0]]
         if rule.layer is None:
-            _put(params, rule.path, array)
-        else:
-            stacks.setdefault(rule.path, []).append(array)
-    for path, arrays in stacks.items():
-        _put(params, path, np.stack(arrays))
-    return params
+            return _cast(rule.from_torch(np.asarray(state[keys[0]]), index), dtype, keys[0])
+        layers = keys[index[0]]
+        shape = [s.stop - s.start for s in index[1:]]
+        out = np.empty((len(layers), *shape), dtype)
+        for i, key in enumerate(layers):
+            out[i] = _cast(table[key].from_torch(np.asarray(state[key]), index[1:]), dtype, key)
+        return out
+
+    def leaf(keys: list[str]) -> Lazy:
+        rule = table[keys[0]]
+        shape = rule.shape if rule.layer is None else (len(keys), *rule.shape)
+        return Lazy(shape, dtype, functools.partial(read, keys))
+
+    return tree((path, leaf(keys)) for path, keys in stacks.items())
 
 
-def to_torch(params: Mapping[str, Any], table: Mapping[str, Rule]) -> dict[str, np.ndarray]:
-    """Params -> state dict."""
-    arrays = dict(_leaves(params))
+def tensors_of(params: Mapping[str, Any], table: Table, dtype: np.dtype | None = None) -> dict[str, Lazy]:
+    """Params -> state dict, as Lazy arrays that are read by ranges of their rows (all else whole).
+
+    Leaves need `shape`, `dtype` and indexing by slices. Raises ValueError for all that doesn't fit.
+    """
+    arrays = dict(leaves(params))
     paths = {rule.path for rule in table.values()}
     wrong = [f"missing {'.'.join(path)}" for path in sorted(paths - set(arrays))]
     wrong += [f"unexpected {'.'.join(path)}" for path in sorted(set(arrays) - paths)]
-    _raise(wrong, "the params don't fit the configuration")
-    layers = {path: sum(r.path == path for r in table.values()) for path in paths}
+    layers: dict[Path, int] = {}
     for rule in table.values():
-        want = rule.shape if rule.layer is None else (layers[rule.path], *rule.shape)
-        if tuple(arrays[rule.path].shape) != want:
-            wrong.append(f"{'.'.join(rule.path)} has shape {arrays[rule.path].shape}, not {want}")
-    _raise(list(dict.fromkeys(wrong)), "the params don't fit the configuration")
+        layers[rule.path] = layers.get(rule.path, 0) + 1
+    for path, rule in {rule.path: rule for rule in table.values()}.items():
+        want = rule.shape if rule.layer is None else (layers[path], *rule.shape)
+        if path in arrays and tuple(arrays[path].shape) != want:
+            wrong.append(f"{'.'.join(path)} has shape {tuple(arrays[path].shape)}, not {want}")
+    kinds = {path: np.dtype(array.dtype) for path, array in arrays.items()}
+    usual = max(kinds.values(), key=list(kinds.values()).count, default=None)
+    for path, kind in kinds.items():
+        if kind not in DTYPES.values() or (kind != usual and dtype is None):
+            wrong.append(f"{'.'.join(path)} has dtype {kind}, expected one of {', '.join(DTYPES)} for all")
+    refuse(wrong, "the params don't fit the configuration")
+
+    def read(key: str, index: Index) -> np.ndarray:
+        rule = table[key]
+        rows = rule.rows(index[0].start, index[0].stop)
+        ours = rows or tuple(slice(0, n) for n in rule.shape)
+        array = arrays[rule.path][ours if rule.layer is None else (rule.layer, *ours)]
+        part = rule.to_torch(np.asarray(array))
+        return _cast(part if rows else part[index[0]], dtype or part.dtype, key)
+
     return {
-        key: rule.to_torch(np.asarray(
-            arrays[rule.path] if rule.layer is None else arrays[rule.path][rule.layer]))
+        key: Lazy(
+            rule.torch_shape,
+            np.dtype(dtype or arrays[rule.path].dtype),
+            functools.partial(read, key),
+        )
         for key, rule in table.items()
-    }  # fmt: skip
+    }
 
 
-def _raise(wrong: list[str], what: str) -> None:
+def in_memory(tree: Any) -> Any:
+    """A tree of Lazy arrays -> the same of numpy arrays."""
+    if isinstance(tree, Mapping):
+        return {name: in_memory(value) for name, value in tree.items()}
+    return np.asarray(tree)
+
+
+def pieces(array: Any, axis: int = 0, multiple: int = 1) -> Iterator[Index]:
+    """Indices that cover `array` in order along `axis`, `multiple` rows or the largest multiple of it
+    that holds at most PIECE bytes."""
+    full = [slice(0, n) for n in array.shape]
+    if not full:
+        yield ()
+        return
+    rows = PIECE * array.shape[axis] // max(1, array.nbytes)
+    rows = max(1, rows // multiple) * multiple
+    for first in range(0, array.shape[axis], rows):
+        full[axis] = slice(first, min(first + rows, array.shape[axis]))
+        yield tuple(full)
+
+
+def sha256(tensors: Mapping[str, Lazy], progress: Callable[[int], None] = lambda n: None) -> str:
+    """Hash of the bytes of all tensors, as PyTorch lays them out, in the order of their keys."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        for index in pieces(tensors[key], multiple=ROWS):
+            part = np.ascontiguousarray(tensors[key].read(index))
+            digest.update(part.reshape(-1).view(np.uint8))
+            progress(part.nbytes)
+    return digest.hexdigest()
+
+
+def leaves(tree: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """(path, leaf) of a nested dict."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def tree(items: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
+    """The inverse of `leaves`."""
+    out: dict[str, Any] = {}
+    for path, value in items:
+        at = out
+        for name in path[:-1]:
+            at = at.setdefault(name, {})
+        at[path[-1]] = value
+    return out
+
+
+def refuse(wrong: list[str], what: str) -> None:
+    """Raises ValueError with the first ten offenders and their count, if there are any."""
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{what} ({len(wrong)} problems): {'; '.join(wrong[:10])}{more}")
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: np.ndarray) -> None:
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
+def whole(index: Index, shape: tuple[int, ...]) -> bool:
+    """Whether `index` takes all of an array."""
+    return all(s == slice(0, n) for s, n in zip(index, shape, strict=True))
 
 
-def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()):
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*path, name))
-        else:
-            yield (*path, name), value
+def _contiguous(x: np.ndarray) -> np.ndarray:
+    # numpy copies a transposed matrix against the grain; JAX's host transposition is 5 times as fast.
+    if x.ndim != 2 or x.flags.c_contiguous or not _cpu():
+        return np.ascontiguousarray(x)
+    return np.asarray(jax.device_put(x, _cpu()))
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX was told to leave it out
+        return None
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    if dtype == np.float16 and not np.array_equal(np.isinf(cast), np.isinf(array)):
+        raise ValueError(f"{name} has values beyond the range of float16 (65504); choose bfloat16")
+    return cast

@@ -1,11 +1,14 @@
-"""MAGVIT-v2 state dicts <-> params: one strict key table, used in both directions."""
+"""MAGVIT-v2 <-> params: one strict key table, used in both directions."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mmada_jax import convert
+from mmada_jax.config import from_dict
 from mmada_jax.vq import Config
 
 
@@ -76,22 +79,69 @@ def key_table(config: Config) -> dict[str, convert.Rule]:
 
 
 def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> dict[str, Any]:
-    """PyTorch state dict (numpy arrays) -> params. The two constant buffers of the quantiser are
-    checked and dropped. Raises on any key or shape amiss."""
-    constants = _constants(config)
-    for key, expected in constants.items():
-        if key in state and not np.array_equal(np.asarray(state[key]), expected):
-            raise ValueError(f"{key} isn't that of a {config.bits}-bit lookup-free quantiser")
-    rest = {key: value for key, value in state.items() if key not in constants}
-    return convert.from_torch(rest, key_table(config))
+    """State dict (numpy arrays) -> params in memory, as `params_of`; the buffers may be left out."""
+    return convert.in_memory(params_of(constants(config) | dict(state), config))
 
 
 def params_to_torch(params: dict[str, Any], config: Config) -> dict[str, np.ndarray]:
     """Params -> PyTorch state dict of numpy arrays, with the quantiser's constant buffers."""
-    return convert.to_torch(params, key_table(config)) | _constants(config)
+    return convert.in_memory(convert.tensors_of(params, key_table(config))) | constants(config)
 
 
-def _constants(config: Config) -> dict[str, np.ndarray]:
+def params_of(state: Mapping[str, Any], config: Config, dtype: np.dtype | None = None) -> dict[str, Any]:
+    """State dict -> params as Lazy arrays. The two constant buffers of the quantiser are checked and
+    dropped. Raises on any key, shape or dtype amiss."""
+    table, known = key_table(config), constants(config)
+    wrong = [f"missing {key}" for key in (*table, *known) if key not in state]
+    wrong += [f"unexpected {key}" for key in state if key not in table and key not in known]
+    wrong += [
+        f"{key} isn't that of a {config.bits}-bit lookup-free quantiser"
+        for key, expected in known.items()
+        if key in state and not np.array_equal(np.asarray(state[key], np.float64), expected)
+    ]
+    convert.refuse(wrong, "the tensors don't fit the configuration")
+    rest = {key: value for key, value in state.items() if key not in known}
+    return convert.params_of(rest, table, dtype)
+
+
+def constants(config: Config) -> dict[str, np.ndarray]:
+    """The buffers of the quantiser: the signs of every code, and the values of its bits."""
     powers_Z = 2 ** np.arange(config.bits - 1, -1, -1, dtype=np.int64)
     signs = (np.arange(config.codebook_size)[:, None] & powers_Z > 0) * 2.0 - 1
     return {"quantize.embedding": signs.astype(np.float32), "quantize.power_vals": powers_Z}
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Config:
+    """The architecture that a state dict is of: all of it can be read off the shapes of its tensors.
+
+    Raises ValueError where that fails; `params_of` then checks every key and shape.
+    """
+    try:
+        channels, pixel_channels = shapes["encoder.conv_in.weight"][:2]
+        fields = {"channels": channels, "pixel_channels": pixel_channels}
+        fields["bits"] = shapes["encoder.quant_conv.weight"][0]
+        if not 1 <= fields["bits"] <= 24:
+            raise ValueError(f"{fields['bits']} bits")
+        for half, side in (("encoder", "down"), ("decoder", "up")):
+            found = re.findall(
+                rf"^{half}\.{side}\.(\d+)\.block\.(\d+)\.conv1\.weight$", "\n".join(shapes), re.M
+            )
+            levels = 1 + max(int(level) for level, _ in found)
+            blocks = [sum(int(level) == at for level, _ in found) for at in range(levels)]
+            widths = [shapes[f"{half}.{side}.{at}.block.0.conv1.weight"][0] for at in range(levels)]
+            fields[f"{half}_mult"] = tuple(width // channels for width in widths)
+            fields[f"{half}_blocks"] = tuple(blocks)
+        return Config(**fields)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"these tensors are no MAGVIT-v2 tokenizer: {error!r}") from error
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The architecture as fields of config.json, which is what the exported modelling file reads."""
+    return {"model_type": "magvitv2", "architectures": ["MAGVITv2"], **dataclasses.asdict(config)}
+
+
+def config_from_hf(values: Mapping[str, Any]) -> Config:
+    """The inverse of `config_to_hf`; other fields are ignored. Raises ValueError for one that is wrong."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    return from_dict(Config, {name: value for name, value in values.items() if name in names})
