@@ -123,6 +123,13 @@ def newest_step(workdir: str | pathlib.Path) -> pathlib.Path:
 # ---- Params alone --------------------------------------------------------------------------------
 
 
+def newest_params(workdir: str | pathlib.Path) -> tuple[dict[str, Any], int]:
+    """The params of the newest step of a workdir, verified, as `open_params` gives them; and the step."""
+    folder = newest_step(workdir)
+    verify_manifest(folder, "params")
+    return open_params(folder / "params"), int(folder.name)
+
+
 def write_params(
     folder: str | pathlib.Path,
     params: Mapping[str, Any],
@@ -226,7 +233,7 @@ def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
         found = ocp.PyTreeCheckpointHandler().metadata(folder)
     except (ValueError, FileNotFoundError, KeyError) as error:
         raise ValueError(f"{folder} is no readable checkpoint: {error}") from error
-    return {path: leaf for path, leaf in ocp.tree.to_flat_dict(found.tree).items()}
+    return ocp.tree.to_flat_dict(found.tree)
 
 
 def _check_leaves(folder: pathlib.Path, shapes: Any) -> None:

@@ -10,7 +10,7 @@ import jax
 
 from mmada_jax import config as config_lib
 from mmada_jax import sharding, transformer, vq
-from mmada_jax.checkpoint import newest_step, open_params, read_config, verify_manifest
+from mmada_jax.checkpoint import newest_params, read_config
 from mmada_jax.corrupt import Config as LossConfig
 from mmada_jax.data import digits
 from mmada_jax.data.pipeline import rows_per_task
@@ -143,9 +143,7 @@ def vq_config_of(workdir: str | pathlib.Path) -> vq.Config:
 def load_vq(workdir: str | pathlib.Path) -> tuple[Any, vq.Config]:
     """The newest params of the image tokenizer in `workdir`, on one device, and its architecture."""
     config = vq_config_of(workdir)
-    step = newest_step(workdir)
-    verify_manifest(step, "params")
-    params = open_params(step / "params")
+    params, _ = newest_params(workdir)
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return sharding.put_params(params, jax.tree.map(lambda _: place, params)), config
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,13 +113,16 @@ class Rule:
 Table = Mapping[str, Rule]
 
 
-def params_of(state: Mapping[str, Any], table: Table, dtype: np.dtype | None = None) -> dict[str, Any]:
+def params_of(
+    state: Mapping[str, Any], table: Table, dtype: np.dtype | None = None, wrong: Sequence[str] = ()
+) -> dict[str, Any]:
     """State dict -> params, as a tree of Lazy arrays. Tensors need `shape`, `dtype` and `__array__`.
 
-    Raises ValueError for everything in `state` that doesn't fit. All tensors must have one dtype,
-    float32, bfloat16 or float16; with `dtype` any of them, and they are cast to it.
+    Raises ValueError for everything in `state` that doesn't fit, after what is `wrong` already. All
+    tensors must have one dtype, float32, bfloat16 or float16; with `dtype` any of them, and they are
+    cast to it.
     """
-    wrong = [f"missing {key}" for key in table if key not in state]
+    wrong = [*wrong, *(f"missing {key}" for key in table if key not in state)]
     wrong += [f"unexpected {key}" for key in state if key not in table]
     kinds = [np.dtype(state[key].dtype) for key in table if key in state]
     usual = max(kinds, key=kinds.count, default=None)

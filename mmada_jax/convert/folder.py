@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mmada_jax import convert, run, transformer, vq
-from mmada_jax.checkpoint import newest_step, open_params, read_config, verify_manifest, write_params
+from mmada_jax.checkpoint import newest_params, open_params, read_config, verify_manifest, write_params
 from mmada_jax.convert import DTYPES, hub, llada, magvit
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.metrics import Progress
@@ -163,9 +163,7 @@ def _open_checkpoint(path, values) -> Source:
 
 def _open_workdir(path, values) -> Source:
     parsed = run.parse(values)
-    folder = newest_step(path)
-    verify_manifest(folder, "params")
-    params, step = open_params(folder / "params"), int(folder.name)
+    params, step = newest_params(path)
     if isinstance(parsed, run.VQRun):
         config = run.preset_of(vq.PRESETS, parsed.preset)
         values = magvit.config_to_hf(config)

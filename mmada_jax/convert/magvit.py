@@ -91,17 +91,15 @@ def params_to_torch(params: dict[str, Any], config: Config) -> dict[str, np.ndar
 def params_of(state: Mapping[str, Any], config: Config, dtype: np.dtype | None = None) -> dict[str, Any]:
     """State dict -> params as Lazy arrays. The two constant buffers of the quantiser are checked and
     dropped. Raises on any key, shape or dtype amiss."""
-    table, known = key_table(config), constants(config)
-    wrong = [f"missing {key}" for key in (*table, *known) if key not in state]
-    wrong += [f"unexpected {key}" for key in state if key not in table and key not in known]
+    known = constants(config)
+    wrong = [f"missing {key}" for key in known if key not in state]
     wrong += [
         f"{key} isn't that of a {config.bits}-bit lookup-free quantiser"
         for key, expected in known.items()
         if key in state and not np.array_equal(np.asarray(state[key], np.float64), expected)
     ]
-    convert.refuse(wrong, "the tensors don't fit the configuration")
     rest = {key: value for key, value in state.items() if key not in known}
-    return convert.params_of(rest, table, dtype)
+    return convert.params_of(rest, key_table(config), dtype, wrong)
 
 
 def constants(config: Config) -> dict[str, np.ndarray]:
