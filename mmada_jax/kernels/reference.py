@@ -6,9 +6,9 @@ import numpy as np
 
 
 def attention(
-    q_BSHK: jax.Array,
-    k_BTGK: jax.Array,
-    v_BTGK: jax.Array,
+    q_BHSK: jax.Array,
+    k_BGTK: jax.Array,
+    v_BTM: jax.Array,
     q_valid_BS: jax.Array,
     valid_BT: jax.Array,
     *,
@@ -20,11 +20,12 @@ def attention(
     not valid gets zeros. `soft` reproduces the additive bias that the reference trains with instead
     of a mask: +1 where query and key are both valid, 0 elsewhere, nothing is hidden.
     """
-    B, S, H, K = q_BSHK.shape
-    G = k_BTGK.shape[2]
-    q_BSGRK = q_BSHK.reshape(B, S, G, H // G, K)
+    B, H, S, K = q_BHSK.shape
+    G = k_BGTK.shape[1]
+    v_BTGK = v_BTM.reshape(B, -1, G, K)
+    q_BGRSK = q_BHSK.reshape(B, G, H // G, S, K)
     scores_BGRST = jnp.einsum(
-        "BSGRK,BTGK->BGRST", q_BSGRK, k_BTGK, preferred_element_type=jnp.float32
+        "BGRSK,BGTK->BGRST", q_BGRSK, k_BGTK, preferred_element_type=jnp.float32
     ) * np.float32(K**-0.5)
     pair_B11ST = (q_valid_BS[:, :, None] & valid_BT[:, None, :])[:, None, None]
     if soft:
@@ -32,5 +33,5 @@ def attention(
     else:
         scores_BGRST = jnp.where(pair_B11ST, scores_BGRST, jnp.finfo(jnp.float32).min)
     p_BGRST = jax.nn.softmax(scores_BGRST, axis=-1).astype(v_BTGK.dtype)
-    out_BSHK = jnp.einsum("BGRST,BTGK->BSGRK", p_BGRST, v_BTGK).reshape(B, S, H, K)
-    return out_BSHK if soft else jnp.where(q_valid_BS[:, :, None, None], out_BSHK, 0)
+    out_BSM = jnp.einsum("BGRST,BTGK->BSGRK", p_BGRST, v_BTGK).reshape(B, S, H * K)
+    return out_BSM if soft else jnp.where(q_valid_BS[:, :, None], out_BSM, 0)
