@@ -27,6 +27,8 @@ setup(
         "digits": ["scikit-learn", "matplotlib"],
         # pytorch_model*.bin; the PyTorch twin that the benchmark and the tests compare against.
         "torch": ["torch", "transformers>=4.46"],
+        # Reports of compilation for TPUs; libtpu fits one version of jax only.
+        "aot": ["jax==0.10.2", "libtpu==0.0.42.1"],
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
     },
 )

@@ -182,12 +182,14 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
     """The step of mmada_jax/train.py; gradient descent where its requirements are missing."""
     root = jax.random.key(0)
 
-    def loss_fn(params, key, batch):
-        seen = corrupt.corrupt(key, batch, VOCAB.mask, OBJECTIVE)
-        h_BLD = transformer.hidden_states(params, config, seen.tokens_BL, batch.valid)
-        unembed = functools.partial(transformer.unembed, params, config)
-        nll_B = loss.weighted_nll(unembed, h_BLD, seen.targets_BL, seen.weights_BL)
-        return jnp.sum(nll_B), {}
+    def prepare(key, batch):
+        return corrupt.corrupt(key, batch, VOCAB.mask, OBJECTIVE), batch.valid
+
+    def loss_fn(params, rows):
+        seen, valid_BL = rows
+        h_BLD = transformer.hidden_states(params, config, seen.tokens_BL, valid_BL)
+        total, _ = loss.weighted_nll(h_BLD, params["head_DV"], seen.targets_BL, seen.weights_BL)
+        return total, {}
 
     init_params = functools.partial(transformer.init_params, config=config)
     try:
@@ -199,7 +201,8 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
 
         @functools.partial(jax.jit, donate_argnums=0)
         def step_fn(params, root, batch):
-            (value, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, root, batch)
+            grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+            (value, _), grads = grad_fn(params, prepare(root, batch))
             lr = np.float32(LEARNING_RATE)
             return jax.tree.map(lambda p, g: p - lr * g, params, grads), value
     else:
@@ -214,8 +217,8 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
         with jax.set_mesh(mesh):
             state = init_state(root, init_params, optimizer, shardings)
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, batch))
-        program = train.Program(init_params, axes, loss_fn, lambda step: batch, batch.tokens.size)
-        step_fn = train.make_step(program, optimizer, mesh, shardings)
+        objective = train.Objective(init_params, axes, prepare, loss_fn)
+        step_fn = train.make_step(objective, optimizer, mesh, shardings)
 
     def run():
         nonlocal state

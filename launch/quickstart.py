@@ -52,12 +52,12 @@ def main() -> None:
     preset = "digits,fast" if args.fast else "digits"
     say("1/3", "image tokenizer: scans -> 32 codes of 6 bits")
     with clock(workdir, "tokenizer"):
-        train(vq.get_config(preset), workdir / "image_tokenizer")
+        train_to_the_end(vq.get_config(preset), workdir / "image_tokenizer")
     say("2/3", "one model for reading, drawing, inpainting and arithmetic")
     config = pretrain.get_config(preset)
     config.image_tokenizer = os.path.join("..", "image_tokenizer")
     with clock(workdir, "pretrain"):
-        train(config, workdir / "pretrain")
+        train_to_the_end(config, workdir / "pretrain")
 
     # ---- Measure and report ------------------------------------------------------------------------
     say("3/3", "held-out scans: 359 that no model has seen")
@@ -68,6 +68,12 @@ def main() -> None:
     write(workdir / "report.html", page(workdir, result, pictures))
     write(report, json.dumps(result, indent=1))
     finish(workdir, result)
+
+
+def train_to_the_end(config, workdir):
+    """Trains; a SIGTERM on the way ends the program when that is saved."""
+    if int(train(config, workdir).step) < config.steps:
+        sys.exit(143)  # as a shell has it for SIGTERM
 
 
 @contextlib.contextmanager

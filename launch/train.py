@@ -3,21 +3,40 @@
     python launch/train.py --config configs/pretrain.py:digits --workdir runs/digits
     python launch/train.py --config configs/pretrain.py:digits,smoke --workdir /tmp/smoke \
         --config.steps=10 --config.batch_size=16 --config.save_every=5
+
+Several processes, on Slurm (srun) or a TPU pod, find each other; on Cloud TPU VMs pass --distributed.
+Elsewhere start one with --process_id 0, one with 1 and so on:
+    python launch/train.py ... --coordinator HOST:PORT --num_processes 2 --process_id 0
+All need the same workdir, on a file system that they share.
 """
 
 import os
 import sys
+import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import vq
+from mmada_jax.config import parse_flags
+from mmada_jax.sharding import initialize_distributed
 from mmada_jax.train import check, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, the same for all processes."
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", None, "Whether this is one of several processes that jax detects; default: if the "
+    "environment of Slurm or TPUs says so."
+)  # fmt: skip
+TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.")
 
 
 def main(argv):
@@ -25,29 +44,38 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
+    initialize_distributed(
+        COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value, TIMEOUT.value
+    )
     config, workdir = CONFIG.value, WORKDIR.value
     if config.program == "model" and not config.image_tokenizer:
         config.image_tokenizer = "image_tokenizer"
-        check(config, workdir, vq.get_config("digits"))
-        train(vq.get_config("digits"), os.path.join(workdir, config.image_tokenizer))
+        tokenizer = vq.get_config("digits")
+        check(config, workdir, tokenizer)
+        state = train(tokenizer, os.path.join(workdir, config.image_tokenizer))
+        if int(state.step) < tokenizer.steps:
+            return  # SIGTERM
     train(config, workdir)
 
 
-def parse_flags(argv):
-    """Flags and config overrides; an unknown key is one line, not a traceback."""
+def fail(error):
+    """Ends with one line for errors that users can mend, with a traceback for others."""
+    expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        sys.exit("error: unknown config key {}".format(str(error.args[0]).replace("\n", ". ")))
+        if expected and not os.environ.get("MMADA_TRACEBACK"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+    finally:
+        if jax.distributed.is_initialized():
+            # Python's own exit waits minutes for the other processes, which wait for this one.
+            os._exit(1)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     try:
         app.run(main, flags_parser=parse_flags)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

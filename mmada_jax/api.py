@@ -7,7 +7,7 @@ model.draw(["a handwritten seven"])[0].image.save("seven.png")
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -266,7 +266,7 @@ class MMaDA:
         """Fills the span of a job; ids [B, length]."""
         n, other = len(job.rows.tokens), job.unconditional
         with jax.set_mesh(self.mesh):
-            tokens = _denoise(
+            tokens = decoder(self.mesh)(
                 self.params,
                 *self._rows(job.rows),
                 jax.random.key(seed),
@@ -427,19 +427,29 @@ class MMaDA:
         return Text(self.tokenizer.decode(ids).strip(), np.asarray(ids, np.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "vocab", "start", "length", "rule"))
-def _denoise(params, tokens_BL, valid_BL, key, unconditional, *, config, vocab, start, length, rule):
-    return denoise.denoise(
-        functools.partial(transformer.hidden_states, params, config),
-        functools.partial(transformer.unembed, params, config),
-        tokens_BL,
-        valid_BL,
-        start=start,
-        length=length,
-        rule=rule,
-        vocab=vocab,
-        key=key,
-        unconditional=unconditional,
+@functools.cache
+def decoder(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
+    """The jitted decoding for a mesh: (params, tokens, valid, key, unconditional rows or None), and
+    config, vocab, start, length, rule by name -> tokens [B, L]."""
+
+    def run(params, tokens_BL, valid_BL, key, unconditional, *, config, vocab, start, length, rule):
+        return denoise.denoise(
+            functools.partial(transformer.hidden_states, params, config),
+            functools.partial(transformer.unembed, params, config),
+            tokens_BL,
+            valid_BL,
+            start=start,
+            length=length,
+            rule=rule,
+            vocab=vocab,
+            key=key,
+            unconditional=unconditional,
+        )
+
+    return jax.jit(
+        run,
+        static_argnames=("config", "vocab", "start", "length", "rule"),
+        compiler_options=sharding.compiler_options(mesh),
     )
 
 

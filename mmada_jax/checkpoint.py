@@ -100,11 +100,10 @@ class Checkpoints:
         return TrainState(number, restored["params"], restored["opt_state"])
 
     def _write_manifest(self) -> None:
-        # Orbax calls this when all data is written, before it renames the temporary folder: a step is
-        # committed with its manifest or not at all.
-        if jax.process_index() == 0:
-            (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            write_manifest(folder)
+        # Orbax calls this in the first process when all processes have written, before it renames the
+        # temporary folder: a step is committed with its manifest or not at all.
+        (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_manifest(folder)
 
 
 def newest_step(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -279,7 +278,8 @@ def verify_manifest(folder: str | pathlib.Path, part: str = "") -> None:
     folder = pathlib.Path(folder)
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        print(f"warning: {folder} has no {MANIFEST}, its content can't be verified", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"warning: {folder} has no {MANIFEST}, its content can't be verified", file=sys.stderr)
         return
     try:
         files = json.loads(manifest.read_text())["files"]
@@ -336,9 +336,12 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def check_workdir(workdir: str | pathlib.Path, config: dict[str, Any], fixed: tuple[str, ...]) -> None:
+def check_workdir(
+    workdir: str | pathlib.Path, config: dict[str, Any], fixed: tuple[str, ...], free: tuple[str, ...] = ()
+) -> None:
     """Raises ValueError if the workdir is that of another model: the top-level groups in `fixed` must
-    equal those of the run that made it; the others may change between resumes."""
+    equal those of the run that made it, but for the keys in `free`; the others may change between
+    resumes."""
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         return
@@ -347,6 +350,7 @@ def check_workdir(workdir: str | pathlib.Path, config: dict[str, Any], fixed: tu
         f"{key} is {a!r} there and {b!r} now"
         for group in fixed
         for key, a, b in _differences(group, old.get(group), new.get(group))
+        if key not in free
     ]
     if different:
         raise ValueError(
@@ -356,7 +360,9 @@ def check_workdir(workdir: str | pathlib.Path, config: dict[str, Any], fixed: tu
 
 
 def claim_workdir(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
-    """Makes the workdir and writes its config.json, whole or not at all."""
+    """Makes the workdir and writes its config.json, whole or not at all; the first process does."""
+    if jax.process_index():
+        return
     path = pathlib.Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -6,6 +6,7 @@ one error that names the key and the nearest known one, before anything is compu
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -70,6 +71,20 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
         else:
             out[key] = _convert(type(defaults[key]), _literal(text), key)
     return out
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """`app.run`'s flags_parser for programs with a --config: what is wrong with it is one line."""
+    from absl import flags
+
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:  # what a config file raises is the end of a long text
+        sys.exit("error: " + str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: "))
+    except (AttributeError, KeyError) as error:
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        sys.exit("error: unknown config key {}".format(str(error.args[0]).replace("\n", ". ")))
 
 
 def _literal(text: str) -> Any:

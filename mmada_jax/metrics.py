@@ -7,14 +7,19 @@ import sys
 import threading
 import time
 
+import jax
+
 
 class Metrics:
     """Writes WORKDIR/metrics.jsonl and WORKDIR/tensorboard; rows beyond `resume_step` are dropped,
-    since the run is about to write them again."""
+    since the run is about to write them again. Only the first process writes and prints."""
 
     def __init__(self, workdir: str | pathlib.Path, steps: int, resume_step: int = 0):
         from tensorboardX import SummaryWriter
 
+        self._silent = jax.process_index() > 0
+        if self._silent:
+            return
         workdir = pathlib.Path(workdir)
         self._steps, self._last, self._last_time = steps, resume_step, time.perf_counter()
         path = workdir / "metrics.jsonl"
@@ -29,11 +34,15 @@ class Metrics:
         return self
 
     def __exit__(self, *_):
+        if self._silent:
+            return
         self._file.close()
         self._board.close()
 
     def write(self, step: int, values: dict[str, float], tokens_per_step: int) -> None:
         """Records one row and prints the progress line."""
+        if self._silent:
+            return
         now = time.perf_counter()
         seconds = (now - self._last_time) / max(1, step - self._last)
         self._last, self._last_time = step, now

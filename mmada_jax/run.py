@@ -43,9 +43,12 @@ class Run:
     mesh: Mesh = Mesh()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every", "accumulate"):
+            if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        chunk = getattr(self, "loss_chunk", None)
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"loss_chunk is {chunk}; it must be at least 1, or None for all positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +66,17 @@ class ModelRun(Run):
     the preset; `image_tokenizer` is the workdir of a VQRun, relative to the run's own or absolute."""
 
     preset: str = "digits"
+    data: Literal["digits", "none"] = "digits"
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     image_tokenizer: str = ""
+    image_size: int = 0  # pixels of a side; the scans of digits have their own
     text_vocab: int = 384
     max_text: int = 256
     cond_dropout: float = 0.1
     mixture: dict[str, int] = dataclasses.field(default_factory=dict)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    loss_chunk: int | None = None
+    loss_chunk: int | None = None  # positions of a device that have logits at a time
+    accumulate: int = 1  # parts that a batch goes through the model in, one after the other
 
 
 def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:
@@ -104,6 +110,11 @@ def plan(run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = Non
 
     `vq_config` is given where the image tokenizer is yet to be trained."""
     rows_per_task(run.mixture, run.batch_size)
+    if run.data == "none":
+        raise ValueError(
+            "config.data is 'none': this configuration describes a step without saying where its rows "
+            "come from; launch/aot.py compiles it, training needs data='digits' and a preset to match"
+        )
     vq_config = vq_config or vq_config_of(image_tokenizer_of(run, workdir))
     grid = (digits.HEIGHT // vq_config.downsampling, digits.WIDTH // vq_config.downsampling)
     saved = workdir / "tokenizer.json"
@@ -112,16 +123,25 @@ def plan(run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = Non
     else:
         tokenizer = TextTokenizer.train(digits.corpus(), run.text_vocab)
     vocab = tokenizer.vocab(vq_config.codebook_size)
+    model = model_of(run, vocab, grid[0] * grid[1])
+    return Plan(tokenizer, vocab, model, vq_config, grid)
+
+
+def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
+    """The architecture of a run: its preset, with the run's own values, for its vocabulary.
+
+    Raises ValueError if rows with `n_image` image tokens are longer than it takes.
+    """
     preset = dataclasses.asdict(preset_of(transformer.PRESETS, run.preset))
     values = preset | dict(run.model) | {"vocab": vocab.rows}
     model = config_lib.from_dict(transformer.Config, values, "model.")
-    length = run.max_text + grid[0] * grid[1] + 3
+    length = run.max_text + n_image + 3
     if length > model.max_len:
         raise ValueError(
-            f"rows have {length} tokens (max_text {run.max_text} + {grid[0] * grid[1]} of the image "
-            f"+ 3), the model takes {model.max_len}; lower max_text or raise model.max_len"
+            f"rows have {length} tokens (max_text {run.max_text} + {n_image} of the image + 3), the "
+            f"model takes {model.max_len}; lower max_text or raise model.max_len"
         )
-    return Plan(tokenizer, vocab, model, vq_config, grid)
+    return model
 
 
 def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:

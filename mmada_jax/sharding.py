@@ -7,11 +7,20 @@ that one line.
 """
 
 import dataclasses
+import functools
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mmada_jax import chips
 
 MESH_AXES = ("data", "fsdp", "tensor")
 AXIS_TYPES = (AxisType.Auto,) * 3
@@ -22,6 +31,7 @@ class AxisRules:
     """Logical axis -> mesh axis or axes; None is replicated."""
 
     batch: Any = ("data", "fsdp")
+    all_rows: Any = "data"  # of the devices that share the weights' parts
     length: Any = None
     embed: Any = None
     heads: Any = "tensor"
@@ -40,9 +50,91 @@ USE = AxisRules()
 REST = AxisRules(embed="fsdp")
 
 
+def initialize_distributed(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    distributed: bool | None = None,
+    timeout: int = 300,
+) -> None:
+    """Connects the processes of one run to each other. Call it before anything else asks for devices.
+
+    `coordinator`, HOST:PORT of process 0, and the two numbers say who is who, all three or none.
+    Without them jax finds out by itself (Cloud TPU, Slurm, Open MPI): if `distributed`, or, where that
+    is None, if the environment says that there are several. Otherwise nothing happens.
+    Raises ValueError for what can't be meant, OSError if the port is taken, ConnectionError if the
+    processes don't find each other within `timeout` seconds.
+    """
+    explicit = (coordinator, num_processes, process_id)
+    if any(x is not None for x in explicit):
+        _check_explicit(*explicit)
+    elif not (several_processes(os.environ) if distributed is None else distributed):
+        return
+    # Its handler would swallow SIGTERM until training has its own, which saves at a step that all agree on.
+    jax.config.update("jax_enable_preemption_service", False)
+    me = "this process" if coordinator is None else f"process {process_id} of {num_processes}"
+    at = "the coordinator" if coordinator is None else coordinator
+    # Past its own timeout jax aborts with a stack trace.
+    connect = functools.partial(jax.distributed.initialize, initialization_timeout=2 * timeout)
+    try:
+        _call_within(timeout, functools.partial(connect, *explicit))
+    except TimeoutError as error:
+        raise ConnectionError(
+            f"{me} and the others didn't meet at {at} within {timeout} s; is that the address of "
+            "process 0, and are all of them started?"
+        ) from error
+    except (RuntimeError, ValueError) as error:
+        raise ConnectionError(f"{me} can't connect at {at}: {str(error).splitlines()[0]}") from error
+
+
+def _call_within(seconds: float, f: Callable[[], None]) -> None:
+    """Raises what `f` raises, or TimeoutError while `f` runs on; it doesn't keep Python from exiting."""
+    done: Future[None] = Future()
+
+    def call():
+        try:
+            done.set_result(f())
+        except Exception as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    done.result(seconds)
+
+
+def _check_explicit(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if None in (coordinator, num_processes, process_id):
+        raise ValueError("coordinator, num_processes and process_id belong together: give all or none")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"coordinator is {coordinator!r}; it must be HOST:PORT")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"process_id is {process_id}; it must be from 0 to num_processes - 1")
+    if process_id == 0:
+        with socket.create_server(("", int(port))):  # raises OSError if it is taken, where jax would crash
+            pass
+
+
+def several_processes(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm's or the TPU's environment variables say that this process is one of several."""
+    # In a Slurm job, only what srun starts is one of several; the batch script itself is alone.
+    slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
+    # Off TPUs libtpu leaves a sentence there, which child processes inherit.
+    tpu = "," in hosts and " " not in hosts
+    return slurm or tpu or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:
-    """The mesh ("data", "fsdp", "tensor") over all devices; one size may be -1: what is left."""
+    """The mesh ("data", "fsdp", "tensor") over all devices; one size may be -1: what is left.
+
+    Of several slices only `data` crosses the slower network between them (it carries nothing but sums
+    of gradients): it is raised to their number if it is 1. Raises ValueError for sizes that don't fit.
+    """
     devices = jax.devices() if devices is None else devices
+    # On GPUs a "slice" is a host, and weights may well be spread over several.
+    of_tpu = [device for device in devices if device.platform == "tpu"]
+    slices = len({getattr(device, "slice_index", None) for device in of_tpu}) or 1
+    data = slices if data == 1 else data
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
     free = [name for name, size in sizes.items() if size == -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -53,6 +145,15 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> j
         )
     for name in free:
         sizes[name] = len(devices) // fixed
+    if slices > 1:
+        if sizes["data"] % slices:
+            raise ValueError(
+                f"mesh data={sizes['data']} must be a multiple of the {slices} slices: the other axes "
+                "can't cross the network between them"
+            )
+        within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        return jax.sharding.Mesh(grid, MESH_AXES, AXIS_TYPES)
     return jax.make_mesh(tuple(sizes.values()), MESH_AXES, AXIS_TYPES, devices=devices)
 
 
@@ -61,6 +162,64 @@ def constrain(x: jax.Array, *axes: str | None, rules: AxisRules = USE) -> jax.Ar
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, rules.spec(*axes))
+
+
+def on_each_device(f: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`f`, run by every device on its own part of the arrays, for what the compiler can't split (a
+    kernel) or splits badly. Outside of a mesh it is `f`, and the sums below are the identity."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return f
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def all_sum(x: jax.Array, axis: str) -> jax.Array:
+    """Within `on_each_device`: the sum of x over the devices among which logical `axis` is split."""
+    return jax.lax.psum(x, _used(axis))
+
+
+def all_max(x: jax.Array, axis: str) -> jax.Array:
+    """Within `on_each_device`: the largest x over the devices among which logical `axis` is split."""
+    return jax.lax.pmax(x, _used(axis))
+
+
+def first_of(size: int, axis: str) -> Any:
+    """Within `on_each_device`: where this device's `size` entries of logical `axis` begin."""
+    return jax.lax.axis_index(_used(axis)) * size if _used(axis) else 0
+
+
+def scatter_sum(x_D: jax.Array) -> jax.Array:
+    """Within `on_each_device`: a gradient [embed, ...], summed over all rows, each device its part."""
+    if not _used("batch"):
+        return x_D
+    x_D = jax.lax.psum_scatter(x_D, REST.embed, scatter_dimension=0, tiled=True)
+    return jax.lax.psum(x_D, tuple(a for a in USE.batch if a != REST.embed))
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
+    """Options of a compilation for the devices of `mesh` (the table is in chips.py)."""
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    return chip and chip.compiler_options
+
+
+def parts(axis: str) -> int:
+    """Into how many parts logical `axis` is split in use; 1 outside of a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return int(np.prod([mesh.shape[a] for a in _used(axis)]))
+
+
+def _used(axis):
+    """The mesh axes of a logical axis, none outside of a mesh."""
+    axes = getattr(USE, axis)
+    axes = (axes,) if isinstance(axes, str) else axes
+    return () if jax.sharding.get_abstract_mesh().empty else axes
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of the mesh in use, which the compiler may be targeting from
+    another machine, or of the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def tree_shardings(mesh: jax.sharding.Mesh, axes: Any, shapes: Any, rules: AxisRules = REST) -> Any:
@@ -109,6 +268,9 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """A pytree of host arrays [rows, ...], this process's part of the batch -> global arrays."""
+    """A pytree of host arrays [rows, ...], the whole batch on every process -> global arrays.
+
+    Every process places the rows of its devices.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)

@@ -33,7 +33,7 @@ def state_shardings(
         params = init_params(key)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     everywhere = sharding.replicated(mesh)
     if axes is None:
         return shapes, jax.tree.map(lambda _: everywhere, shapes)

@@ -104,6 +104,7 @@ def test_a_workdir_holds_one_model(tmp_path):
     check_workdir(tmp_path, config | {"steps": 5}, ("preset", "model"))
     with pytest.raises(ValueError, match=r"model\.dtype is 'float32' there and 'bfloat16' now"):
         check_workdir(tmp_path, config | {"model": {"dtype": "bfloat16"}}, ("preset", "model"))
+    check_workdir(tmp_path, config | {"model": {"dtype": "bfloat16"}}, ("model",), free=("model.dtype",))
 
 
 # ---- Damage ----------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-    "vocab schedule config kernels.*",
+    "vocab schedule config chips hlo kernels.*",
     "attention sharding layout data.tokenizer data.images data.sources data.digits",
     "transformer vq",
     "corrupt loss denoise",
     "state optim checkpoint metrics run convert.* data.pipeline rl.unigrpo rl.rewards",
-    "train rl.train rl.rollout evaluate api",
+    "train rl.train rl.rollout evaluate api aot",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 NO_JAX = ("vocab", "layout", "data")  # and everything in data, but for data.pipeline

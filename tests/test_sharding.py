@@ -1,13 +1,17 @@
 """Meshes on eight fake devices: shapes, rules, placing, and that sharding changes no number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mmada_jax import sharding, transformer
+from mmada_jax import layout, sharding, transformer
+from mmada_jax.run import ModelRun
 from mmada_jax.sharding import REST, USE, make_mesh
+from mmada_jax.train import model_objective
 
 CONFIG = transformer.Config(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=64, vocab=64, max_len=32, dtype="float32"
@@ -54,25 +58,97 @@ def test_constrain_does_nothing_without_a_mesh():
     assert sharding.constrain(x, "batch", "embed") is x
 
 
-@pytest.mark.parametrize("sizes", [(4, 2, 1), (1, 4, 2)])
-def test_value_and_gradient_are_those_of_one_device(sizes):
-    params = transformer.init_params(jax.random.key(0), CONFIG)
-    tokens = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
-    valid = np.arange(16) >= np.arange(8)[:, None]
+RUN = ModelRun(
+    program="model",
+    steps=1,
+    batch_size=8,
+    mixture={"t2i": 4, "lm": 1, "lm_chat": 1, "mmu": 2},
+    loss_chunk=24,
+)
 
-    def loss(params, tokens, valid):
-        h = transformer.hidden_states(params, CONFIG, tokens, valid)
-        return jnp.sum(jnp.where(valid, jax.nn.logsumexp(transformer.unembed(params, CONFIG, h), -1), 0))
 
-    want = jax.jit(jax.value_and_grad(loss))(params, tokens, valid)
-    mesh = make_mesh(*sizes)
-    places = sharding.tree_shardings(mesh, transformer.param_axes(CONFIG), params)
+def rows(length=32, seed=0):
+    """Eight rows of random tokens of all tasks, padded on the left."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 64, (8, length)).astype(np.int32)
+    valid = np.arange(length) >= np.arange(8)[:, None]
+    target = valid & (np.arange(length) >= length // 2)
+    task = np.array([0, 0, 0, 0, 1, 2, 3, 3], np.int32)
+    return layout.Batch(tokens, valid, target, np.zeros_like(target), task)
+
+
+def gradients(config, mesh=None, batch=None):
+    """Loss and gradients of the model's objective, on a mesh if there is one."""
+    objective = model_objective(RUN, config, mask=0)
+    batch = rows() if batch is None else batch
+
+    def run(params, batch):
+        prepared = objective.prepare(jax.random.key(1), batch)
+        return jax.value_and_grad(objective.loss, has_aux=True)(params, prepared)
+
+    params = transformer.init_params(jax.random.key(0), config)
+    if mesh is None:
+        return jax.jit(run)(params, batch)
+    places = sharding.tree_shardings(mesh, objective.axes, params)
+    everywhere = sharding.replicated(mesh)
     with jax.set_mesh(mesh):
         split = jax.jit(
-            jax.value_and_grad(loss),
-            in_shardings=(places, sharding.batch_sharding(mesh), sharding.batch_sharding(mesh)),
-            out_shardings=(sharding.replicated(mesh), places),
+            run,
+            in_shardings=(places, sharding.batch_sharding(mesh)),
+            out_shardings=(everywhere, places),
         )
-        got = split(jax.device_put(params, places), tokens, valid)
-    assert got[1]["blocks"]["up_DF"].sharding.spec == PartitionSpec(None, "fsdp", REST.mlp)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+        return split(jax.device_put(params, places), batch)
+
+
+@pytest.fixture(scope="module")
+def of_one_device():
+    return gradients(CONFIG)
+
+
+def assert_equal(got, want):
+    """Relative to the largest entry of each gradient."""
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(np.abs(b).max()))
+
+    jax.tree.map(close, got, want)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (4, 2, 1), (1, 4, 2), (2, 2, 2)])
+def test_loss_and_gradients_are_those_of_one_device(sizes, of_one_device):
+    got = gradients(CONFIG, make_mesh(*sizes))
+    assert got[1]["blocks"]["up_DF"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert got[1]["head_DV"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert_equal(got, of_one_device)
+
+
+@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+def test_kernels_see_their_own_rows_and_heads(implementation, of_one_device):
+    config = dataclasses.replace(CONFIG, attention=implementation)
+    assert_equal(gradients(config, make_mesh(2, 2, 2)), of_one_device)
+
+
+def test_platform_is_that_of_the_mesh_and_not_of_the_machine(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert sharding.platform() == "tpu"
+    with jax.set_mesh(make_mesh()):
+        assert sharding.platform() == "cpu"
+
+
+def test_several_slices_need_a_data_axis_that_crosses_them():
+    class Chip:
+        """A device of one of two slices, as far as a mesh looks at it."""
+
+        platform, device_kind, process_index = "tpu", "TPU v5 lite", 0
+
+        def __init__(self, i):
+            self.id, self.slice_index, self.coords, self.core_on_chip = i, i // 4, (i % 4, 0, 0), 0
+
+    devices = [Chip(i) for i in range(8)]
+    mesh = make_mesh(devices=devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    for crossing in range(2):
+        assert {d.slice_index for d in mesh.devices[crossing].flat} == {crossing}
+    devices = [Chip(i) for i in range(16)]  # four slices
+    with pytest.raises(ValueError, match="data=2 must be a multiple of the 4 slices"):
+        make_mesh(data=2, devices=devices)

@@ -31,17 +31,19 @@ def params(workdir):
 
 def start(program, config, mesh):
     optimizer = optim.make(parse(config).optim, config["steps"])
-    _, shardings = state_shardings(mesh, program.init_params, program.axes, optimizer)
-    state = init_state(jax.random.key(0), program.init_params, optimizer, shardings)
-    return state, make_step(program, optimizer, mesh, shardings)
+    objective = program.objective
+    _, shardings = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
+    state = init_state(jax.random.key(0), objective.init_params, optimizer, shardings)
+    return state, make_step(objective, optimizer, mesh, shardings, program.accumulate)
 
 
 def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_path):
     adamw = smoke_config["optim"] | {"name": "adamw", "eps": 1e-3}  # no sign(0) to amplify noise
     config = smoke_config | {"image_tokenizer": str(image_tokenizer), "optim": adamw}
-    program = model_program(parse(config), tmp_path)
     results = []
-    for sizes in ({"devices": jax.devices()[:1]}, {"data": 2, "fsdp": 2, "tensor": 2}):
+    one, two = {"devices": jax.devices()[:1]}, {"devices": jax.devices()[:2]}
+    for accumulate, sizes in ((1, one), (1, {"data": 2, "fsdp": 2, "tensor": 2}), (2, two)):
+        program = model_program(parse(config | {"accumulate": accumulate}), tmp_path)
         mesh = sharding.make_mesh(**sizes)
         with jax.set_mesh(mesh):
             state, step_fn = start(program, config, mesh)
@@ -50,9 +52,10 @@ def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_
                 state, values = step_fn(state, jax.random.key(0), batch)
             assert step_fn._cache_size() == 1
         results.append((float(values["loss"]), jax.device_get(state.params)))
-    (one, params_one), (eight, params_eight) = results
-    np.testing.assert_allclose(one, eight, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params_one, params_eight)
+    (loss, params), *others = results
+    for other_loss, other_params in others:
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_params, params)
 
 
 def test_nan_gradient_changes_nothing_and_is_counted():
@@ -120,6 +123,7 @@ def test_bad_configurations_are_refused_before_anything_is_written(smoke_config,
         "mesh": {"mesh": {"data": 3, "fsdp": 1, "tensor": 1}},
         "batch_size": {"batch_size": 0},
         "shards": {"batch_size": 12},
+        "2 parts of `accumulate`": {"accumulate": 2},
         "config.program": {"program": "gan"},
         "model.dtype": {"model": {"dtype": "float64"}},
     }

@@ -97,7 +97,16 @@ def loss_and_gradients(params, config):
     return jnp.mean(jnp.square(logits) * VALID[..., None].astype(np.float32))
 
 
-@pytest.mark.parametrize("change", [{"remat": "full"}, {"unroll": 3}, {"attention": "xla"}])
+CHANGES = [
+    {"remat": "full"},
+    {"remat": "attention+middle+qkv+mlp"},
+    {"remat": "middle+mlp", "attention": "tpu"},
+    {"unroll": 3},
+    {"attention": "xla"},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_remat_unrolling_and_attention_change_nothing(params, change):
     value, grads = loss_and_gradients(params, TINY)
     other_value, other_grads = loss_and_gradients(params, dataclasses.replace(TINY, **change))
@@ -185,10 +194,10 @@ def test_rms_norm_is_computed_in_float32():
 
 def test_rope_turns_pairs_of_halves():
     rng = np.random.default_rng(0)
-    x, positions, theta = rng.standard_normal((2, 5, 3, 8)), rng.integers(0, 99, (2, 5)), 100.0
+    x, positions, theta = rng.standard_normal((2, 3, 5, 8)), rng.integers(0, 99, (2, 5)), 100.0
     z = x[..., :4] + 1j * x[..., 4:]
     angle = positions[..., None] * theta ** (-2 * np.arange(4) / 8)
-    turned = z * np.exp(1j * angle)[:, :, None]
+    turned = z * np.exp(1j * angle)[:, None]
     table = transformer.rope_table(jnp.asarray(positions), 8, theta)
     ours = transformer.rope(jnp.asarray(x, jnp.float32), *table)
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=5e-5)
@@ -217,3 +226,25 @@ def test_bfloat16_is_near_float32(params):
 def test_impossible_shapes_are_errors(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+def test_what_is_kept_is_not_computed_again(params):
+    def products(remat):
+        config = dataclasses.replace(TINY, remat=remat)
+        return str(
+            jax.make_jaxpr(jax.grad(lambda p: jnp.sum(hidden(p, config, TOKENS, VALID))))(params)
+        ).count("dot_general")
+
+    nothing_again = products("none")
+    # Scores; the output of attention; the product after it; gate and up; q, k and v.
+    assert products("attention+middle+qkv+mlp") == nothing_again + 1
+    assert products("middle+qkv+mlp") == nothing_again + 2
+    assert products("attention+qkv+mlp") == nothing_again + 2
+    assert products("qkv+mlp") == nothing_again + 3
+    assert products("qkv") == nothing_again + 5
+    assert products("full") == nothing_again + 8
+
+
+def test_unknown_names_of_what_is_kept_are_an_error():
+    with pytest.raises(ValueError, match="remat 'qvk' names qvk; it must be 'none', 'full', or some of"):
+        dataclasses.replace(TINY, remat="qvk")

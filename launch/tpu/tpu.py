@@ -87,8 +87,9 @@ spec:
               - -c
               # Training that SIGTERM stopped has saved and ends with 0, which would pass for finished.
               - |
+                trap 'stopped=143; if [ -n "$child" ]; then kill -TERM $child; fi' TERM
                 "$@" & child=$!
-                trap 'stopped=143; kill -TERM $child' TERM
+                if [ -n "$stopped" ]; then kill -TERM $child; fi
                 wait $child; ended=$?
                 if [ -n "$stopped" ]; then wait $child; fi
                 exit ${{stopped:-$ended}}

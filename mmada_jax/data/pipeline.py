@@ -33,8 +33,7 @@ def rows_per_task(mixture: dict[str, int], batch_size: int) -> dict[str, int]:
 class DigitRows:
     """Batches of token rows about scans of digits; called with a step.
 
-    `encode` maps canvases [n, 8, 16, 1] to codes [n, ...]. Every process lays out its own part of
-    the global batch.
+    `encode` maps canvases [n, 8, 16, 1] to codes [n, ...].
     """
 
     tokenizer: TextTokenizer
@@ -52,12 +51,9 @@ class DigitRows:
         return self.max_text + self.n_image + 3
 
     def __call__(self, step: int) -> layout.Batch:
-        """The batch of `step`, numpy."""
+        """The whole batch of `step`, numpy."""
         records = digits.records("train", self.seed, step, self.rows)
         dropped = np.random.default_rng([self.seed, step, 1]).random(len(records))
-        part = len(records) // jax.process_count()
-        mine = slice(part * jax.process_index(), part * (jax.process_index() + 1))
-        records, dropped = records[mine], dropped[mine]
         pixels = [r.pixels for r in records if r.pixels is not None]
         # All rows are encoded, text rows as blanks, so that one shape is compiled.
         blank = np.full((digits.HEIGHT, digits.WIDTH, 1), -1, np.float32)
@@ -90,7 +86,4 @@ class DigitCanvases:
 
     def __call__(self, step: int) -> np.ndarray:
         """The canvases of `step`."""
-        records = digits.records("train", self.seed, step, {"mmu": self.rows})
-        part = self.rows // jax.process_count()
-        mine = slice(part * jax.process_index(), part * (jax.process_index() + 1))
-        return np.stack([r.pixels for r in records[mine]])
+        return np.stack([r.pixels for r in digits.records("train", self.seed, step, {"mmu": self.rows})])

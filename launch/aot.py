@@ -1,0 +1,126 @@
+"""Compiles a step for a TPU topology, without one, and reports what the compiler says of it.
+
+    python launch/aot.py --config configs/pretrain.py:8b,phase=3 --topology v5p:4x4x4
+    python launch/aot.py --config configs/pretrain.py:8b,phase=3 --topology v5e:16x16 --slices 2 \
+        --config.batch_size=1024 --config.model.remat=attention+middle --json
+    python launch/aot.py --config configs/pretrain.py:8b,phase=3 --step draw --topology v6e:1x1 \
+        --config.batch_size=1
+
+Needs no device, but libtpu: pip install -e ".[aot]". A compilation of the 8B takes some minutes. Exit
+status 1 where the step doesn't fit. All figures are of one chip; the ceiling is an estimate of the
+compiler, without collectives and Pallas kernels, and never a throughput.
+"""
+
+import json
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays free
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mmada_jax import chips
+from mmada_jax.config import parse_flags
+from mmada_jax.run import ModelRun, parse
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:8b,phase=3.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "As v5p:4x4x4 or v5p-128; of one slice.")
+SLICES = flags.DEFINE_integer("slices", 1, "How many slices; the mesh axis data crosses them.")
+STEP = flags.DEFINE_enum("step", "train", ["train", "draw"], "Training, or drawing with guidance.")
+PROGRAM = flags.DEFINE_string("program", None, "Write the compiled program there, as text (HLO).")
+JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def main(argv):
+    """Prints the report."""
+    if argv[1:]:
+        raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
+    topology = chips.topology(TOPOLOGY.value, SLICES.value)
+    run = parse(CONFIG.value)
+    if not isinstance(run, ModelRun):
+        raise ValueError("this configuration trains no model; use configs/pretrain.py:8b,phase=1")
+    from mmada_jax import aot
+
+    flag = flags.FLAGS["config"]
+    named = {
+        "config": config_flags.get_config_filename(flag),
+        "overrides": config_flags.get_override_values(flag),
+    }
+    report = {**named, **aot.report(run, topology, STEP.value, PROGRAM.value)}
+    print(json.dumps(report, indent=2) if JSON.value else as_text(report))
+    if not report["fits"]:
+        print(what_to_change(report), file=sys.stderr)
+        sys.exit(1)
+
+
+def as_text(report):
+    """The report for people."""
+    lines = [f"{report['step']} step of {report['config']}"]
+    if report["overrides"]:
+        lines.append("  " + " ".join(f"{name}={value}" for name, value in report["overrides"].items()))
+    mesh = " ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    lines += [
+        f"{report['topology']}, {report['chips']} chips ({mesh})",
+        f"{report['rows_per_chip']:g} rows of {report['row_length']} tokens per chip, "
+        f"remat {report['remat']}",
+        "",
+        f"memory       {'fits' if report['fits'] else 'does not fit'}: peak "
+        f"{report['hbm_peak_gib']:.2f} GiB of {report['hbm_limit_gib']:.2f}",
+    ]
+    if report["mfu_ceiling"] is not None:
+        lines += [
+            f"             arguments {report['hbm_arguments_gib']:.2f} GiB, temporaries "
+            f"{report['hbm_temporaries_gib']:.2f}, all together {report['hbm_total_gib']:.2f}",
+            f"attention    {report['attention_kernel']}",
+            f"products     {report['matmul_flops'] / 1e12:.1f} TFLOP, "
+            f"{report['matmul_flops'] / report['model_flops']:.2f} times the model's "
+            f"{report['model_flops'] / 1e12:.1f}",
+            f"ceiling      {report['mfu_ceiling']:.1%} of the peak, by the compiler's estimate of "
+            f"{report['cycles'] / 1e6:.0f} M cycles,",
+            "             collectives and Pallas kernels not counted; this is not a throughput",
+            "collectives",
+        ]
+        lines += [
+            f"  {kind:20} {c['count']:5}, {c['async']} asynchronous, {c['bytes'] / 1e9:.2f} GB"
+            for kind, c in report["collectives"].items()
+        ]
+        lines.append(
+            f"  blocking in one layer, forward and backward: {report['layer_loop_blocking_mb']} MB"
+        )
+    seconds, host = report["compile_seconds"], report["host_memory_gib"]
+    lines.append(f"compiled in {seconds:.0f} s with {host:.1f} GiB of host memory")
+    return "\n".join(lines)
+
+
+def what_to_change(report):
+    """One line for a step that needs more than there is."""
+    needed, limit = report["hbm_peak_gib"], report["hbm_limit_gib"]
+    text = f"does not fit: {needed:.2f} GiB needed, a chip has {limit:.2f}. "
+    if report["step"] == "draw":
+        return text + "Use more chips (each holds a part of the weights), or lower --config.batch_size."
+    ways, parts = [], report["accumulate"]
+    rows, n_data = round(report["rows_per_chip"]), report["mesh"]["data"] * report["mesh"]["fsdp"]
+    if rows > parts:
+        fewer = max(1, rows // parts // 2) * parts * n_data
+        ways.append(f"fewer rows per chip (--config.batch_size={fewer})")
+        if rows % (2 * parts) == 0:
+            ways.append(f"the batch in parts (--config.accumulate={2 * parts})")
+    if report["remat"] != "full":
+        less = {"none": "attention+middle+qkv+mlp", "attention+middle+qkv+mlp": "attention+middle+qkv"}
+        remat = less.get(report["remat"], "full")
+        ways.append(f"less kept for the backward pass (--config.model.remat={remat})")
+    if report["mesh"]["tensor"] < 8:
+        ways.append(f"a larger tensor axis (--config.mesh.tensor={2 * report['mesh']['tensor']})")
+    return text + "Change: " + "; ".join([*ways, "more chips"])
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("MMADA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

@@ -1,0 +1,154 @@
+"""Compilation for TPUs that aren't there: topologies, the report, and what it says of bad input."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mmada_jax import chips
+
+ROOT = pathlib.Path(__file__).parent.parent
+# An 8B step in small: the same program, heads as wide, in seconds instead of minutes.
+SMALL = """
+from configs import pretrain
+
+def get_config(arg):
+    config = pretrain.get_config("8b,phase=1")
+    config.batch_size = 8
+    config.model.update(d_model=512, n_layers=3, n_heads=4, n_kv_heads=4, d_mlp=1024)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(SMALL)
+    return f"{path}:"
+
+
+def launch(*flags):
+    command = [sys.executable, ROOT / "launch/aot.py", *flags]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_topologies_by_shape_and_by_the_clouds_names():
+    assert chips.topology("v5p:4x4x4") == chips.topology("v5p-128") == chips.Topology("v5p", (4, 4, 4))
+    assert chips.topology("v5e-256").shape == chips.topology("v5litepod-256").shape == (16, 16)
+    assert chips.topology("v6e:8x8").chips == 64
+    two = chips.topology("v5e:16x16", slices=2)
+    assert (two.chips, str(two)) == (512, "2 x v5e:16x16")
+
+
+@pytest.mark.parametrize("text", ["v5p:3x3x3", "v9:2x2", "v5e", "v5p-64x", "v5e-7", "v5p-1"])
+def test_unknown_topologies_list_the_known_ones(text):
+    with pytest.raises(ValueError, match=f"unknown topology '{text}'") as error:
+        chips.topology(text)
+    for name, chip in chips.CHIPS.items():
+        assert f"{name}: {' '.join(chip.topologies)}" in str(error.value)
+
+
+def test_slices_are_at_least_one():
+    with pytest.raises(ValueError, match="slices is 0"):
+        chips.topology("v5p:4x4x4", 0)
+
+
+def test_options_are_those_of_the_chip():
+    assert chips.of_kind("cpu") is None
+    assert chips.of_kind("TPU v6 lite").compiler_options["xla_tpu_scoped_vmem_limit_kib"] == "65536"
+
+
+def test_training_step(small):
+    run = launch("--config", small, "--topology", "v5p:2x2x1", "--json")
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout)
+    assert report["config"] == small
+    assert (report["topology"], report["chips"], report["fits"]) == ("v5p:2x2x1", 4, True)
+    assert (report["rows_per_chip"], report["row_length"]) == (2, 387)
+    assert report["attention_kernel"] == "mmada_attention_forward mmada_attention_backward"
+    # Blocks, attention (two products), head; three passes. Per chip.
+    per_token = 2 * 3 * (4 * 512 * 512 + 3 * 512 * 1024) + 4 * 387 * 512 * 3 + 2 * 512 * 134656
+    assert report["model_flops"] == 3 * 2 * 387 * per_token
+    # Attention is computed once more than the model asks for, RoPE has products of its own.
+    assert 1 < report["matmul_flops"] / report["model_flops"] < 1.2
+    assert 0 < report["mfu_ceiling"] < 1
+    assert 0 < report["hbm_peak_gib"] <= report["hbm_total_gib"] < report["hbm_limit_gib"] == 95.74
+    assert report["compile_seconds"] > 0
+    assert report["layer_loop_blocking_mb"] > 0
+    gathers = report["collectives"]["all-gather"]
+    assert gathers["count"] > gathers["async"] >= 0
+    assert gathers["bytes"] > 2 * 512 * 134656
+
+
+def test_drawing_with_the_8b_on_a_tensor_mesh():
+    flags = ["--step", "draw", "--topology", "v5e:2x2", "--config.batch_size=1"]
+    run = launch("--config", "configs/pretrain.py:8b,phase=3", *flags)
+    assert run.returncode == 0, run.stderr
+    assert "4 chips (data 1 fsdp 1 tensor 4)" in run.stdout
+    assert "attention    mmada_attention_forward" in run.stdout
+    assert "this is not a throughput" in run.stdout
+
+
+def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change():
+    flags = ["--topology", "v5e:4x4", "--config.batch_size=128", "--json"]
+    run = launch("--config", "configs/pretrain.py:8b,phase=3", *flags)
+    assert run.returncode == 1
+    report = json.loads(run.stdout)
+    assert report["fits"] is False
+    assert report["hbm_peak_gib"] > report["hbm_limit_gib"] == 15.75
+    for words in ("does not fit", "batch_size=64", "remat=attention+middle+qkv", "tensor=2", "more chips"):
+        assert words in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology", "v5p:5x5x5"], "unknown topology 'v5p:5x5x5'; known are"),
+        (["--topology", "v5p:4x4x4", "--config.batch_size=100"], "the next that is: 128"),
+        (["--topology", "v5p:4x4x4", "--config.model.remat=qvk"], "it must be 'none', 'full', or some of"),
+        (["--topology", "v5p:4x4x4", "--config.mesh.tensor=3"], "doesn't fit 64 devices"),
+        (["--topology", "v5p:4x4x4", "--config.batchsize=8"], "unknown config key"),
+        (["--topology", "v5p:4x4x4", "--config.loss_chunk=0"], "loss_chunk is 0"),
+        (["--topology", "v5e:16x16", "--step", "draw"], "32 can't be split over the 256 chips"),
+    ],
+)
+def test_bad_input_is_one_line(flags, message):
+    run = launch("--config", "configs/pretrain.py:8b,phase=3", *flags)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("8b,phase=4", "phase is 4"),
+        ("8b,smoke", "8b has no form"),
+        ("digits,phase=2", "digits has no phases"),
+    ],
+)
+def test_bad_config_arguments_are_one_line(arg, message):
+    run = launch("--config", f"configs/pretrain.py:{arg}", "--topology", "v5p:2x2x1")
+    assert run.returncode == 1
+    assert f"error: {message}" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_training_on_it_says_that_the_data_is_missing(tmp_path):
+    command = [sys.executable, ROOT / "launch/train.py", "--config", "configs/pretrain.py:8b,phase=2"]
+    run = subprocess.run(
+        [*command, "--workdir", tmp_path / "run", "--config.batch_size=16"], capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "config.data is 'none'" in run.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_digits_run_has_no_row_length_to_compile():
+    run = launch("--config", "configs/pretrain.py:digits", "--topology", "v5p:2x2x1")
+    assert run.returncode == 1
+    assert "image_size" in run.stderr
