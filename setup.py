@@ -25,6 +25,8 @@ setup(
     extras_require={
         # The quickstart: real scans and their judge (scikit-learn), curves in the report.
         "digits": ["scikit-learn", "matplotlib"],
+        # Rewards: comparison of mathematical answers; tasks with verifiers.
+        "rl": ["math-verify", "reasoning-gym"],
         # pytorch_model*.bin; the PyTorch twin that the benchmark and the tests compare against.
         "torch": ["torch", "transformers>=4.46"],
         # Reports of compilation for TPUs; libtpu fits one version of jax only.

@@ -28,7 +28,12 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "commitment": 0.1,
         "optim": {
             "name": "adamw", "lr": 3e-3, "warmup": 20, "floor": 0.01, "b1": 0.9, "b2": 0.99,
-            "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, "moments": "float32",
+            "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, "moments": "float32", "spike": 0.0,
         },
         "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
     })  # fmt: skip
+
+
+def get_hyper(h) -> list[dict]:
+    """The learning rate against the weight of the entropy, for launch/sweep.py."""
+    return h.product([h.sweep("optim.lr", [1e-3, 3e-3]), h.sweep("entropy", [0.05, 0.1, 0.2])])

@@ -5,6 +5,7 @@
         --config.batch_size=1024 --config.model.remat=attention+middle --json
     python launch/aot.py --config configs/pretrain.py:8b,phase=3 --step draw --topology v6e:1x1 \
         --config.batch_size=1
+    python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8
 
 Needs no device, but libtpu: pip install -e ".[aot]". A compilation of the 8B takes some minutes. Exit
 status 1 where the step doesn't fit. All figures are of one chip; the ceiling is an estimate of the
@@ -22,13 +23,17 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mmada_jax import chips
-from mmada_jax.config import parse_flags
+from mmada_jax.config import from_dict, parse_flags
 from mmada_jax.run import ModelRun, parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:8b,phase=3.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "As v5p:4x4x4 or v5p-128; of one slice.")
 SLICES = flags.DEFINE_integer("slices", 1, "How many slices; the mesh axis data crosses them.")
-STEP = flags.DEFINE_enum("step", "train", ["train", "draw"], "Training, or drawing with guidance.")
+STEP = flags.DEFINE_enum(
+    "step", None, ["train", "draw", "rollout", "score", "update"],
+    "Training (the default), or drawing with guidance; of UniGRPO one of the last three, by default all.",
+)  # fmt: skip
+TASK = flags.DEFINE_string("task", "", "Task of a UniGRPO config; by default that of the longest rows.")
 PROGRAM = flags.DEFINE_string("program", None, "Write the compiled program there, as text (HLO).")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
@@ -38,20 +43,28 @@ def main(argv):
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
     topology = chips.topology(TOPOLOGY.value, SLICES.value)
-    run = parse(CONFIG.value)
-    if not isinstance(run, ModelRun):
-        raise ValueError("this configuration trains no model; use configs/pretrain.py:8b,phase=1")
     from mmada_jax import aot
+    from mmada_jax.rl.train import RLRun
 
+    is_rl = CONFIG.value.program == "rl"
+    run = from_dict(RLRun, CONFIG.value) if is_rl else parse(CONFIG.value)
+    if not isinstance(run, ModelRun | RLRun):
+        raise ValueError("this configuration trains no model; use configs/pretrain.py:8b,phase=1")
     flag = flags.FLAGS["config"]
     named = {
         "config": config_flags.get_config_filename(flag),
         "overrides": config_flags.get_override_values(flag),
     }
-    report = {**named, **aot.report(run, topology, STEP.value, PROGRAM.value)}
-    print(json.dumps(report, indent=2) if JSON.value else as_text(report))
-    if not report["fits"]:
-        print(what_to_change(report), file=sys.stderr)
+    steps = [STEP.value] if STEP.value else aot.RL if is_rl else ["train"]
+    reports = [named | aot.report(run, topology, step, PROGRAM.value, TASK.value) for step in steps]
+    if JSON.value:
+        print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
+    for report in reports:
+        if not JSON.value:
+            print(as_text(report))
+        if not report["fits"]:
+            print(what_to_change(report), file=sys.stderr)
+    if not all(report["fits"] for report in reports):
         sys.exit(1)
 
 
@@ -98,6 +111,8 @@ def what_to_change(report):
     """One line for a step that needs more than there is."""
     needed, limit = report["hbm_peak_gib"], report["hbm_limit_gib"]
     text = f"does not fit: {needed:.2f} GiB needed, a chip has {limit:.2f}. "
+    if report["step"] in ("rollout", "score", "update"):
+        return text + "Use more chips, or lower the task's groups or --config.objective.responses."
     if report["step"] == "draw":
         return text + "Use more chips (each holds a part of the weights), or lower --config.batch_size."
     ways, parts = [], report["accumulate"]

@@ -183,7 +183,7 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
     root = jax.random.key(0)
 
     def prepare(key, batch):
-        return corrupt.corrupt(key, batch, VOCAB.mask, OBJECTIVE), batch.valid
+        return corrupt.corrupt(key, batch, VOCAB, OBJECTIVE), batch.valid
 
     def loss_fn(params, rows):
         seen, valid_BL = rows

@@ -46,13 +46,10 @@ def main(argv=None):
     names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "gpu", "xla")}.get(device.platform, ("plain", "xla"))
     runs = {name: step(config, name, B, L) for name in names}
     times = time_in_turns(runs, args.repeats)
-    blocks = sum(x.size for x in jax.tree.leaves(transformer.param_shapes(config)["blocks"]))
     # The head is multiplied with masked positions only.
     n_masked = round(float(jnp.sum(weights(B, L) > 0)))
-    flops = 6 * B * L * (blocks + 2 * L * config.d_model * config.n_layers)
-    flops += 6 * n_masked * config.d_model * config.vocab
-    chip = chips.of_kind(device.device_kind)
-    peak = chip.tflops if chip else chips.GPU_TFLOPS.get(device.device_kind)
+    flops = 3 * transformer.forward_flops(config, B, L, n_masked * config.vocab)
+    peak = chips.peak_tflops(device.device_kind)
     print(
         f"{device.device_kind}, {config.n_layers} layers of {config.d_model}, {B} rows of {L} tokens, "
         f"remat {config.remat}, medians of {args.repeats} (quartiles)"

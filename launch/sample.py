@@ -2,6 +2,7 @@
 
 python launch/sample.py --model runs/digits text "7 + 12"
 python launch/sample.py --model runs/digits draw "a handwritten seven" "a three and a five"
+python launch/sample.py --model runs/digits think "draw 3+4" --block 1
 python launch/sample.py --model runs/digits answer canvas.png --question "which digit is this?"
 python launch/sample.py --model runs/digits inpaint canvas.png --box 0 8 8 16 \
         --prompt "a three and a five"
@@ -20,10 +21,8 @@ import numpy as np
 from PIL import Image
 
 from mmada_jax.api import MMaDA
+from mmada_jax.data.images import open_image
 from mmada_jax.denoise import ImageRule, TextRule
-
-# A picture of more pixels than this is refused before it is decoded.
-MAX_PIXELS = 40_000_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,6 +61,10 @@ def parser() -> argparse.ArgumentParser:
     draw = tasks.add_parser("draw", help="draw images for prompts")
     draw.add_argument("prompts", nargs="+")
     image_rule(draw)
+    think = tasks.add_parser("think", help="think about prompts, then draw images for them")
+    think.add_argument("prompts", nargs="+")
+    think.add_argument("--block", type=int, help="tokens per block of the thought (default: all)")
+    image_rule(think)
     inpaint = tasks.add_parser("inpaint", help="redraw a part of images")
     inpaint.add_argument("images", nargs="+")
     inpaint.add_argument("--prompt", default="", help="what the whole image shows")
@@ -91,6 +94,13 @@ def main() -> None:
     if args.task == "draw":
         names = args.prompts
         drawings = model.draw(args.prompts, rule, seed=args.seed)
+    elif args.task == "think":
+        names = args.prompts
+        length = model.think_job(names).length
+        thinking = TextRule(length, args.block or length)
+        thoughts, drawings = zip(*model.think_and_draw(names, thinking, rule, args.seed), strict=True)
+        for name, thought in zip(names, thoughts, strict=True):
+            print(f"{name}: {thought.text}")
     else:
         names = [pathlib.Path(path).stem for path in args.images]
         images = [read_image(model, path) for path in args.images]
@@ -131,10 +141,7 @@ def read_image(model: MMaDA, path: str) -> Image.Image:
     """Opens a picture. One that is an enlargement of the model's size, as this program writes them,
     is brought back to it; any other size is an error of the model's."""
     height, width = model.image_size
-    with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{path} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}")
-        image = image.convert("RGB")
+    image = open_image(path)
     scale = image.width // width
     if scale > 1 and image.size == (scale * width, scale * height):
         image = image.resize((width, height), Image.Resampling.BOX)

@@ -41,7 +41,7 @@ TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the 
 
 def main(argv):
     """Trains; the image tokenizer first, if the model needs one and names none."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)  # what Orbax would log of an error is in what is reported of it
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
     initialize_distributed(

@@ -6,18 +6,23 @@ is a measurement, and a ceiling on the utilisation is not a throughput.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import pathlib
 import re
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
 from mmada_jax import api, chips, denoise, hlo, layout, optim, sharding, train, transformer, vocab, vq
+from mmada_jax.rl import train as rl_train
+from mmada_jax.rl.rollout import Task, make_generate, span
+from mmada_jax.rl.train import RLRun
 from mmada_jax.run import ModelRun, model_of
 from mmada_jax.state import state_shardings
 
@@ -55,7 +60,7 @@ def devices(topology: chips.Topology) -> list[Any]:
 def lower_train(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The training step of `run`, not yet compiled; the shape of the batch is all it needs of data."""
     model, L = model_of(run, VOCAB, _n_image(run)), _row_length(run)
-    objective = train.model_objective(run, model, VOCAB.mask)
+    objective = train.model_objective(run, model, VOCAB)
     optimizer = optim.make(run.optim, run.steps)
     train.check_rows(run, mesh)
     with jax.set_mesh(mesh):
@@ -85,13 +90,114 @@ def lower_draw(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         )  # fmt: skip
 
 
-LOWER = {"train": lower_train, "draw": lower_draw}
+def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """One of the three functions of reinforcement learning for a task, not yet compiled."""
+    model = rl_model(run, mesh)
+    at = span(task, VOCAB, model.n_image, model.max_text)
+    optimizer = optim.make(run.optim, run.iterations * run.objective.mu)
+    rl_train.check_rows(run, mesh)
+    with jax.set_mesh(mesh):
+        shapes, shardings = rl_train.shapes_of(model, optimizer, mesh)
+        R, S = (n * run.objective.responses for n in (task.groups, task.kept))
+        rows = [jax.ShapeDtypeStruct((R, at.row), kind) for kind in (np.int32, bool)]
+        generate = make_generate(mesh, model.config, VOCAB, at, shardings.params)
+        guided = at.rule.guidance and task.layout == "t2i"
+        given = shapes.params, *rows, _key(), rows if guided else None
+        if step == "rollout":
+            return generate.lower(*given)
+        rollout = jax.eval_shape(generate, *given)
+        reference = None
+        if run.objective.kl == "reference":
+            reference = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, run.reference_dtype), shapes.params
+            )
+        score = rl_train.make_score(run, model, at, mesh, shardings.params)
+        scored = shapes.params, reference, rollout, _key(), 0
+        if step == "score":
+            return score.lower(*scored)
+        objective = rl_train.make_objective(run, model, at)
+        update = train.make_step(objective, optimizer, mesh, shardings, run.accumulate)
+        kinds = (np.int32, np.float32, np.float32, bool)
+        *chosen, fresh_S = (jax.ShapeDtypeStruct((S,), kind) for kind in kinds)
+        batch = rl_train.Batch(jax.eval_shape(score, *scored), *rows, rl_train.Chosen(*chosen), fresh_S)
+        return update.lower(shapes, _key(), batch)
+
+
+def rl_model(run: RLRun, mesh: jax.sharding.Mesh | None) -> api.MMaDA:
+    """What a run of the 8B would load, without its params and tokenizer: it draws 512 x 512 pixels."""
+    config = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=VOCAB.rows, **run.model)
+    return api.MMaDA(None, config, VOCAB, None, None, vq.PRESETS["magvitv2"], 512, (32, 32), mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What is compiled, and what its report needs to know of it. `passes` is of the model, in its
+    forward passes over all rows; `logits` are those of each."""
+
+    lower: Callable[[jax.sharding.Mesh], jax.stages.Lowered]
+    model: transformer.Config
+    mesh: dict[str, int]
+    rows: int
+    length: int
+    passes: int = 1
+    logits: int | None = None
+    accumulate: int = 1
+    chunk: int | None = None  # positions of a device that have logits at a time
+    copies: int = 1  # two where guidance runs a second row beside each
+
+
+TRAINING, RL = ("train", "draw"), ("rollout", "score", "update")
+
+
+def subject(run: ModelRun | RLRun, step: str, task: str = "") -> Subject:
+    """A step of a run: of TRAINING for a model, of RL for one of its tasks, by default that with the
+    longest rows. Raises ValueError for a step that the run doesn't have."""
+    known = RL if isinstance(run, RLRun) else TRAINING
+    if step not in known:
+        raise ValueError(f"this configuration has no step {step!r}; known: {', '.join(known)}")
+    mesh = dataclasses.asdict(run.mesh)
+    if isinstance(run, RLRun):
+        model = rl_model(run, None)
+        spans = {n: span(t, VOCAB, model.n_image, model.max_text) for n, t in sorted(run.tasks.items())}
+        task = task or max(spans, key=lambda name: spans[name].row)
+        if task not in spans:
+            raise ValueError(f"there is no task {task!r}; known: {', '.join(spans)}")
+        of, at = run.tasks[task], spans[task]
+        lower = functools.partial(lower_rl, run, step, of)
+        rows = run.objective.responses * (of.kept if step == "update" else of.groups)
+        n_ids = at.rule.vocabulary(VOCAB)[1] or VOCAB.rows
+        if step == "rollout":
+            guided = 2 if at.rule.guidance else 1
+            block = at.rule.block if of.layout != "t2i" else at.length
+            logits = guided * rows * block * n_ids
+            # The compiler knows how many blocks there are, not how many steps each will take.
+            return Subject(
+                lower, model.config, mesh, guided * rows, at.row, at.length // block, logits, copies=guided
+            )
+        passes = 3 if step == "update" else 1 + (run.objective.kl == "reference")
+        parts = run.accumulate if step == "update" else 1
+        logits = rows * at.length * n_ids
+        return Subject(lower, model.config, mesh, rows, at.row, passes, logits, parts, run.loss_chunk)
+    n_image, L, B = _n_image(run), _row_length(run), run.batch_size
+    model = model_of(run, VOCAB, n_image)
+    if step == "train":
+        lower = functools.partial(lower_train, run)
+        return Subject(lower, model, mesh, B, L, 3, None, run.accumulate, run.loss_chunk)
+    # No rows to spread: every chip has a part of each weight. Every image has a second row.
+    model = dataclasses.replace(model, remat="none")
+    mesh, logits = {"data": 1, "fsdp": 1, "tensor": -1}, 2 * B * n_image * VOCAB.codebook_size
+    return Subject(functools.partial(lower_draw, run), model, mesh, 2 * B, L, 1, logits, copies=2)
 
 
 def report(
-    run: ModelRun, topology: chips.Topology, step: str = "train", program_file: str | None = None
+    run: ModelRun | RLRun,
+    topology: chips.Topology,
+    step: str = "train",
+    program_file: str | None = None,
+    task: str = "",
 ) -> dict[str, Any]:
-    """Compiles and reports; all figures are per chip, and for "draw" those of one of its steps.
+    """Compiles and reports; all figures are per chip, for "draw" and "rollout" those of one step in each
+    block.
     "mfu_ceiling" is None where it doesn't fit. The program, as text, goes into `program_file`.
 
     hbm_*_gib        arguments, temporaries, the peak that the compiler plans, all of them together
@@ -102,30 +208,29 @@ def report(
     collectives      kind -> count, those of them that are asynchronous, bytes
     layer_loop_blocking_mb   of collectives that nothing hides, forward and backward of one layer
     """
-    sizes, model = dataclasses.asdict(run.mesh), model_of(run, VOCAB, _n_image(run))
-    if step == "draw":  # no rows to spread: every chip has a part of each weight
-        sizes = {"data": 1, "fsdp": 1, "tensor": -1}
-        if model.n_kv_heads % topology.chips:
-            raise ValueError(
-                f"drawing gives every chip its own heads: {model.n_kv_heads} can't be split over the "
-                f"{topology.chips} chips of {topology}; choose a smaller topology"
-            )
-    mesh = sharding.make_mesh(**sizes, devices=devices(topology))
+    what = subject(run, step, task)
+    model = what.model
+    if step == "draw" and model.n_kv_heads % topology.chips:
+        raise ValueError(
+            f"drawing gives every chip its own heads: {model.n_kv_heads} can't be split over the "
+            f"{topology.chips} chips of {topology}; choose a smaller topology"
+        )
+    mesh = sharding.make_mesh(**what.mesh, devices=devices(topology))
     chip, n_data = topology.chip, mesh.shape["data"] * mesh.shape["fsdp"]
-    L, rows = _row_length(run), run.batch_size / n_data
+    rows = what.rows / n_data
     out = {
         "step": step,
         "topology": str(topology),
         "chips": topology.chips,
         "mesh": dict(mesh.shape),
-        "rows_per_chip": rows,
-        "row_length": L,
-        "accumulate": run.accumulate,
-        "remat": model.remat if step == "train" else "none",
+        "rows_per_chip": rows / what.copies,
+        "row_length": what.length,
+        "accumulate": what.accumulate,
+        "remat": model.remat if step in ("train", "update") else "none",
         "hbm_limit_gib": chip.hbm_gib,
     }
     start = time.perf_counter()
-    lowered = LOWER[step](run, mesh)
+    lowered = what.lower(mesh)
     compiled = _compile(lowered)
     out["compile_seconds"] = round(time.perf_counter() - start, 1)
     out["host_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
@@ -135,13 +240,14 @@ def report(
     memory = compiled.memory_analysis()
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     total = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    positions = round(rows * L) // run.accumulate
-    chunks = -(-positions // (run.loss_chunk or positions)) if step == "train" else 1
+    positions = round(rows * what.length) // what.accumulate
+    chunks = -(-positions // (what.chunk or positions))
     text = compiled.as_text()
     if program_file:
         pathlib.Path(program_file).write_text(text)
     program = hlo.Program(text, trips=chunks)
-    flops = model_flops(model, run, step) // topology.chips
+    flops = what.passes * transformer.forward_flops(model, what.rows, what.length, what.logits)
+    flops //= topology.chips
     cycles = program.cycles()
     return out | {
         "fits": memory.peak_memory_in_bytes <= chip.hbm_gib * GIB,
@@ -177,22 +283,6 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | float:
         if not needed:
             raise
         return float(needed[1]) / (1 if needed[2] == "G" else 1024)
-
-
-def model_flops(model: transformer.Config, run: ModelRun, step: str) -> int:
-    """Two operations per multiply-add that the model asks for, on all chips: three passes in training
-    (forward, and both gradients of each product), one in drawing, of two rows per image."""
-    L, n_image = _row_length(run), _n_image(run)
-    blocks = sum(
-        x.size
-        for name, x in transformer.param_shapes(model)["blocks"].items()
-        if not name.endswith("norm_D")
-    )
-    per_position = 2 * blocks + 4 * L * model.d_model * model.n_layers
-    if step == "draw":
-        head = 2 * model.d_model * VOCAB.codebook_size * n_image
-        return 2 * run.batch_size * (per_position * L + head)
-    return 3 * run.batch_size * L * (per_position + 2 * model.d_model * model.vocab)
 
 
 def _collectives(program: hlo.Program) -> dict[str, dict[str, int]]:

@@ -22,6 +22,8 @@ from mmada_jax.vocab import Vocab
 
 Direction = Literal["left", "right", "up", "down"]
 Conversation = Sequence[Mapping[str, str]]
+# A question of the user, a conversation, or token ids as they are.
+Prompt = str | Conversation | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +145,13 @@ class MMaDA:
 
     def generate(
         self,
-        prompts: Sequence[str | Conversation],
+        prompts: Sequence[Prompt],
         rule: TextRule | None = None,
         max_new: int | None = None,
         seed: int = 0,
     ) -> list[Text]:
-        """Answers questions, or continues conversations ({"role", "content"} in turns), in text.
+        """Answers questions, or continues conversations ({"role", "content"} in turns), or rows of ids, in
+        text.
 
         `max_new` tokens, by default what fits the trained length, 512 at most.
         """
@@ -165,9 +168,30 @@ class MMaDA:
         """Answers a question about each image (PIL, or arrays: see `pixels`)."""
         return self._texts(self.answer_job(images, questions, rule, max_new), seed)
 
-    def draw(self, prompts: Sequence[str], rule: ImageRule | None = None, seed: int = 0) -> list[Drawing]:
-        """Draws an image for each prompt."""
+    def draw(
+        self, prompts: Sequence[str | np.ndarray], rule: ImageRule | None = None, seed: int = 0
+    ) -> list[Drawing]:
+        """Draws an image for each prompt, a text or its token ids."""
         return self._drawings(self.draw_job(prompts, rule), seed)
+
+    def think_and_draw(
+        self,
+        prompts: Sequence[Prompt],
+        text_rule: TextRule | None = None,
+        image_rule: ImageRule | None = None,
+        seed: int = 0,
+    ) -> list[tuple[Text, Drawing]]:
+        """Thinks about each prompt, then draws an image with the thought in view."""
+        job = self.think_job(prompts, text_rule)
+        (image_rule or ImageRule()).check(self.n_image)
+        thoughts, rows = [], []
+        for row, ids in zip(job.rows.tokens, self.run(job, seed), strict=True):
+            n_given = np.sum(row[1 : 1 + self.max_text] != self.vocab.mask)
+            slot = [*row[1 : job.start], *ids]
+            thoughts.append(self.read(slot[n_given:]))
+            text = [*slot[:n_given], *thoughts[-1].ids, self.vocab.end_turn]
+            rows.append(layout.r2i(self.vocab, text, row[self.max_text + 2 : -1], self.max_text))
+        return list(zip(thoughts, self._drawings(self._image_job(rows, image_rule), seed), strict=True))
 
     def inpaint(
         self,
@@ -216,12 +240,12 @@ class MMaDA:
 
     def text_job(
         self,
-        prompts: Sequence[str | Conversation],
+        prompts: Sequence[Prompt],
         rule: TextRule | None = None,
         max_new: int | None = None,
     ) -> Job:
         """The rows of `generate`."""
-        prefixes = [self.tokenizer.encode(chat(prompt)) for prompt in prompts]
+        prefixes = [self._prompt(prompt) for prompt in prompts]
         return self._text_job(prefixes, self.max_text + self.n_image + 3, rule, max_new)
 
     def answer_job(
@@ -239,11 +263,23 @@ class MMaDA:
         ]
         return self._text_job(prefixes, self.max_text + self.n_image + 3, rule, max_new)
 
-    def draw_job(self, prompts: Sequence[str], rule: ImageRule | None = None) -> Job:
+    def draw_job(self, prompts: Sequence[str | np.ndarray], rule: ImageRule | None = None) -> Job:
         """The rows of `draw`."""
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        ids = [p.tolist() if isinstance(p, np.ndarray) else self.tokenizer.encode(p) for p in prompts]
         rows = [layout.t2i_generation(self.vocab, i, self.n_image, self.max_text) for i in ids]
         return self._image_job(rows, rule)
+
+    def think_job(self, prompts: Sequence[Prompt], rule: TextRule | None = None) -> Job:
+        """The rows of the thoughts of `think_and_draw`. The span begins where the shortest prompt ends."""
+        _some(prompts)
+        self._vision()
+        ids = [self._prompt(prompt) for prompt in prompts]
+        rows = [layout.r2i_generation(self.vocab, i, self.n_image, self.max_text) for i in ids]
+        start = 1 + min(map(len, ids))
+        length = self.max_text + 1 - start
+        rule = rule or TextRule(steps=length, block=denoise.divisor(length, 128))
+        rule.check(length)
+        return Job(layout.stack(rows), start, length, rule)
 
     def inpaint_job(
         self,
@@ -417,6 +453,9 @@ class MMaDA:
         rule = rule or TextRule(steps=new, block=denoise.divisor(new, 128))
         rule.check(new)
         return Job(layout.continuation(self.vocab, prefixes, new), longest, new, rule)
+
+    def _prompt(self, prompt: Prompt) -> list[int]:
+        return prompt.tolist() if isinstance(prompt, np.ndarray) else self.tokenizer.encode(chat(prompt))
 
     def _texts(self, job: Job, seed: int) -> list[Text]:
         return [self.read(ids) for ids in self.run(job, seed)]

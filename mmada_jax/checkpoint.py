@@ -6,17 +6,19 @@ FOLDER/params                params alone, streamed there by a conversion
 
 Orbax keeps no checksum of the data: a flipped bit would come back as a wrong weight. So every
 checkpoint gets a manifest of sizes and hashes when it is complete, and is compared with it before
-anything is restored.
+anything is restored. A run whose newest checkpoint is damaged goes on from the one before; a checkpoint
+that can't be written costs the run nothing but that checkpoint.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -37,12 +39,21 @@ CHUNKS = {"layers": 1, "embed": 256, "vocab": 8192}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Use as a context manager: leaving it finishes the last save."""
+    """The checkpoints of one workdir. Use as a context manager: leaving it finishes the last save, and
+    raises OSError if that failed. A save before the last one that fails is reported on stderr and
+    counted in `failed`."""
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.failed = 0
         self._saving: int | None = None
-        after = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
+        self._nbytes = 0  # of the state that is being saved
+        self._problem = ""  # of the last save
+        after = ocp.options.AsyncOptions(
+            post_finalization_callback=self._write_manifest,
+            # The writers would wait for minutes for a folder that can't be made.
+            create_directories_asynchronously=False,
+        )
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -51,39 +62,49 @@ class Checkpoints:
         )
 
     def __enter__(self):
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
         return self
 
-    def __exit__(self, *_):
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        newest = self.latest()
+        self._attempt(self._manager.close)
+        self._clear()
+        sys.unraisablehook = self._hook
+        if self._problem and kind is None:
+            raise OSError(
+                f"{self._problem}; the newest complete step is {newest or 'none'}: make room in "
+                f"{self.folder} and run again"
+            )
+        self._warn()
 
     def latest(self) -> int | None:
-        """The newest complete step, None if there is none."""
+        """The newest complete step, None if there is none. Waits for the save that is under way."""
+        self._attempt(self._manager.wait_until_finished)
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
         """Starts saving `state` under its step; does nothing if that step is there already."""
         step = int(state.step)
-        if step == self.latest():
+        if step == self.latest():  # one save at a time: `_saving` is the one under way
             return
-        self._manager.wait_until_finished()  # one save at a time: `_saving` is the one under way
-        self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
-            ),
+        self._warn()
+        self._clear()
+        self._saving, self._nbytes = step, sum(x.nbytes for x in jax.tree.leaves(state))
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)
         )
+        self._attempt(lambda: self._manager.save(step, args=args))
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The newest step, as arrays of these shapes laid out by these shardings.
+        """The newest step that is as its manifest says, as arrays of these shapes laid out by these
+        shardings. Damaged steps that are newer are renamed to N.damaged: the run writes them anew.
 
-        Raises ValueError, naming files or leaves, if a file isn't what the manifest says or if a
-        leaf has another shape or dtype than asked for.
+        Raises ValueError, naming files or leaves, if all steps are damaged or if a leaf has another
+        shape or dtype than asked for.
         """
-        folder = newest_step(self.folder.parent)
-        step = int(folder.name)
-        verify_manifest(folder)
+        step = self._set_damaged_aside()
+        folder = self.folder / str(step)
         _check_leaves(folder / "params", shapes.params)
         _check_leaves(folder / "opt_state", shapes.opt_state)
         target = jax.tree.map(
@@ -99,6 +120,78 @@ class Checkpoints:
         number = jax.device_put(jax.numpy.int32(step), shardings.step)
         return TrainState(number, restored["params"], restored["opt_state"])
 
+    def _set_damaged_aside(self) -> int:
+        """The newest step that is whole. Nothing is renamed if there is none."""
+        self.latest()  # complete
+        step, damage = int(newest_step(self.folder.parent).name), {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            wrong = find_damage(self.folder / str(step))
+            if not wrong:
+                break
+            damage[step] = wrong
+        else:
+            wrong = [f"step {step}: {file}" for step, files in damage.items() for file in files]
+            refuse(wrong, f"no checkpoint in {self.folder} is whole; copy one there from elsewhere, or "
+                   "choose another workdir to start anew")  # fmt: skip
+        if not damage:
+            return step
+        for number, files in damage.items() if jax.process_index() == 0 else ():
+            aside, again = self.folder / f"{number}.damaged", 1
+            while aside.exists():
+                aside, again = self.folder / f"{number}.damaged.{again}", again + 1
+            (self.folder / str(number)).rename(aside)
+            more = f" and {len(files) - 3} files more" if len(files) > 3 else ""
+            print(
+                f"warning: the checkpoint of step {number} is damaged ({'; '.join(files[:3])}{more}) and "
+                f"now called {aside.name}; going on from step {step}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+        return step
+
+    def _attempt(self, write: Callable[[], Any]) -> None:
+        """Calls `write`; if it fails, the reason is kept and what it has left removed."""
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk is any of them
+            if self._problem:
+                return  # what follows from it
+            self._manager.reload()  # it takes steps for removed that still are there
+            if self._saving in self._manager.all_steps():
+                return  # what failed is the removal of an older one
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                self._manager.check_for_errors()  # or they are those of the next save
+            self._clear()
+            cause: BaseException = error
+            while jax.process_count() > 1 and cause.__context__:
+                cause = cause.__context__  # of the error that no other process came to the barrier
+            reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+            free = shutil.disk_usage(self.folder).free
+            self._problem = (
+                f"the checkpoint of step {self._saving} could not be saved ({reason}); it needs "
+                f"{self._nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            )
+            self.failed += 1
+
+    def _clear(self) -> None:
+        """Removes what failed saves have left, when no save is under way. A write that ends late makes
+        its folder anew, so that once isn't enough."""
+        if jax.process_index() == 0:
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _warn(self) -> None:
+        if self._problem and jax.process_index() == 0:
+            print(f"warning: {self._problem}; going on without it", file=sys.stderr, flush=True)
+        self._problem = ""
+
+    def _unraisable(self, what: Any) -> None:
+        # When a write fails, the event loop of that save is closed before all of its writes have ended,
+        # and each of these finds that worth a traceback.
+        if str(what.exc_value) != "Event loop is closed":
+            self._hook(what)
+
     def _write_manifest(self) -> None:
         # Orbax calls this in the first process when all processes have written, before it renames the
         # temporary folder: a step is committed with its manifest or not at all.
@@ -112,11 +205,15 @@ def newest_step(workdir: str | pathlib.Path) -> pathlib.Path:
     Raises FileNotFoundError if there is none. Nothing is created or cleaned up.
     """
     folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    # Orbax writes a step under another name and renames it.
-    steps = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
-    if not steps:
+    if not has_step(workdir):
         raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name another workdir")
-    return folder / str(max(steps))
+    return folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit()))
+
+
+def has_step(workdir: str | pathlib.Path) -> bool:
+    """Whether a workdir has a complete step. Orbax writes one under another name and renames it."""
+    folder = pathlib.Path(workdir) / "checkpoints"
+    return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
 
 
 # ---- Params alone --------------------------------------------------------------------------------
@@ -164,7 +261,8 @@ def write_params(
 
 
 def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
-    """The arrays of a checkpoint's params as a tree of Lazy arrays; nothing is read yet."""
+    """The arrays of a checkpoint's params (or optimizer state) as a tree of Lazy arrays; nothing is read
+    yet."""
     folder = pathlib.Path(folder).absolute()
 
     def open_one(path):
@@ -269,10 +367,16 @@ def write_manifest(folder: str | pathlib.Path) -> None:
 
 
 def verify_manifest(folder: str | pathlib.Path, part: str = "") -> None:
-    """Raises ValueError, naming them, if files below `folder` are missing, cut or changed.
+    """Raises ValueError, naming them, if files below `folder` are missing, cut or changed."""
+    refuse(find_damage(folder, part), f"{folder} is damaged; use another copy (of a run: train again, it "
+           "goes on from the step before)")  # fmt: skip
+
+
+def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
+    """What is wrong with the files below `folder`: which are missing, cut or changed, and how.
 
     `part` is the folder within it that matters, as "params"; by default all does.
-    Each process hashes its share, and all raise if one finds something. A checkpoint without a
+    Each process hashes its share, and all find something if one does. A checkpoint without a
     manifest, as older versions wrote them, is accepted with a warning.
     """
     folder = pathlib.Path(folder)
@@ -280,7 +384,7 @@ def verify_manifest(folder: str | pathlib.Path, part: str = "") -> None:
     if not manifest.is_file():
         if jax.process_index() == 0:
             print(f"warning: {folder} has no {MANIFEST}, its content can't be verified", file=sys.stderr)
-        return
+        return []
     try:
         files = json.loads(manifest.read_text())["files"]
         mine = sorted(name for name in files if name.startswith(part))[
@@ -289,14 +393,13 @@ def verify_manifest(folder: str | pathlib.Path, part: str = "") -> None:
         with ThreadPoolExecutor(_threads()) as pool:
             found = pool.map(lambda name: _difference(folder / name, files[name]), mine)
             wrong = [f"{name} {what}" for name, what in zip(mine, found, strict=True) if what]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         wrong = [f"{MANIFEST} can't be read: {error!r}"]
     if jax.process_count() > 1:
         counts = multihost_utils.process_allgather(np.int32(len(wrong)))
         if not wrong and counts.any():
             wrong = [f"process {int(np.flatnonzero(counts)[0])} found damaged files"]
-    refuse(wrong, f"{folder} is damaged; use another copy (of a run: delete this step, the one before it "
-           "is taken)")  # fmt: skip
+    return wrong
 
 
 def _files_below(folder: pathlib.Path) -> list[str]:
@@ -313,7 +416,10 @@ def _difference(path: pathlib.Path, want: Mapping[str, Any]) -> str | None:
         return "is missing"
     if path.stat().st_size != want["size"]:
         return f"has {path.stat().st_size} bytes instead of {want['size']}"
-    return None if _hash(path) == want["sha256"] else "has changed: its sha256 is another"
+    try:
+        return None if _hash(path) == want["sha256"] else "has changed: its sha256 is another"
+    except OSError as error:  # the disk itself has noticed
+        return f"can't be read: {error.strerror}"
 
 
 def _hash(path: pathlib.Path) -> str:
@@ -349,7 +455,7 @@ def check_workdir(
     different = [
         f"{key} is {a!r} there and {b!r} now"
         for group in fixed
-        for key, a, b in _differences(group, old.get(group), new.get(group))
+        for key, a, b in differences(group, old.get(group), new.get(group))
         if key not in free
     ]
     if different:
@@ -365,14 +471,20 @@ def claim_workdir(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
         return
     path = pathlib.Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(config, indent=1))
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(config, indent=1))
+    temporary.write_text(text)
     temporary.replace(path)
 
 
-def _differences(path: str, old: Any, new: Any):
+def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(path, old value, new value) of all that differs between two trees of dicts."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
-            yield from _differences(f"{path}.{key}", old.get(key), new.get(key))
+            yield from differences(f"{path}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield path, old, new

@@ -99,6 +99,12 @@ def topology(text: str, slices: int = 1) -> Topology:
     raise ValueError(f"unknown topology {text!r}; known are, as in v5p:4x4x4,\n{known}")
 
 
+def peak_tflops(kind: str) -> float | None:
+    """Dense bfloat16 of the TPU or GPU that jax calls `kind`, None if it isn't known."""
+    chip = of_kind(kind)
+    return chip.tflops if chip else GPU_TFLOPS.get(kind)
+
+
 def of_kind(kind: str) -> Chip | None:
     """The chip that jax calls `kind`, None if it isn't one of CHIPS."""
     return next((chip for chip in CHIPS.values() if chip.kind == kind), None)

@@ -9,6 +9,15 @@ a way of hiding (by exact number for images, independently for text) and a weigh
                    c / (p * rows * answer_length)
 
 with c the task's coefficient, p the row's hiding probability, rows the global count of the task.
+
+Decoding block by block never meets answers with holes all over. Rows of lm_chat, mmu and r2i can be
+hidden as it meets them (`answer_mask`): what stands before a cut is clean, everything after it is
+hidden, and the next n tokens are scored. The cut is uniform over the text of the answer, up to its
+first EOS. Half of such r2i rows have it in the thought, the whole image hidden; in the other half the
+thought is clean and the image hidden as that of t2i, by exact number. Then
+
+    lm_chat, mmu, r2i
+                   c / (rows * scored)
 """
 
 import dataclasses
@@ -20,15 +29,16 @@ import numpy as np
 
 from mmada_jax import schedule
 from mmada_jax.layout import TASKS, Batch
-
-jax.tree_util.register_dataclass(
-    Batch, data_fields=[f.name for f in dataclasses.fields(Batch)], meta_fields=[]
-)
+from mmada_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Coefficients of the losses and how much is hidden."""
+    """Coefficients of the losses and what is hidden.
+
+    `answer_mask` is how the answers of lm_chat, mmu and r2i are hidden: each token on its own, as the
+    reference does; all that follows a cut; or the latter in a share `prefix_rows` of the rows.
+    """
 
     t2i: float = 1.0
     lm: float = 0.1
@@ -39,9 +49,17 @@ class Config:
     schedule: str = "cosine"
     min_ratio: float = 0.0  # least share of an image that is hidden
     eps: float = 1e-3  # least probability of hiding a text token
+    answer_mask: Literal["random", "prefix", "mixture"] = "random"
+    prefix_rows: float = 0.6
+    prefix_next: int = 4  # tokens after the cut that are scored
 
     def __post_init__(self):
         schedule.named(self.schedule)
+        if not 0 <= self.prefix_rows <= 1 or self.prefix_next < 1:
+            raise ValueError(
+                f"prefix_rows is {self.prefix_rows}, it must be a share from 0 to 1; prefix_next is "
+                f"{self.prefix_next}, it must be at least 1"
+            )
 
 
 class Corrupted(NamedTuple):
@@ -52,30 +70,77 @@ class Corrupted(NamedTuple):
     weights_BL: jax.Array
 
 
-def corrupt(key: jax.Array, batch: Batch, mask: int, config: Config) -> Corrupted:
-    """Hides targets of a batch. Each row draws its own t; nothing but targets is ever hidden."""
+def corrupt(
+    key: jax.Array, batch: Batch, vocab: Vocab, config: Config, ratio: jax.Array | None = None
+) -> Corrupted:
+    """Hides targets of a batch. Each row draws its own t; nothing but targets is ever hidden.
+
+    With `ratio`, a scalar in (0, 1], that share is hidden in every row instead.
+    """
     t_B = jax.random.uniform(jax.random.fold_in(key, 0), batch.task.shape)
     noise_BL = jax.random.uniform(jax.random.fold_in(key, 1), batch.tokens.shape)
+    is_t2i_B1 = (batch.task == TASKS.index("t2i"))[:, None]
 
     # Images: exactly round(N * schedule(t)) of the targets, those that rank first in the noise.
+    image_BL = batch.target & (is_t2i_B1 | (batch.tokens >= vocab.image_offset))
     ratio_B = jnp.maximum(schedule.named(config.schedule)(t_B), np.float32(config.min_ratio))
-    n_target_B = jnp.sum(batch.target, axis=1)
-    n_hidden_B = jnp.maximum(1, jnp.round(n_target_B.astype(jnp.float32) * ratio_B))
-    order_BL = jnp.argsort(jnp.where(batch.target, noise_BL, 2.0), axis=1)
+    if ratio is not None:
+        ratio_B = jnp.full_like(t_B, ratio)
+    n_image_B = jnp.sum(image_BL, axis=1).astype(jnp.float32)
+    n_hidden_B = jnp.maximum(1, jnp.round(n_image_B * ratio_B))
+    order_BL = jnp.argsort(jnp.where(image_BL, noise_BL, 2.0), axis=1)
     rank_BL = jnp.argsort(order_BL, axis=1).astype(jnp.float32)
-    by_number_BL = rank_BL < n_hidden_B[:, None]
+    by_number_BL = image_BL & (rank_BL < n_hidden_B[:, None])
 
     # Text: each target on its own with probability p.
     p_B = (1 - np.float32(config.eps)) * t_B + np.float32(config.eps)
-    by_chance_BL = noise_BL < p_B[:, None]
+    if ratio is not None:
+        p_B = jnp.full_like(t_B, ratio)
+    by_chance_BL = batch.target & (noise_BL < p_B[:, None])
 
-    is_t2i_B1 = (batch.task == TASKS.index("t2i"))[:, None]
-    hidden_BL = batch.target & jnp.where(is_t2i_B1, by_number_BL, by_chance_BL)
+    hidden_BL = scored_BL = jnp.where(is_t2i_B1, by_number_BL, by_chance_BL)
+    length_B = jnp.sum(batch.target, axis=1)
+    if config.answer_mask != "random":
+        by_prefix_B, after_BL, next_BL = _by_prefix(
+            jax.random.fold_in(key, 2), batch, image_BL, by_number_BL, vocab, config
+        )
+        hidden_BL = jnp.where(by_prefix_B[:, None], after_BL, hidden_BL)
+        scored_BL = jnp.where(by_prefix_B[:, None], next_BL, scored_BL)
+        p_B = jnp.where(by_prefix_B, 1, p_B)
+        length_B = jnp.where(by_prefix_B, jnp.sum(next_BL, axis=1), length_B)
     return Corrupted(
-        tokens_BL=jnp.where(hidden_BL, jnp.int32(mask), batch.tokens),
+        tokens_BL=jnp.where(hidden_BL, jnp.int32(vocab.mask), batch.tokens),
         targets_BL=batch.tokens,
-        weights_BL=token_weights(hidden_BL, batch.shown, batch.task, p_B, n_target_B, config),
+        weights_BL=token_weights(scored_BL, batch.shown, batch.task, p_B, length_B, config),
     )
+
+
+def _by_prefix(
+    key: jax.Array,
+    batch: Batch,
+    image_BL: jax.Array,
+    by_number_BL: jax.Array,
+    vocab: Vocab,
+    config: Config,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which rows are cut [B]; if they are: what is hidden, and what of it is scored [B, L]."""
+    of_row_B, cut_B = jax.random.uniform(key, (2, *batch.task.shape))
+    share = np.float32(1 if config.answer_mask == "prefix" else config.prefix_rows)
+    answers_T = np.array([task in ("lm_chat", "mmu", "r2i") for task in TASKS])
+    by_prefix_B = jnp.asarray(answers_T)[batch.task] & (of_row_B < share)
+
+    text_BL = batch.target & ~image_BL
+    index_BL = jnp.cumsum(text_BL, axis=1) - 1  # of a text target among those of its row
+    eos_BL = text_BL & (batch.tokens == vocab.eos)
+    n_eos_BL = jnp.cumsum(eos_BL, axis=1)
+    n_B = jnp.sum(text_BL & ((n_eos_BL == 0) | (eos_BL & (n_eos_BL == 1))), axis=1)
+    cut_B1 = jnp.floor(cut_B * n_B.astype(jnp.float32)).astype(jnp.int32)[:, None]
+    after_BL = text_BL & (index_BL >= cut_B1)
+    next_BL = after_BL & (index_BL < cut_B1 + config.prefix_next)
+
+    draws_B1 = ((batch.task == TASKS.index("r2i")) & (of_row_B < share / 2))[:, None]
+    hidden_BL = jnp.where(draws_B1, by_number_BL, after_BL | image_BL)
+    return by_prefix_B, hidden_BL, jnp.where(draws_B1, by_number_BL, next_BL)
 
 
 def token_weights(

@@ -9,7 +9,7 @@ not hidden at the start stay as they are: that is inpainting, and extrapolation,
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,15 @@ class TextRule:
     `steps` are shared equally among the blocks. With `threshold` (every token at least that
     certain) or `factor` (the n most certain while each exceeds 1 - factor/(n+1)) a step reveals as
     many tokens as pass, at least one, and `steps` is not used. Tokens in `never` are not drawn;
-    those in `defer` count as least certain, so that they come last. If every row's block ends in
-    `stop`, decoding ends and what is left becomes `stop`.
+    those in `defer` count as least certain, so that they come last. When every row has a `stop` at the
+    end of a block, decoding ends and what is left becomes `stop`. With `remask` "largest" the order is
+    that of the largest probability, whichever token was drawn: it doesn't depend on the draw.
     """
 
     steps: int = 128
     block: int = 128
     temperature: float = 0.0
-    remask: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    remask: Literal["low_confidence", "largest", "margin", "entropy", "random"] = "low_confidence"
     guidance: float = 0.0
     threshold: float | None = None
     factor: float | None = None
@@ -82,6 +83,8 @@ class TextRule:
         p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
         if self.remask == "low_confidence":
             sure_BN = _pick(p_BNV, x0_BN)
+        elif self.remask == "largest":
+            sure_BN = jnp.max(p_BNV, axis=-1)
         elif self.remask == "margin":
             top_BN2 = jax.lax.top_k(p_BNV, 2)[0]
             sure_BN = top_BN2[..., 0] - top_BN2[..., 1]
@@ -90,8 +93,8 @@ class TextRule:
         elif self.remask == "random":
             sure_BN = jax.random.uniform(order_key, x0_BN.shape)
         else:
-            raise ValueError(f"unknown remask {self.remask!r}; known: low_confidence, margin, "
-                             "entropy, random")  # fmt: skip
+            raise ValueError(f"unknown remask {self.remask!r}; known: low_confidence, largest, "
+                             "margin, entropy, random")  # fmt: skip
         sure_BN = jnp.where(hidden_BN, sure_BN, -jnp.inf)
         order_BN = jnp.argsort(-sure_BN, axis=1)
         rank_BN = jnp.argsort(order_BN, axis=1)
@@ -176,12 +179,32 @@ class ImageRule:
 Rule = TextRule | ImageRule
 
 
+class Record(NamedTuple):
+    """How the tokens of a decoding came about.
+
+    `step` is that in which a token was revealed, counted over all blocks: -1 where it was given, and
+    the largest integer where it never was. `logp` is its log-probability then, `entropy` that of the
+    distribution that it was drawn from, in nats; both over the rule's vocabulary, at temperature 1 and
+    without guidance; 0 where nothing was revealed.
+    """
+
+    step_BL: jax.Array
+    logp_BL: jax.Array
+    entropy_BL: jax.Array
+
+
+NEVER = np.iinfo(np.int32).max
+
+
 class State(NamedTuple):
-    """Where a decoding stands: the rows, the current block of the span, the step within it."""
+    """Where a decoding stands: the rows, the current block of the span, the step within it; if asked
+    for, the record so far and the number of steps in it."""
 
     tokens_BL: jax.Array
     block: jax.Array
     step: jax.Array
+    record: Record | None = None
+    steps: jax.Array | None = None
 
 
 def denoise(
@@ -196,8 +219,10 @@ def denoise(
     vocab: Vocab,
     key: jax.Array,
     unconditional: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
-    """Fills the hidden tokens of the span [start, start + length); returns the rows [B, L].
+    record: bool = False,
+) -> Any:
+    """Fills the hidden tokens of the span [start, start + length); returns the rows [B, L], with
+    `record` the pair of them and their Record.
 
     Guidance runs a second row beside each: `unconditional` = (tokens, valid) outside of the span,
     and within it what has been revealed so far; logits = u + (1 + guidance) (c - u). Without it the
@@ -206,10 +231,11 @@ def denoise(
     `length` static; one compilation serves every prompt of that length.
     """
     state, unfinished, advance = _program(
-        hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, key, unconditional
+        hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, key, unconditional, record
     )
     state = jax.lax.while_loop(unfinished, advance, state)
-    return _finish(state.tokens_BL, start, length, rule, vocab)
+    tokens_BL = _finish(state.tokens_BL, start, length, rule, vocab)
+    return (tokens_BL, state.record) if record else tokens_BL
 
 
 def denoise_steps(
@@ -242,7 +268,9 @@ def transfer_quota(n_hidden_B: jax.Array, steps: int, step: jax.Array) -> jax.Ar
     return n_hidden_B // steps + (step < n_hidden_B % steps).astype(n_hidden_B.dtype)
 
 
-def _program(hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, key, unconditional):
+def _program(
+    hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, key, unconditional, record=False
+):
     """The loop's parts: first state, whether to go on, one step."""
     rule.check(length)
     if not 0 <= start <= start + length <= tokens_BL.shape[1]:
@@ -269,26 +297,57 @@ def _program(hidden, unembed, tokens_BL, valid_BL, start, length, rule, vocab, k
         logits = unembed(h, *rule.vocabulary(vocab)).astype(jnp.float32)
         if rule.guidance:
             c, u = jnp.split(logits, 2)
-            logits = u + np.float32(1 + rule.guidance) * (c - u)
-        return logits
+            return u + np.float32(1 + rule.guidance) * (c - u), c
+        return logits, logits
 
     def advance(state):
         first = start + state.block * size
         now_BN = jax.lax.dynamic_slice_in_dim(state.tokens_BL, first, size, axis=1)
         given_BN = jax.lax.dynamic_slice_in_dim(given_BL, first, size, axis=1)
         step_key = jax.random.fold_in(jax.random.fold_in(key, state.block), state.step)
-        now_BN = rule.reveal(step_key, logits_at(state, first), now_BN, given_BN, state.step, blocks, vocab)
+        logits_BNV, plain_BNV = logits_at(state, first)
+        before_BN = now_BN
+        now_BN = rule.reveal(step_key, logits_BNV, now_BN, given_BN, state.step, blocks, vocab)
         tokens_BL = jax.lax.dynamic_update_slice_in_dim(state.tokens_BL, now_BN, first, axis=1)
         done = ~jnp.any(now_BN == vocab.mask)
         block = state.block + done.astype(jnp.int32)
         if isinstance(rule, TextRule) and rule.stop is not None:
-            block = jnp.where(done & jnp.all(now_BN[:, -1] == rule.stop), blocks, block)
-        return State(tokens_BL, block, jnp.where(done, 0, state.step + 1))
+            ended_B = jnp.any(in_span_1L & (tokens_BL == rule.stop), axis=1)
+            block = jnp.where(done & jnp.all(ended_B), blocks, block)
+        seen, steps = state.record, state.steps
+        if record:
+            first_id, _ = rule.vocabulary(vocab)
+            new_BN = (before_BN == vocab.mask) & (now_BN != vocab.mask)
+            seen = _write(seen, first, new_BN, steps, plain_BNV, jnp.where(new_BN, now_BN - first_id, 0))
+            steps += 1
+        return State(tokens_BL, block, jnp.where(done, 0, state.step + 1), seen, steps)
 
     def unfinished(state):
         return state.block < blocks
 
-    return State(given_BL, jnp.int32(0), jnp.int32(0)), unfinished, advance
+    begin = State(given_BL, jnp.int32(0), jnp.int32(0))
+    if record:
+        step_BL = jnp.where(in_span_1L & (given_BL == vocab.mask), jnp.int32(NEVER), -1)
+        zero_BL = jnp.zeros(given_BL.shape, jnp.float32)
+        begin = begin._replace(record=Record(step_BL, zero_BL, zero_BL), steps=jnp.int32(0))
+    return begin, unfinished, advance
+
+
+def _write(record: Record, first, new_BN, steps, logits_BNV, index_BN) -> Record:
+    """The record with the tokens that this step revealed."""
+    logp_BNV = jax.nn.log_softmax(logits_BNV, axis=-1)
+    values = Record(
+        jnp.broadcast_to(steps, new_BN.shape),
+        _pick(logp_BNV, index_BN),
+        -jnp.sum(jnp.exp(logp_BNV) * logp_BNV, axis=-1),
+    )
+
+    def put(x_BL, value_BN):
+        x_BN = jax.lax.dynamic_slice_in_dim(x_BL, first, new_BN.shape[1], axis=1)
+        x_BN = jnp.where(new_BN, value_BN, x_BN)
+        return jax.lax.dynamic_update_slice_in_dim(x_BL, x_BN, first, axis=1)
+
+    return jax.tree.map(put, record, values)
 
 
 def _finish(tokens_BL, start, length, rule, vocab):

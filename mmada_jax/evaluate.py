@@ -1,17 +1,29 @@
-"""What is measured on held-out scans: reading, drawing, inpainting, arithmetic, reconstruction.
+"""What is measured on held-out data: on scans reading, drawing, inpainting, arithmetic, reconstruction
+and thinking (in text, about an image, before drawing one); on rows of any task the likelihood of what
+is hidden, and what the model makes of them.
 
-Every metric is a pair of counts. Whether a drawn digit is the right one is decided by a judge that
-has nothing to do with our models: a support vector machine on the training scans.
+Every metric of scans is a pair of counts. Whether a drawn digit is the right one is decided by a judge
+that has nothing to do with our models: a support vector machine on the training scans.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from mmada_jax import corrupt, layout, loss, sharding, transformer, vq
 from mmada_jax.data import digits
-from mmada_jax.denoise import ImageRule, TextRule
+from mmada_jax.data.tokenizer import split_thought
+from mmada_jax.denoise import ImageRule, TextRule, divisor
+from mmada_jax.vocab import Vocab
 
+# Of an answer while training.
+MAX_NEW = 256
 # Chosen on the validation scans.
 DRAW = ImageRule(steps=12, guidance=1.0)
 INPAINT = ImageRule(steps=12, guidance=1.0, quota="hidden")
@@ -104,6 +116,56 @@ def arithmetic(model, n: int, seed: int = 0) -> tuple[Count, list]:
     return _count(np.array([answer == want for _, answer, want in rows])), rows
 
 
+def text_cot(model, n: int, split: str = "test", seed: int = 0) -> tuple[Count, list]:
+    """text_cot: sums of three digits that were held out, with the intermediate result as a thought."""
+    triples = digits.triples(split)[:n]
+    questions = [digits.addition(*triple) for triple in triples]
+    rule = _thinking(model, model.text_job(questions))
+    texts = [text.text for text in model.generate(questions, rule, seed=seed)]
+    wanted = [str(sum(triple)) for triple in triples]
+    return _answered(texts, wanted), list(zip(questions, texts, wanted, strict=True))
+
+
+def vqa_sum(model, n: int, split: str = "test", seed: int = 0) -> tuple[Count, list]:
+    """vqa_sum: the sum of the two digits on canvases of held-out scans, after a thought."""
+    canvases, labels = _canvases(2, n, split, seed + 2)
+    questions = [digits.ASK_SUM] * n
+    rule = _thinking(model, model.answer_job(canvases, questions))
+    texts = [text.text for text in model.answer(canvases, questions, rule, seed=seed)]
+    wanted = [str(total) for total in labels.sum(axis=1)]
+    return _answered(texts, wanted), list(zip(canvases, texts, wanted, strict=True))
+
+
+def draw_sums(
+    model, judge: Judge, n: int, split: str = "test", seed: int = 0
+) -> tuple[dict, np.ndarray, list]:
+    """r2i_thought, r2i_image: sums of held-out pairs, thought, then drawn; is the thought right, and does
+    the judge read the sum in the image? Then the images, and (prompt, thought) of each."""
+    held_out = digits.pairs(split)
+    pairs = [held_out[i % len(held_out)] for i in range(n)]
+    prompts = [digits.request(*pair) for pair in pairs]
+    made = model.think_and_draw(prompts, _thinking(model, model.think_job(prompts)), DRAW, seed=seed)
+    thoughts = [split_thought(text.text)[0] for text, _ in made]
+    wanted = [digits.thought(*pair) for pair in pairs]
+    pixels = model.decode(np.stack([drawing.codes for _, drawing in made]))
+    read = judge([digits.cut(canvas, 1)[0] for canvas in pixels])
+    counts = {
+        "r2i_thought": _count(np.array(thoughts) == np.array(wanted)),
+        "r2i_image": _count(read == np.sum(pairs, axis=1)),
+    }
+    return counts, pixels, list(zip(prompts, thoughts, strict=True))
+
+
+def _thinking(model, job) -> TextRule:
+    """From the left, token by token, until every thought and answer has ended."""
+    return TextRule(steps=job.length, block=1, stop=model.vocab.eos)
+
+
+def _answered(texts: list[str], wanted: list[str]) -> Count:
+    answers = [split_thought(text)[1] for text in texts]
+    return _count(np.array(answers) == np.array(wanted))
+
+
 def _count(right: np.ndarray) -> Count:
     return Count(int(np.sum(right)), len(right))
 
@@ -124,3 +186,121 @@ def _balanced(n_digits: int, n: int) -> np.ndarray:
     """[n, n_digits]: all numbers of that many digits, equally often."""
     numbers = np.arange(n) % 10**n_digits
     return np.stack([numbers // 10**k % 10 for k in reversed(range(n_digits))], axis=1)
+
+
+# ---- Rows of any task ------------------------------------------------------------------------------
+
+
+def masked_nll(
+    params: dict[str, Any],
+    model: transformer.Config,
+    batch: layout.Batch,
+    vocab: Vocab,
+    ratios: Sequence[float] = (0.15, 0.5, 0.85),
+    key: jax.Array | None = None,
+    chunk: int = 2048,
+) -> dict[str, dict[float, float]]:
+    """Task -> ratio -> nats per hidden token, of the tasks that have rows in the batch.
+
+    That share of the targets is hidden as in training, with the same noise for all ratios; nan if it
+    hid none. `chunk` positions of a device have logits at a time. Under a mesh the batch is what
+    sharding.put_batch gives and the sums are global. Raises ValueError for a ratio outside (0, 1].
+    """
+    if wrong := [ratio for ratio in ratios if not 0 < ratio <= 1]:
+        raise ValueError(f"ratio {wrong[0]} hides nothing or too much; it must be in (0, 1]")
+    if len(batch.task) % sharding.parts("batch"):
+        raise ValueError(
+            f"{len(batch.task)} rows can't be spread over {sharding.parts('batch')} data shards; "
+            "give a multiple of that"
+        )
+    key = jax.random.key(0) if key is None else key
+    ratios_R = np.array(ratios, np.float32)
+    sums_RT, hidden_RT, rows_T = jax.device_get(
+        _hidden_nll(params, batch, key, ratios_R, model, vocab, chunk)
+    )
+    with np.errstate(invalid="ignore"):
+        nll_RT = sums_RT / hidden_RT
+    return {
+        task: dict(zip(ratios, nll_RT[:, i].tolist(), strict=True))
+        for i, task in enumerate(layout.TASKS)
+        if rows_T[i]
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _hidden_nll(params, batch, key, ratios_R, model, vocab, chunk):
+    """Per ratio and task, the summed nll of the hidden tokens and their number; the rows of each task."""
+    is_task_BT = batch.task[:, None] == jnp.arange(len(layout.TASKS))[None]
+
+    def at_ratio(ratio):
+        seen = corrupt.corrupt(key, batch, vocab, corrupt.Config(), ratio)
+        hidden_BL = seen.tokens_BL != seen.targets_BL
+        h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, batch.valid)
+        logp_BL = loss.token_log_probs(h_BLD, params["head_DV"], seen.targets_BL, hidden_BL, chunk)
+
+        def by_task(x_BL):
+            x_B = jnp.sum(x_BL, axis=1, dtype=jnp.float32)
+            return jnp.sum(jnp.where(is_task_BT, x_B[:, None], 0), axis=0)
+
+        return by_task(-logp_BL), by_task(hidden_BL)
+
+    rows_T = jnp.sum(is_task_BT, axis=0)
+    sums_RT, hidden_RT = jax.lax.map(at_ratio, ratios_R)
+    return [sharding.constrain(x, *[None] * x.ndim) for x in (sums_RT, hidden_RT, rows_T)]
+
+
+def generations(
+    model, batch: layout.Batch, n: int, block: int, seed: int = 0
+) -> tuple[dict[str, float], Image.Image | None, list[str]]:
+    """What a model makes of `n` rows of each task in a batch of held-out rows: the share of answers that
+    are exactly those of the rows (exact_TASK), all drawings, n in a line, and what was said, line by line.
+
+    Answers have at most MAX_NEW tokens, decoded from the left in blocks of about `block`.
+    """
+    values, lines, drawings = {}, [], []
+    for task in ("lm_chat", "mmu"):
+        of_task = np.flatnonzero(batch.task == layout.TASKS.index(task))[:n]
+        if not len(of_task):
+            continue
+        answers = [batch.tokens[row][batch.target[row]] for row in of_task]
+        prompts = [batch.tokens[row][: np.argmax(batch.target[row])] for row in of_task]
+        new = min(MAX_NEW, len(batch.tokens[0]) - max(map(len, prompts)))
+        rule = TextRule(steps=new, block=divisor(new, block), stop=model.vocab.eos)
+        job = model.text_job(prompts, rule, new)
+        said = [model.read(ids).text for ids in model.run(job, seed)]
+        wanted = [model.read(answer).text for answer in answers]
+        values[f"exact_{task}"] = float(np.mean([a == b for a, b in zip(said, wanted, strict=True)]))
+        for prompt, a, b in zip(prompts, said, wanted, strict=True):
+            asked = " ".join(model.tokenizer.decode(prompt).split())
+            lines.append(f"{task}: {asked} -> {a}" + ("" if a == b else f" (is: {b})"))
+    slots = [
+        tokens[: model.max_text + 1] for tokens in batch.tokens[batch.task == layout.TASKS.index("t2i")]
+    ]
+    captions = [slot[slot != model.vocab.pad][1:-1] for slot in slots[:n]]  # without t2i and EOS
+    if captions:
+        drawings += [drawing.codes for drawing in model.draw(captions, seed=seed)]
+        lines += [f"t2i: {model.tokenizer.decode(caption)}" for caption in captions]
+    # A text that was cut may have lost its answer.
+    answered = batch.target[:, : model.max_text + 1].any(axis=1)
+    of_task = np.flatnonzero((batch.task == layout.TASKS.index("r2i")) & answered)[:n]
+    prompts = [batch.tokens[row][1 : np.argmax(batch.target[row])] for row in of_task]
+    if prompts:
+        new = model.think_job(prompts).length
+        rule = TextRule(steps=new, block=divisor(new, block), stop=model.vocab.eos)
+        made = model.think_and_draw(prompts, rule, seed=seed)
+        drawings += [drawing.codes for _, drawing in made]
+        for prompt, (thought, _) in zip(prompts, made, strict=True):
+            asked = " ".join(model.tokenizer.decode(prompt).split())
+            lines.append(f"r2i: {asked} -> {thought.text}")
+    return values, grid(model.decode(np.stack(drawings)), n) if drawings else None, lines
+
+
+def grid(images: np.ndarray, columns: int) -> Image.Image:
+    """Images [n, height, width, 1 or 3] around [-1, 1] -> one picture of them, row by row, each with a
+    frame of a grey pixel; the places that are left over are grey."""
+    n, height, width, channels = images.shape
+    framed = np.full((-(-n // columns) * columns, height + 2, width + 2, channels), -0.5, np.float32)
+    framed[:n, 1:-1, 1:-1] = images
+    tiles = framed.reshape(-1, columns, *framed.shape[1:]).swapaxes(1, 2)
+    pixels = vq.to_uint8(tiles.reshape(-1, columns * (width + 2), channels))
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)

@@ -10,8 +10,8 @@ S (`max_text`) is the length of the text slot, N the number of image tokens. t2i
 have the same length S + N + 3; lm rows are given it.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ from mmada_jax.vocab import Vocab
 TASKS = ("t2i", "lm", "lm_chat", "mmu", "r2i")
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Rows of one or more tasks, all of one length L. A single row is a Batch without the B axis.
 
     `target` marks what may be hidden and has to be predicted; `shown` marks tokens that are scored
@@ -54,7 +53,7 @@ def stack(rows: Sequence[Batch]) -> Batch:
             f"rows of lengths {lengths} don't stack: t2i, mmu and r2i rows have max_text + image "
             "tokens + 3 tokens, and lm rows must be given that length"
         )
-    return Batch(*(np.stack([getattr(r, f.name) for r in rows]) for f in dataclasses.fields(Batch)))
+    return Batch(*map(np.stack, zip(*rows, strict=True)))
 
 
 def t2i(vocab: Vocab, text: Sequence[int], image: Sequence[int], max_text: int) -> Batch:
@@ -108,18 +107,39 @@ def r2i(vocab: Vocab, text: Sequence[int], image: Sequence[int], max_text: int) 
     return _row("r2i", tokens, target=[(start, max_text + 1), (first, first + len(image))])
 
 
+def image_start(task: str, max_text: int) -> int:
+    """Where the image tokens of a row begin; 0 for tasks without an image."""
+    return {"t2i": max_text + 2, "mmu": 2, "r2i": max_text + 2}.get(task, 0)
+
+
+def r2i_generation(vocab: Vocab, prompt: Sequence[int], n_image: int, max_text: int) -> Batch:
+    """The r2i row of a prompt: what it leaves of the text slot is hidden, and the image. A prompt that
+    leaves nothing is an error."""
+    prompt = _with_bos(vocab, prompt)
+    check_fits(len(prompt) + 1, max_text, "prompt with the first token of a thought")
+    row = r2i(vocab, prompt, [vocab.mask] * n_image, max_text)
+    row.tokens[1 + len(prompt) : 1 + max_text] = vocab.mask
+    return row
+
+
 def drop_condition(vocab: Vocab, row: Batch, max_text: int) -> Batch:
-    """A t2i row -> the same image without its text: the row that guidance takes as unconditional."""
+    """A t2i or r2i row -> the same image without its text: what guidance takes as unconditional."""
     return t2i(vocab, [], row.tokens[max_text + 2 : -1], max_text)
 
 
-def continuation(vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: int) -> Batch:
+def continuation(
+    vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: int, length: int | None = None
+) -> Batch:
     """Prompts of any length, left-padded to a common one, followed by `n_new` hidden tokens.
+
+    `length` is that of the longest by default; given, batches of different prompts have one shape.
 
     For text generation, chat and image understanding alike. The padding is not valid, so that a
     prompt's result doesn't depend on its neighbours (RoPE is relative: the shift is invisible).
     """
-    length = max(map(len, prompts))
+    longest = max(map(len, prompts))
+    length = longest if length is None else length
+    check_fits(longest, length, "prompt")
     rows = []
     for prompt in prompts:
         pads = length - len(prompt)
@@ -159,11 +179,11 @@ def _answer_start(vocab: Vocab, tokens: Sequence[int], default: int) -> int:
 
 
 def _image(vocab: Vocab, image: Sequence[int]) -> list[int]:
-    image = [int(i) for i in image]
-    for i in image:
-        if i != vocab.mask and not vocab.image_offset <= i < vocab.rows:
-            raise ValueError(
-                f"image token {i} is outside [{vocab.image_offset}, {vocab.rows}); codes become ids "
-                "by vocab.image_ids(codes)"
-            )
-    return image
+    ids = np.asarray(image, np.int64)
+    bad = ids[(ids != vocab.mask) & ((ids < vocab.image_offset) | (ids >= vocab.rows))]
+    if bad.size:
+        raise ValueError(
+            f"image token {bad[0]} is outside [{vocab.image_offset}, {vocab.rows}); codes become ids "
+            "by vocab.image_ids(codes)"
+        )
+    return ids.tolist()

@@ -8,7 +8,8 @@ N positions of a device, C positions of a chunk, beside the letters of transform
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,7 @@ def token_log_probs(
     """log p(target), float32 [B, L], softmax over the whole vocabulary; 0 where it isn't `wanted`.
 
     `chunk` positions of a device have logits at a time; None takes all at once. Can't be
-    differentiated: the gradient of any function of these is that of `weighted_nll` with the
-    function's derivatives as weights.
+    differentiated; `of_log_probs` is, for functions of these.
     """
     weights_BL = jnp.where(wanted_BL, -1.0, 0.0).astype(jnp.float32)
     head_DV = head_DV.astype(h_BLD.dtype)
@@ -49,6 +49,25 @@ def weighted_nll(
     head_DV = head_DV.astype(h_BLD.dtype)
     loss, each_B = _weighted_nll(chunk, h_BLD, head_DV, targets_BL, weights_BL)
     return loss, jax.lax.stop_gradient(each_B)
+
+
+def of_log_probs(
+    f: Callable[[jax.Array], tuple[jax.Array, Any]],
+    h_BLD: jax.Array,
+    head_DV: jax.Array,
+    targets_BL: jax.Array,
+    wanted_BL: jax.Array,
+    chunk: int | None = None,
+) -> tuple[jax.Array, Any]:
+    """f(token_log_probs) -> (value, anything); differentiable in h and the head, by the value alone.
+
+    By the chain rule the gradient is that of `weighted_nll` with f's derivatives as weights.
+    """
+    still = jax.lax.stop_gradient((h_BLD, head_DV))
+    logp_BL = token_log_probs(*still, targets_BL, wanted_BL, chunk)
+    (value, other), slope_BL = jax.value_and_grad(f, has_aux=True)(logp_BL)
+    linear, _ = weighted_nll(h_BLD, head_DV, targets_BL, -slope_BL, chunk)
+    return value + (linear - jax.lax.stop_gradient(linear)), other
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,8 +1,13 @@
-"""Optimizers: AdamW with the reference's settings, Muon as an option; cosine with warm-up and floor."""
+"""Optimizers: AdamW with the reference's settings, Muon as an option; cosine with warm-up and floor.
+
+Around either is a guard: a gradient that isn't finite, or suddenly much larger than those before, changes
+nothing and is counted.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +20,9 @@ class Config:
     """AdamW or Muon. `floor` is the share of the learning rate that the cosine ends at.
 
     The reference decays everything, norms and embeddings too, and its cosine always ends at 0.
-    `moments` is the dtype of the first moment at rest.
+    `moments` is the dtype of the first moment at rest. With `spike` an update is skipped whose gradient
+    norm is more than `spike` times the mean of about the last `spike_window` that weren't, once there are
+    as many. A run ends when `max_skipped` in a row are.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -28,10 +35,26 @@ class Config:
     weight_decay: float = 0.01
     clip: float = 1.0
     moments: Literal["float32", "bfloat16"] = "float32"
+    spike: float = 0.0  # 0: only what isn't finite is skipped
+    spike_window: int = 128
+    max_skipped: int = 20
+
+    def __post_init__(self):
+        if self.spike and self.spike <= 1:
+            raise ValueError(f"optim.spike is {self.spike}; it must be more than 1, or 0 for never")
+        for name in ("spike_window", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 1")
 
 
-# As many bad gradients in a row are no accident.
-MAX_SKIPPED = 20
+class GuardState(NamedTuple):
+    """State of the optimizer: counts of updates, the running mean of their gradients' norms."""
+
+    accepted: jax.Array
+    skipped: jax.Array
+    streak: jax.Array  # skipped in a row, up to now or when they were too many
+    mean_norm: jax.Array  # of the accepted ones
+    inner: Any
 
 
 def cosine_factor(step: Any, steps: int, warmup: int, floor: float = 0.0) -> Any:
@@ -44,10 +67,7 @@ def cosine_factor(step: Any, steps: int, warmup: int, floor: float = 0.0) -> Any
 
 
 def make(config: Config, steps: int) -> optax.GradientTransformation:
-    """The optimizer for a run of `steps` steps.
-
-    A gradient that isn't finite changes nothing and is counted (`skipped` reads the count).
-    """
+    """The optimizer for a run of `steps` steps; its state is a GuardState."""
 
     def lr(step):
         return config.lr * cosine_factor(step, steps, config.warmup, config.floor)
@@ -70,8 +90,45 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
         )
     if config.clip:
         update = optax.chain(optax.clip_by_global_norm(config.clip), update)
-    update = optax.apply_if_finite(update, max_consecutive_errors=2**30)
-    return optax.GradientTransformation(_lenient(update.init), _lenient(update.update))
+    inner = optax.GradientTransformation(_lenient(update.init), _lenient(update.update))
+    return _guard(inner, config)
+
+
+def _guard(inner: optax.GradientTransformation, config: Config) -> optax.GradientTransformation:
+    """`inner`, but for gradients that aren't finite or, with `spike`, much larger than usual."""
+    spike, window = config.spike, config.spike_window
+
+    def init(params):
+        zero = jnp.int32(0)
+        return GuardState(zero, zero, zero, jnp.float32(0), inner.init(params))
+
+    def update(grads, state, params=None):
+        norm = optax.tree.norm(grads).astype(jnp.float32)
+        accept = jnp.isfinite(norm)
+        if spike:
+            accept &= (state.accepted < window) | (norm <= spike * state.mean_norm)
+
+        def choose(new, old):
+            return jax.tree.map(functools.partial(jnp.where, accept), new, old)
+
+        updates, changed = inner.update(grads, state.inner, params)
+        nothing = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)  # 0 would turn a -0 into 0
+        # The mean of all norms at first, then an exponential one.
+        weight = 1 / jnp.minimum(state.accepted + 1, window).astype(jnp.float32)
+        mean_norm = state.mean_norm + (norm - state.mean_norm) * weight
+        taken = accept.astype(jnp.int32)
+        return choose(updates, nothing), GuardState(
+            accepted=state.accepted + taken,
+            skipped=state.skipped + 1 - taken,
+            # One that was too long stays, for whoever looks at it later.
+            streak=jnp.where(
+                state.streak < config.max_skipped, (state.streak + 1) * (1 - taken), state.streak
+            ),
+            mean_norm=choose(mean_norm, state.mean_norm),
+            inner=choose(changed, state.inner),
+        )
+
+    return optax.GradientTransformation(init, update)
 
 
 def _lenient(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,18 +141,34 @@ def _lenient(f: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def skipped(opt_state: optax.ApplyIfFiniteState) -> Any:
-    """How many updates have been skipped so far because the gradient wasn't finite."""
-    return opt_state.total_notfinite
+def skipped(opt_state: GuardState) -> jax.Array:
+    """How many updates have been skipped so far."""
+    return opt_state.skipped
 
 
-def check_finite(opt_state: optax.ApplyIfFiniteState) -> None:
-    """Raises FloatingPointError if the last MAX_SKIPPED gradients were all not finite."""
-    if int(opt_state.notfinite_count) >= MAX_SKIPPED:
+def learning_rate(config: Config, steps: int, opt_state: GuardState) -> float:
+    """That of the last accepted update, of a run of `steps` steps."""
+    step = max(int(opt_state.accepted) - 1, 0)
+    return config.lr * float(cosine_factor(step, steps, config.warmup, config.floor))
+
+
+def check_streak(config: Config, opt_state: GuardState, newest: Callable[[], int | None]) -> int:
+    """How many updates in a row have been skipped up to now.
+
+    Raises FloatingPointError if they are `max_skipped` or more; `newest` gives the step of the newest
+    checkpoint, for its text.
+    """
+    streak = int(opt_state.streak)
+    if streak >= config.max_skipped:
+        spike = f" or more than {config.spike:g} times the usual" if config.spike else ""
+        step = newest()
+        resumes = "starts from scratch" if step is None else f"resumes from step {step}"
         raise FloatingPointError(
-            f"the last {int(opt_state.notfinite_count)} gradients were not finite and were skipped; "
-            "the params are those before. Lower optim.lr, or look at the data of these steps"
+            f"{streak} updates in a row were skipped, {int(opt_state.skipped)} in all: the norms of their "
+            f"gradients were not finite{spike}; the next run {resumes}. Lower optim.lr, look at the data "
+            f"of these steps, or raise {'optim.spike or ' * bool(spike)}optim.max_skipped"
         )
+    return streak
 
 
 def _matrices(params: dict[str, Any]) -> dict[str, Any]:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from mmada_jax import config as config_lib
-from mmada_jax import sharding, transformer, vq
-from mmada_jax.checkpoint import newest_params, read_config
+from mmada_jax import transformer, vq
+from mmada_jax.checkpoint import has_step, newest_params, open_params, read_config, verify_manifest
+from mmada_jax.convert import in_memory, llada, magvit
 from mmada_jax.corrupt import Config as LossConfig
-from mmada_jax.data import digits
-from mmada_jax.data.pipeline import rows_per_task
+from mmada_jax.data import digits, records, sources
+from mmada_jax.data.pipeline import Shape, rows_per_task
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.optim import Config as OptimConfig
 from mmada_jax.vocab import Vocab
@@ -39,13 +41,25 @@ class Run:
     save_every: int = 1000
     keep: int = 2
     log_every: int = 50
+    load_threads: int = 2
+    load_workers: int = 0  # processes that load, each with its threads; 0: the threads alone
+    max_skipped: float = 0.01  # share of records that may be unreadable
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: Mesh = Mesh()
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "save_every", "keep", "log_every", "accumulate"):
+        for name in (
+            "steps", "batch_size", "save_every", "keep", "log_every", "load_threads", "accumulate",
+            "eval_rows", "answer_block",
+        ):  # fmt: skip
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("load_workers", "eval_every", "samples"):
+            if getattr(self, name, 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it can't be negative")
+        for name in ("max_skipped", "cond_dropout"):
+            if not 0 <= getattr(self, name, 0) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a share from 0 to 1")
         chunk = getattr(self, "loss_chunk", None)
         if chunk is not None and chunk < 1:
             raise ValueError(f"loss_chunk is {chunk}; it must be at least 1, or None for all positions")
@@ -62,18 +76,41 @@ class VQRun(Run):
 
 @dataclasses.dataclass(frozen=True)
 class ModelRun(Run):
-    """Training of the model. `mixture` shares the rows among the tasks; `model` overrides fields of
-    the preset; `image_tokenizer` is the workdir of a VQRun, relative to the run's own or absolute."""
+    """Training of the model.
+
+    `init` is what it starts from: the workdir of an earlier stage or a checkpoint; from scratch if
+    empty. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun, or a
+    converted checkpoint. Both paths, and that of `text_tokenizer` (a tokenizer.json or its folder, by
+    default that of `init`, and without one trained on the digits' texts with `text_vocab` ids), are
+    relative to the run's workdir or absolute.
+
+    `mixture` shares the rows of a batch among the tasks, `data` names the sources of each task, with
+    paths below `data_root` (itself relative to the workdir, or absolute), and `held_out` those of the
+    evaluation. Every `eval_every` steps `eval_rows` held-out rows are scored and `samples` of each kind
+    of generation are saved, with answers decoded in blocks of about `answer_block` tokens; 0 is never.
+    """
 
     preset: str = "digits"
-    data: Literal["digits", "none"] = "digits"
+    init: str = ""
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     image_tokenizer: str = ""
+    text_tokenizer: str = ""
     image_size: int = 0  # pixels of a side; the scans of digits have their own
-    text_vocab: int = 384
+    text_vocab: int = 0
     max_text: int = 256
     cond_dropout: float = 0.1
+    cut_long: bool = False
+    think_prompt: str = records.THINK_PROMPT
+    think_draw_prompt: str = records.THINK_DRAW_PROMPT
     mixture: dict[str, int] = dataclasses.field(default_factory=dict)
+    data_root: str = ""
+    data: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
+    held_out: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
+    data_may_change: bool = False  # whether a resumed run may have other data than before
+    eval_every: int = 0
+    eval_rows: int = 64
+    samples: int = 8
+    answer_block: int = 32
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     loss_chunk: int | None = None  # positions of a device that have logits at a time
     accumulate: int = 1  # parts that a batch goes through the model in, one after the other
@@ -89,6 +126,15 @@ def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run can start from: a tree of Lazy arrays, their architecture, the text tokenizer's file."""
+
+    params: Any
+    model: transformer.Config
+    tokenizer: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a ModelRun amounts to: tokenizers, ids, architectures, and the shape of an image."""
 
@@ -97,34 +143,107 @@ class Plan:
     model: transformer.Config
     vq: vq.Config
     grid: tuple[int, int]  # rows and columns of image tokens
+    max_text: int
+    start: Start | None = None
 
     @property
     def n_image(self) -> int:
         """Tokens of an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def shape(self) -> Shape:
+        """That of a row."""
+        down = self.vq.downsampling
+        pixels = (self.grid[0] * down, self.grid[1] * down, self.vq.pixel_channels)
+        return Shape(self.max_text, self.n_image, pixels)
 
-def plan(run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = None) -> Plan:
+
+def plan(
+    run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = None, start: bool = False
+) -> Plan:
     """Resolves a run of the model, and raises where it can't work: unknown presets, a task mixture
     or a row length that doesn't fit, no image tokenizer. Nothing is computed or written.
 
-    `vq_config` is given where the image tokenizer is yet to be trained."""
+    `vq_config` is given where the image tokenizer is yet to be trained. `start` says that a run
+    without checkpoints begins: what it starts from is opened, and must fit."""
     rows_per_task(run.mixture, run.batch_size)
-    if run.data == "none":
+    if not run.data:
         raise ValueError(
-            "config.data is 'none': this configuration describes a step without saying where its rows "
-            "come from; launch/aot.py compiles it, training needs data='digits' and a preset to match"
+            "config.data is empty: this configuration describes a step without saying where its rows "
+            "come from; launch/aot.py compiles it, training needs a source for every task"
         )
     vq_config = vq_config or vq_config_of(image_tokenizer_of(run, workdir))
-    grid = (digits.HEIGHT // vq_config.downsampling, digits.WIDTH // vq_config.downsampling)
-    saved = workdir / "tokenizer.json"
-    if saved.is_file():
-        tokenizer = TextTokenizer.load(saved)
-    else:
-        tokenizer = TextTokenizer.train(digits.corpus(), run.text_vocab)
-    vocab = tokenizer.vocab(vq_config.codebook_size)
+    grid = grid_of(run, vq_config)
+    begin = open_start(relative(run.init, workdir)) if start and run.init else None
+    tokenizer = _text_tokenizer(run, workdir, begin)
+    vocab = tokenizer.vocab(vq_config.codebook_size, begin and begin.model.vocab)
     model = model_of(run, vocab, grid[0] * grid[1])
-    return Plan(tokenizer, vocab, model, vq_config, grid)
+    if begin:
+        _check_same(begin.model, model, relative(run.init, workdir))
+    return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
+
+
+def grid_of(run: ModelRun, vq_config: vq.Config) -> tuple[int, int]:
+    """Rows and columns of image tokens."""
+    down = vq_config.downsampling
+    I, J = (run.image_size, run.image_size) if run.image_size else (digits.HEIGHT, digits.WIDTH)
+    if I % down or J % down:
+        raise ValueError(
+            f"image_size {run.image_size} isn't a multiple of the image tokenizer's {down} pixels; "
+            f"choose {run.image_size - run.image_size % down or down}"
+        )
+    return I // down, J // down
+
+
+def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -> TextTokenizer:
+    saved = workdir / "tokenizer.json"
+    if saved.is_file() and has_step(workdir):
+        return TextTokenizer.load(saved)
+    if run.text_tokenizer:
+        path = relative(run.text_tokenizer, workdir)
+        return TextTokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+    if start:
+        return TextTokenizer.load(start.tokenizer)
+    if run.text_vocab:
+        return TextTokenizer.train(digits.corpus(), run.text_vocab)
+    raise ValueError(
+        "there is no text tokenizer: config.init is empty, and so are config.text_tokenizer and "
+        "config.text_vocab; name a tokenizer.json, or a checkpoint to start from"
+    )
+
+
+def open_start(path: pathlib.Path) -> Start:
+    """Opens what a run is to start from, verified; nothing but its description is read yet.
+
+    Raises FileNotFoundError or ValueError if there is no model in `path`."""
+    values = read_config(path) if (path / "config.json").is_file() else {}
+    if values.get("program") == "model":
+        config = plan(parse(values), path).model
+        params, _ = newest_params(path)
+    elif (path / "params").is_dir() and values.get("model_type") in llada.MODEL_TYPES:
+        verify_manifest(path / "params")
+        config, params = llada.config_from_hf(values), open_params(path / "params")
+    else:
+        raise FileNotFoundError(
+            f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face "
+            "folder becomes one by launch/convert.py from-torch"
+        )
+    return Start(params, config, path / "tokenizer.json")
+
+
+def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.Path) -> None:
+    shapes = [jax.tree.map(lambda x: x.shape, transformer.param_shapes(c)) for c in (old, new)]
+    fields = [f for f in ("rope_theta", "norm_eps") if getattr(old, f) != getattr(new, f)]
+    if shapes[0] != shapes[1] or fields:
+        fields += [
+            f.name
+            for f in dataclasses.fields(old)
+            if f.name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "vocab")
+            and getattr(old, f.name) != getattr(new, f.name)
+        ]
+        what = ", ".join(f"{f} {getattr(old, f)!r} there and {getattr(new, f)!r} here" for f in fields)
+        raise ValueError(f"config.init: {path} holds another model ({what}); change preset or model")
 
 
 def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
@@ -144,28 +263,43 @@ def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
     return model
 
 
+def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
+    """A path of a configuration: relative to the run's workdir, or absolute."""
+    return pathlib.Path(os.path.normpath(pathlib.Path(workdir) / path))
+
+
 def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
-    """The workdir of a run's image tokenizer; the run's own needn't exist yet."""
-    return pathlib.Path(os.path.normpath(pathlib.Path(workdir) / run.image_tokenizer))
+    """The folder of a run's image tokenizer; the run's own needn't exist yet."""
+    return relative(run.image_tokenizer, workdir)
 
 
-def vq_config_of(workdir: str | pathlib.Path) -> vq.Config:
-    """Architecture of the image tokenizer that a workdir holds."""
+def vq_config_of(path: str | pathlib.Path) -> vq.Config:
+    """Architecture of the image tokenizer that a workdir or a checkpoint holds."""
     try:
-        config = read_config(workdir)
+        values = read_config(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no image tokenizer: {error}") from error
-    if config.get("program") != "vq":
-        raise ValueError(f"{workdir} holds no image tokenizer but a {config.get('program')!r} run")
-    return preset_of(vq.PRESETS, config["preset"])
+    if values.get("program") == "vq":
+        return preset_of(vq.PRESETS, values["preset"])
+    if values.get("model_type") == magvit.MODEL_TYPE and (pathlib.Path(path) / "params").is_dir():
+        return magvit.config_from_hf(values)
+    what = values.get("program") or values.get("model_type")
+    raise ValueError(
+        f"{path} holds no image tokenizer but {what!r}; name the workdir of one, or a checkpoint made by "
+        "launch/convert.py from-torch"
+    )
 
 
-def load_vq(workdir: str | pathlib.Path) -> tuple[Any, vq.Config]:
-    """The newest params of the image tokenizer in `workdir`, on one device, and its architecture."""
-    config = vq_config_of(workdir)
-    params, _ = newest_params(workdir)
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return sharding.put_params(params, jax.tree.map(lambda _: place, params)), config
+def load_vq(path: str | pathlib.Path) -> tuple[Any, vq.Config]:
+    """The params of the image tokenizer in a workdir (newest) or a checkpoint, float32 on the host, and
+    its architecture."""
+    config = vq_config_of(path)
+    if (pathlib.Path(path) / "params").is_dir():
+        verify_manifest(pathlib.Path(path) / "params")
+        params = open_params(pathlib.Path(path) / "params")
+    else:
+        params, _ = newest_params(path)
+    return jax.tree.map(lambda x: x.astype(np.float32), in_memory(params)), config
 
 
 def preset_of(presets: Mapping[str, Any], name: str) -> Any:

@@ -11,7 +11,7 @@ import functools
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -267,10 +267,20 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put_batch(mesh: jax.sharding.Mesh, batch: Any) -> Any:
-    """A pytree of host arrays [rows, ...], the whole batch on every process -> global arrays.
+def put_batch(mesh: jax.sharding.Mesh, batch: Any, rows: Sequence[int] | None = None, n: int = 0) -> Any:
+    """A pytree of host arrays [rows, ...] -> global arrays, each device's rows placed by its process.
 
-    Every process places the rows of its devices.
+    The arrays hold the whole batch, or its `rows` of `n` that this process has, in ascending order.
     """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
+
+    def put(x):
+        def read(index):
+            first, stop, _ = index[0].indices(n)
+            return x[rows.index(first) : rows.index(stop - 1) + 1]
+
+        if rows is None:
+            return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        return jax.make_array_from_callback((n, *x.shape[1:]), sharding, read)
+
+    return jax.tree.map(put, batch)

@@ -64,3 +64,9 @@ def init_state(
     # On a CPU most of the time of a start goes into optimising code that runs once.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=hurry)(key)
+
+
+def start_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Step 0 of a run that goes on from `params`, which lie by `shardings` already."""
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)

@@ -8,10 +8,12 @@ step is fold_in(root, step), so a resumed run repeats to the bit what an uninter
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -19,17 +21,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mmada_jax import config as config_lib
-from mmada_jax import corrupt, layout, loss, optim, sharding, transformer, vq
-from mmada_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
-from mmada_jax.data import digits
-from mmada_jax.data.pipeline import DigitCanvases, DigitRows, rows_per_task
+from mmada_jax import convert, corrupt, evaluate, layout, loss, optim, sharding, transformer, vq
+from mmada_jax.api import MMaDA
+from mmada_jax.checkpoint import (
+    Checkpoints,
+    check_workdir,
+    claim_workdir,
+    differences,
+    has_step,
+    write_whole,
+)
+from mmada_jax.convert.folder import open_folder
+from mmada_jax.data import digits, pipeline
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.metrics import Metrics
-from mmada_jax.run import ModelRun, VQRun, image_tokenizer_of, load_vq, parse, plan, preset_of
-from mmada_jax.state import TrainState, init_state, state_shardings
+from mmada_jax.run import (
+    ModelRun,
+    Plan,
+    VQRun,
+    image_tokenizer_of,
+    load_vq,
+    parse,
+    plan,
+    preset_of,
+    relative,
+)
+from mmada_jax.state import TrainState, init_state, start_state, state_shardings
+from mmada_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +69,27 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the loop needs to know of a run."""
+    """What the loop needs to know of a run. `load` gives the rows of a step that this process has,
+    `encode` makes of them, placed on the devices, what the objective takes. `start` are params to begin
+    with, as Lazy arrays; `evaluate` measures (params, step) and shows samples in the metrics; `data`
+    describes the data, to be compared when the run is resumed."""
 
     objective: Objective
-    batch: Callable[[int], Any]
+    load: Callable[[int, Sequence[int]], pipeline.Loaded]
+    encode: Callable[[Any], Any]
     tokens_per_step: int
+    flops_per_step: int = 0  # 0: not known
     tokenizer: TextTokenizer | None = None
     accumulate: int = 1
+    start: Any = None
+    evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# In a workdir: what its data is.
+DATA_FILE = "data.json"
 # Groups of the configuration that make a model what it is: a workdir holds one model.
-FIXED = ("program", "preset", "model", "text_vocab", "max_text")
+FIXED = ("program", "preset", "model", "text_vocab", "max_text", "image_size")
 # How it is computed may change.
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
 
@@ -70,13 +102,15 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     several processes, all call this; the first one writes and prints.
     """
     # ---- Configuration --------------------------------------------------------------------------
-    run, mesh = check(config, workdir)
+    began = time.perf_counter()
+    run, mesh, what = check(config, workdir)
     workdir, first_process = pathlib.Path(workdir), jax.process_index() == 0
     say = functools.partial(print, flush=True) if first_process else lambda *_: None
-    program = model_program(run, workdir) if isinstance(run, ModelRun) else vq_program(run)
+    program = model_program(run, workdir, mesh, what) if what else vq_program(run)
     claim_workdir(workdir, config_lib.to_dict(run))
-    if program.tokenizer and first_process:
+    if first_process and program.tokenizer:
         program.tokenizer.save(workdir / "tokenizer.json")
+        write_whole(workdir / DATA_FILE, json.dumps(program.data, indent=1))
 
     # ---- State ----------------------------------------------------------------------------------
     optimizer = optim.make(run.optim, run.steps)
@@ -85,45 +119,68 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     n_params = sum(x.size for x in jax.tree.leaves(shapes.params))
     root = jax.random.key(run.seed)
     with (
-        _watch_sigterm(mesh) as sigterm,  # until the last save is complete
+        watch_sigterm(mesh) as sigterm,  # until the last save is complete
         Checkpoints(workdir, run.keep) as checkpoints,
         jax.set_mesh(mesh),
     ):
-        latest = checkpoints.latest()
-        if latest is None:
-            state = init_state(jax.random.fold_in(root, 0), objective.init_params, optimizer, shardings)
-        else:
+        if checkpoints.latest() is not None:
             state = checkpoints.restore(shapes, shardings)
-        first = latest or 0
+        elif program.start:
+            params = sharding.put_params(program.start, shardings.params, np.float32)
+            state = start_state(params, optimizer, shardings)
+        else:
+            state = init_state(jax.random.fold_in(root, 0), objective.init_params, optimizer, shardings)
+        first = int(state.step)
         if first >= run.steps:
             say(f"{workdir}: {first} steps are done already")
             return state
         say(
             f"{workdir}: {n_params:,} parameters, mesh {dict(mesh.shape)}, "
-            + (f"resuming at step {first}" if first else "from scratch")
+            + (f"resuming at step {first}" if first else f"from {getattr(run, 'init', '') or 'scratch'}")
         )
 
         # ---- Loop -------------------------------------------------------------------------------
         step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate)
-        with ThreadPoolExecutor(1) as ahead, Metrics(workdir, run.steps, first) as metrics:
-            upcoming = ahead.submit(program.batch, first)
+        own = pipeline.own_rows(mesh, run.batch_size)
+        load = functools.partial(program.load, which=own)
+        batches = pipeline.iterate(load, first, run.steps, run.load_threads, run.load_workers)
+        skipped = pipeline.Skipped(run.max_skipped)
+        metrics = Metrics(workdir, run.steps, first, program.flops_per_step, began)
+        with contextlib.closing(batches), ThreadPoolExecutor(1) as ahead, metrics:
+            upcoming = ahead.submit(next, batches)
             for step in range(first, run.steps):
-                batch = sharding.put_batch(mesh, upcoming.result())
+                if step > first and not upcoming.done():
+                    jax.block_until_ready(state.step)  # only what the devices wait for is a wait
+                with metrics.waiting():
+                    loaded = upcoming.result()
                 if step + 1 < run.steps:
-                    upcoming = ahead.submit(program.batch, step + 1)
+                    upcoming = ahead.submit(next, batches)
+                skipped.count(loaded.skipped, len(own))
+                batch = program.encode(sharding.put_batch(mesh, loaded.rows, own, run.batch_size))
                 stop = sigterm()
                 state, values = step_fn(state, root, batch)
                 done = step + 1
                 if step == first:
                     jax.block_until_ready(values)
-                    metrics.resume_clock()
-                if done % run.log_every == 0 or done == run.steps:
-                    values = {name: float(value) for name, value in values.items()}
-                    metrics.write(done, values, program.tokens_per_step)
-                    optim.check_finite(state.opt_state)
+                    metrics.restart_clock(done)
                 stop = bool(stop)
-                if done % run.save_every == 0 or done == run.steps or stop:
-                    checkpoints.save(state)
+                measure = program.evaluate and (done % run.eval_every == 0 or done == run.steps)
+                log = done % run.log_every == 0 or done == run.steps or measure
+                save = done % run.save_every == 0 or done == run.steps or stop
+                if log:
+                    values = {name: float(value) for name, value in values.items()} | skipped.values()
+                    if measure:
+                        with metrics.pausing():
+                            values |= program.evaluate(state.params, done, metrics)
+                    values["lr"] = optim.learning_rate(run.optim, run.steps, state.opt_state)
+                    values["failed_saves"] = checkpoints.failed
+                    metrics.write(done, values, program.tokens_per_step)
+                if log or save:
+                    streak = optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
+                    # What may end in an error isn't saved: the next run resumes before it.
+                    if save and (not streak or stop or done == run.steps):
+                        with metrics.pausing():
+                            checkpoints.save(state)
                 if stop:
                     say(f"stopped by SIGTERM after step {done}; run again to resume")
                     break
@@ -132,34 +189,44 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
 def check(
     config: Mapping[str, Any], workdir: str | pathlib.Path, vq_config: Mapping[str, Any] | None = None
-) -> tuple[VQRun | ModelRun, jax.sharding.Mesh]:
+) -> tuple[VQRun | ModelRun, jax.sharding.Mesh, Plan | None]:
     """Raises for whatever is wrong with a configuration, before anything is computed or written.
 
-    `vq_config` is that of the image tokenizer, where a model's is yet to be trained.
+    Returns it parsed, its mesh, and what a run of the model amounts to. `vq_config` is that of the image
+    tokenizer, where a model's is yet to be trained.
     """
     run, workdir = parse(config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
     check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)
+    what = None
     if isinstance(run, ModelRun):
         to_train = vq_config and preset_of(vq.PRESETS, parse(vq_config).preset)
-        plan(run, workdir, to_train)
+        what = plan(run, workdir, to_train, start=not has_step(workdir))
+        if to_train:  # the data is opened once more when it is needed
+            open_data(run, workdir, what)
+            if run.eval_every:
+                open_rows(run, workdir, what, "held_out", run.eval_rows)
     else:
         preset_of(vq.PRESETS, run.preset)
-    return run, mesh
+    return run, mesh, what
 
 
 def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the rows of a batch can't be spread over the devices."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    parts = run.accumulate if isinstance(run, ModelRun) else 1
-    if run.batch_size % (shards * parts):
-        accumulated = f" times the {parts} parts of `accumulate`" if parts > 1 else ""
-        fits = -(-run.batch_size // (shards * parts)) * shards * parts
-        raise ValueError(
-            f"batch_size {run.batch_size} is not divisible by the {shards} data shards{accumulated} of "
-            f"mesh {dict(mesh.shape)}; the next that is: {fits}"
-        )
+    of_model = isinstance(run, ModelRun)
+    sizes = {"batch_size": run.accumulate if of_model else 1}
+    if of_model and run.eval_every:
+        sizes["eval_rows"] = 1
+    for name, parts in sizes.items():
+        size, unit = getattr(run, name), shards * parts
+        if size % unit:
+            accumulated = f" times the {parts} parts of `accumulate`" if parts > 1 else ""
+            raise ValueError(
+                f"{name} {size} is not divisible by the {shards} data shards{accumulated} of "
+                f"mesh {dict(mesh.shape)}; the next that is: {-(-size // unit) * unit}"
+            )
 
 
 def make_step(
@@ -216,12 +283,12 @@ class Rows(NamedTuple):
     task_B: jax.Array
 
 
-def model_objective(run: ModelRun, model: transformer.Config, mask: int) -> Objective:
+def model_objective(run: ModelRun, model: transformer.Config, vocab: Vocab) -> Objective:
     """The model on token rows: corrupt, hidden states, weighted loss."""
     tasks = [task for task, share in run.mixture.items() if share]
 
     def prepare(key, batch):
-        return Rows(corrupt.corrupt(key, batch, mask, run.loss), batch.valid, batch.task)
+        return Rows(corrupt.corrupt(key, batch, vocab, run.loss), batch.valid, batch.task)
 
     def loss_fn(params, rows):
         seen = rows.seen
@@ -243,27 +310,118 @@ def model_objective(run: ModelRun, model: transformer.Config, mask: int) -> Obje
     )
 
 
-def model_program(run: ModelRun, workdir: pathlib.Path) -> Program:
-    """The model on handwritten digits."""
-    what = plan(run, workdir)
-    vq_params, vq_config = load_vq(image_tokenizer_of(run, workdir))
-    batch = DigitRows(
-        what.tokenizer,
-        what.vocab,
-        jax.jit(functools.partial(vq.encode, vq_params, vq_config)),
-        rows_per_task(run.mixture, run.batch_size),
-        run.max_text,
-        what.n_image,
-        run.cond_dropout,
-        run.seed,
-    )
+def open_data(run: ModelRun, workdir: pathlib.Path, what: Plan) -> pipeline.Pipeline:
+    """The rows of a run, from its sources. Raises where those can't be opened, don't fit the model, or
+    where the workdir's run had others."""
+    rows_of = open_rows(run, workdir, what, "data", run.batch_size, run.cond_dropout)
+    known = workdir / DATA_FILE
+    if has_step(workdir) and known.is_file() and not run.data_may_change:
+        changed = list(differences("data", json.loads(known.read_text()), rows_of.description))
+        if changed:
+            changes = "; ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changed[:5])
+            raise ValueError(
+                f"{workdir} was trained on other data: {changes}. It can't go on where it was; "
+                "restore what was, or say --config.data_may_change=True"
+            )
+    return rows_of
+
+
+def open_rows(
+    run: ModelRun, workdir: pathlib.Path, what: Plan, key: str, size: int, cond_dropout: float = 0.0
+) -> pipeline.Pipeline:
+    """Batches of `size` rows from the sources under config.`key`. Raises ValueError or OSError where those
+    can't be opened, or hold codes of images that aren't those of this run."""
+    data = getattr(run, key)
+    rows = {task: n for task, n in pipeline.rows_per_task(run.mixture, size).items() if n}
+    root = str(relative(run.data_root, workdir)) if run.data_root else ""
+    opened = pipeline.open_sources(data, tuple(rows), root, key)
+    with_codes = {
+        f"config.{key}.{task}.{name}": source.info
+        for task, of_task in opened.items()
+        for name, source in of_task.items()
+        if layout.image_start(task, what.max_text) and getattr(source, "info", {}).get("codes")
+    }
+    if with_codes:
+        path = image_tokenizer_of(run, workdir)
+        sha256 = convert.sha256(open_folder(path).tensors())
+    for where, info in with_codes.items():
+        if what.shape.pixels[:2] != (info.get("image_size"),) * 2:
+            raise ValueError(
+                f"{where} has the codes of images of {info.get('image_size')} pixels, this run's have "
+                f"{what.shape.pixels[0]}x{what.shape.pixels[1]}; change image_size, or prepare it again"
+            )
+        if info.get("image_tokenizer") != sha256:
+            raise ValueError(
+                f"{where} has the codes of another image tokenizer (sha256 "
+                f"{str(info.get('image_tokenizer'))[:16]}) than {path} ({sha256[:16]}); name that one as "
+                "image_tokenizer, or prepare it again"
+            )
+    return pipeline.Pipeline(
+        what.tokenizer, what.vocab, data, opened, rows, what.shape, run.seed, cond_dropout, run.cut_long,
+        run.think_prompt, run.think_draw_prompt,
+    )  # fmt: skip
+
+
+def model_program(
+    run: ModelRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, what: Plan | None = None
+) -> Program:
+    """The model on rows of its data."""
+    what = what or plan(run, workdir, start=not has_step(workdir))
+    data = open_data(run, workdir, what)
+    data.load(0, [data.places.index((task, 0)) for task in data.rows])  # raises if no record can be used
+
+    def encode(rows):
+        return rows.batch
+
+    if data.encodes:
+        vq_params, _ = load_vq(image_tokenizer_of(run, workdir))
+        encode = pipeline.make_encoder(mesh, vq_params, what.vq, what.vocab, run.max_text)
     return Program(
-        objective=model_objective(run, what.model, what.vocab.mask),
-        batch=batch,
-        tokens_per_step=run.batch_size * batch.length,
+        objective=model_objective(run, what.model, what.vocab),
+        load=data.load,
+        encode=encode,
+        tokens_per_step=run.batch_size * what.shape.length,
+        flops_per_step=3 * transformer.forward_flops(what.model, run.batch_size, what.shape.length),
         tokenizer=what.tokenizer,
         accumulate=run.accumulate,
+        start=what.start and what.start.params,
+        evaluate=evaluation(run, workdir, what, mesh) if run.eval_every else None,
+        data=data.description,
     )
+
+
+def evaluation(
+    run: ModelRun, workdir: pathlib.Path, what: Plan, mesh: jax.sharding.Mesh
+) -> Callable[[Any, int, Metrics], dict[str, float]]:
+    """(params, step, metrics) -> values on the held-out rows; samples are shown in the metrics."""
+    rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
+    vq_params, _ = load_vq(image_tokenizer_of(run, workdir))
+    encode = pipeline.make_encoder(mesh, vq_params, what.vq, what.vocab, run.max_text)
+    own = pipeline.own_rows(mesh, run.eval_rows)
+
+    @functools.cache
+    def held_out():
+        with jax.set_mesh(mesh):
+            batch = encode(sharding.put_batch(mesh, rows.load(0, own).rows, own, run.eval_rows))
+        return batch, multihost_utils.process_allgather(batch, tiled=True)
+
+    def measure(params, step, metrics):
+        batch, on_host = held_out()
+        nll = evaluate.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
+        values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
+        if run.samples:
+            model = MMaDA(
+                params, what.model, what.vocab, what.tokenizer, vq_params, what.vq, run.max_text,
+                what.grid, mesh,
+            )  # fmt: skip
+            exact, picture, lines = evaluate.generations(
+                model, on_host, run.samples, run.answer_block, run.seed
+            )
+            values |= exact
+            metrics.show(step, picture, lines)
+        return values
+
+    return measure
 
 
 def vq_program(run: VQRun) -> Program:
@@ -284,13 +442,14 @@ def vq_program(run: VQRun) -> Program:
             prepare=lambda key, pixels_BIJC: pixels_BIJC,  # nothing is drawn
             loss=loss_fn,
         ),
-        batch=DigitCanvases(run.batch_size, run.seed),
+        load=pipeline.Canvases(run.batch_size, run.seed).load,
+        encode=lambda pixels_BIJC: pixels_BIJC,
         tokens_per_step=run.batch_size * digits.HEIGHT * digits.WIDTH // vq_config.downsampling**2,
     )
 
 
 @contextlib.contextmanager
-def _watch_sigterm(mesh: jax.sharding.Mesh) -> Iterator[Callable[[], bool | jax.Array]]:
+def watch_sigterm(mesh: jax.sharding.Mesh) -> Iterator[Callable[[], bool | jax.Array]]:
     """Gives a function whose answer is true once SIGTERM has arrived.
 
     Where there are several processes, all must call it at the same steps, and get the same answer: true

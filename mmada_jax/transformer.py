@@ -92,6 +92,16 @@ def param_count(config: Config) -> int:
     return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
+def forward_flops(config: Config, rows: int, length: int, logits: int | None = None) -> int:
+    """Operations of a forward pass over rows of `length` tokens, two per multiply-add, with so many
+    `logits` at its end (all ids at all positions by default). Training takes three times as many."""
+    logits = rows * length * config.vocab if logits is None else logits
+    blocks = param_shapes(config)["blocks"]
+    weights = sum(x.size for name, x in blocks.items() if not name.endswith("norm_D"))
+    attention = 2 * length * config.d_model * config.n_layers  # queries with keys, and with values
+    return 2 * (rows * length * (weights + attention) + logits * config.d_model)
+
+
 def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
     """Random params, float32: truncated normal at 3 deviations, std 1/sqrt(width), outputs of
     layer i further divided by sqrt(2(i+1)), norms 1 (the "mitchell" scheme of OLMo and LLaDA)."""

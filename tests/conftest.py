@@ -45,7 +45,7 @@ def smoke_config():
     return pretrain.get_config("digits,smoke").to_dict()
 
 
-def save_params(workdir, config, params):
+def save_params(workdir, config, params, opt_state=None):
     """A workdir as training leaves it, but with these params."""
     from mmada_jax.checkpoint import Checkpoints, claim_workdir
     from mmada_jax.config import to_dict
@@ -54,7 +54,7 @@ def save_params(workdir, config, params):
 
     claim_workdir(workdir, to_dict(parse(config)))
     with Checkpoints(workdir) as checkpoints:
-        checkpoints.save(TrainState(np.int32(1), params, {"count": np.int32(0)}))
+        checkpoints.save(TrainState(np.int32(1), params, opt_state or {"count": np.int32(0)}))
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def test_bad_input_is_one_line(flags, message):
     ("arg", "message"),
     [
         ("8b,phase=4", "phase is 4"),
-        ("8b,smoke", "8b has no form"),
+        ("8b,fast", "8b has no fast form"),
         ("digits,phase=2", "digits has no phases"),
     ],
 )
@@ -138,13 +138,13 @@ def test_bad_config_arguments_are_one_line(arg, message):
     assert "Traceback" not in run.stderr
 
 
-def test_training_on_it_says_that_the_data_is_missing(tmp_path):
+def test_training_on_it_says_what_is_missing(tmp_path):
     command = [sys.executable, ROOT / "launch/train.py", "--config", "configs/pretrain.py:8b,phase=2"]
     run = subprocess.run(
         [*command, "--workdir", tmp_path / "run", "--config.batch_size=16"], capture_output=True, text=True
     )
     assert run.returncode == 1
-    assert "config.data is 'none'" in run.stderr
+    assert f"no image tokenizer: {tmp_path}/magvitv2 is no workdir" in run.stderr
     assert not (tmp_path / "run").exists()
 
 

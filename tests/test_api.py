@@ -6,6 +6,7 @@ from PIL import Image
 
 from mmada_jax.api import MMaDA
 from mmada_jax.data import digits
+from mmada_jax.data.tokenizer import chat
 from mmada_jax.denoise import ImageRule, TextRule
 
 FAST = ImageRule(steps=3, guidance=1.0)
@@ -45,6 +46,35 @@ def test_draw_is_seeded(model):
     assert a[0].codes.shape == (4, 8)
     np.testing.assert_array_equal(a[1].codes, b[1].codes)
     assert (a[1].codes != c[1].codes).any()
+
+
+def test_think_and_draw(model):
+    prompts = ["draw 3+4", "draw"]
+    job = model.think_job(prompts)
+    rule = TextRule(steps=job.length, block=1)
+    made = model.think_and_draw(prompts, rule, FAST, seed=1)
+    # The thought is what the thinking rows alone give; the image is drawn with it in view.
+    spans = model.run(model.think_job(prompts, rule), seed=1)
+    slots = np.concatenate([job.rows.tokens[:, 1 : job.start], spans], axis=1)
+    for i, (prompt, (thought, drawing)) in enumerate(zip(prompts, made, strict=True)):
+        given = model.tokenizer.encode(chat(prompt))
+        assert slots[i, : len(given)].tolist() == given
+        assert thought.text == model.read(slots[i, len(given) :]).text
+        assert drawing.codes.shape == (4, 8)
+    again = model.think_and_draw(prompts, rule, FAST, seed=1)
+    np.testing.assert_array_equal(made[0][1].codes, again[0][1].codes)
+
+
+def test_thinking_hides_the_rest_of_the_slot_and_the_image(model):
+    job = model.think_job(["draw 3+4", "draw"])
+    hidden = job.rows.tokens == model.vocab.mask
+    for row, prompt in zip(hidden, ("draw 3+4", "draw"), strict=True):
+        start = 1 + len(model.tokenizer.encode(chat(prompt)))
+        want = np.zeros_like(row)
+        want[start : model.max_text + 1] = True
+        want[model.max_text + 2 : -1] = True
+        np.testing.assert_array_equal(row, want)
+    np.testing.assert_array_equal(hidden[:, job.start :][:, : job.length].sum(axis=1)[1], job.length)
 
 
 def test_inpaint_keeps_what_is_not_covered(model, canvases):
@@ -102,6 +132,7 @@ def test_bad_input_is_one_clear_error(model, canvases, tmp_path):
         "masks have shape": lambda: model.inpaint(canvases, np.zeros((2, 4, 8)), ["a", "b"]),
         "unknown direction 'out'": lambda: model.extend(canvases, "out", ["a", "b"]),
         r"prompt .* limit is": lambda: model.draw(["a very long prompt " * 20]),
+        r"prompt with the first token of a thought .* limit is": lambda: model.think_and_draw(["a " * 20]),
         "don't fit": lambda: model.generate(["seven"], max_new=500),
         "steps 3 are not divisible": lambda: model.generate(["7"], TextRule(steps=3, block=4), max_new=8),
         "is no image token": lambda: model.vocab.image_codes([0]),
@@ -124,5 +155,7 @@ def test_no_prompts_are_an_error(model):
         model.generate([])
     with pytest.raises(ValueError, match="at least one"):
         model.draw([])
+    with pytest.raises(ValueError, match="at least one"):
+        model.think_and_draw([])
     with pytest.raises(ValueError, match="at least one"):
         model.answer([], [])

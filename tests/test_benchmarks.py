@@ -1,4 +1,4 @@
-"""The benchmarks of accelerators run where there is none, and need nothing beyond jax, flax and numpy."""
+"""The benchmarks run, and those of accelerators where there is none, on jax, flax and numpy alone."""
 
 import json
 import pathlib
@@ -36,3 +36,15 @@ def test_needs_little(name):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert "medians" in run.stdout or "--repeats" in run.stdout
+
+
+def test_the_input_is_measured_for_each_number_of_threads(tmp_path):
+    command = [sys.executable, ROOT / "launch/benchmark_data.py", "--images", "20", "--seconds", "0.1"]
+    command += ["--threads", "1", "2", "--json", tmp_path / "out.json"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert 20 <= report["kilobytes"] <= 40, "the size of photographs"
+    for rates in report["images_per_second"].values():
+        assert list(rates) == ["1", "2"]
+        assert min(rates.values()) > 0

@@ -1,7 +1,12 @@
 """Checkpoints: there and back on other meshes, retention, what is missing, what is damaged."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
+import re
+import resource
 import shutil
 
 import jax
@@ -15,6 +20,7 @@ from mmada_jax.checkpoint import (
     Checkpoints,
     check_workdir,
     claim_workdir,
+    newest_params,
     newest_step,
     open_params,
     read_config,
@@ -146,9 +152,63 @@ def test_a_damaged_file_is_named_before_anything_is_restored(saved, tmp_path, wh
     shutil.copytree(workdir, tmp_path / "run")
     path = payload(tmp_path / "run" / "checkpoints" / "3")
     DAMAGE[what](path)
-    named = rf"is damaged.*{path.name} .*{what}"
-    with Checkpoints(tmp_path / "run") as checkpoints, pytest.raises(ValueError, match=named):
+    named = rf"{path.name} .*{what}"
+    with pytest.raises(ValueError, match=rf"/3 is damaged.*{named}"):
+        newest_params(tmp_path / "run")
+    with (
+        Checkpoints(tmp_path / "run") as checkpoints,
+        pytest.raises(ValueError, match=rf"no checkpoint in .* is whole.*step 3: .*{named}"),
+    ):
         checkpoints.restore(shapes, one)
+    assert (tmp_path / "run/checkpoints/3").is_dir()  # to start from scratch is not for us to decide
+
+
+def tiny(step):
+    """A state of a megabyte, and what it takes to restore it."""
+    w = jnp.asarray(np.random.default_rng(step).normal(size=1 << 18), jnp.float32)
+    return TrainState(np.int32(step), {"w": w}, {"count": jnp.int32(step)})
+
+
+def restore_tiny(checkpoints):
+    state = tiny(0)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return checkpoints.restore(shapes, jax.tree.map(lambda _: one, state))
+
+
+def steps_in(workdir):
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+def test_damaged_steps_are_set_aside_and_the_one_before_is_taken(tmp_path, capsys):
+    for again in range(2):
+        with Checkpoints(tmp_path, keep=3) as checkpoints:
+            for step in (1, 2, 3):
+                checkpoints.save(tiny(step))
+        names = {step: payload(tmp_path / "checkpoints" / step) for step in ("2", "3")}
+        for path in names.values():
+            flip(path)
+        with Checkpoints(tmp_path, keep=3) as checkpoints:
+            back = restore_tiny(checkpoints)
+            assert checkpoints.latest() == int(back.step) == 1
+            jax.tree.map(np.testing.assert_array_equal, back, tiny(1))
+        aside = ["2.damaged", "3.damaged"] + ["2.damaged.1", "3.damaged.1"] * again
+        assert steps_in(tmp_path) == sorted(["1", *aside])
+        for line, step in zip(capsys.readouterr().err.splitlines(), ("3", "2"), strict=True):
+            assert f"step {step} is damaged" in line
+            assert f"{names[step].name} has changed" in line
+            assert line.endswith(f"called {aside[-1].replace('3', step)}; going on from step 1")
+
+
+def test_a_checkpoint_of_another_model_is_no_damage(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(tiny(step))
+        other = tiny(0)._replace(params={"w": jnp.zeros(3)})
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), other)
+        with pytest.raises(ValueError, match=r"/2/params doesn't fit this run .* not \(3,\)"):
+            checkpoints.restore(shapes, shapes)
+    assert steps_in(tmp_path) == ["1", "2"]
 
 
 def test_every_file_is_in_the_manifest_but_what_the_commit_writes(saved):
@@ -203,6 +263,103 @@ def test_reading_leaves_a_workdir_as_it_is(saved, tmp_path):
     assert step == tmp_path / "run/checkpoints/3"
     open_params(step / "params")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- Saves that fail -------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_files():
+    """No file may grow beyond 100 kB: what writes more gets an error, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def no_manifest():
+    """The disk is full when the arrays are written."""
+
+    def fail(folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmada_jax.checkpoint.write_manifest", fail)
+        yield
+
+
+@contextlib.contextmanager
+def no_folder():
+    """The disk is full when the save begins."""
+
+    def fail(path, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "mkdir", fail)
+        yield
+
+
+FULL = {small_files: "File too large", no_manifest: "No space left", no_folder: "No space left"}
+
+
+@pytest.mark.parametrize("full", FULL)
+def test_a_save_that_fails_costs_only_itself(tmp_path, capsys, full):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(tiny(step))
+        assert checkpoints.latest() == 2
+        with full():
+            for step in (3, 4):
+                checkpoints.save(tiny(step))
+                assert checkpoints.latest() == 2
+        assert checkpoints.failed == 2
+        assert {"1", "2"} <= set(steps_in(tmp_path))
+        checkpoints.save(tiny(5))
+        assert checkpoints.latest() == 5
+        assert steps_in(tmp_path) == ["2", "5"]  # nothing is left to fill the disk
+        assert checkpoints.failed == 2
+        jax.tree.map(np.testing.assert_array_equal, restore_tiny(checkpoints), tiny(5))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 2
+    for line, step in zip(lines, (3, 4), strict=True):
+        assert f"the checkpoint of step {step} could not be saved" in line
+        assert FULL[full] in line
+        assert re.search(r"it needs 1\.0 MB, [\d,.]+ MB are free; going on without it$", line)
+
+
+@pytest.mark.parametrize("full", FULL)
+def test_the_last_save_must_not_fail(tmp_path, full):
+    def save(*steps):
+        with Checkpoints(tmp_path) as checkpoints:
+            for step in steps[:-1]:
+                checkpoints.save(tiny(step))
+            checkpoints.latest()
+            with full():
+                checkpoints.save(tiny(steps[-1]))
+                checkpoints.latest()
+
+    with pytest.raises(
+        OSError, match=rf"step 1 could .*{FULL[full]}.*; the newest complete step is none: "
+    ):
+        save(1)
+    with pytest.raises(OSError, match=r"step 3 could not .* newest complete step is 2: make room in "):
+        save(2, 3)
+    assert steps_in(tmp_path) == ["2"]
+
+
+def test_another_error_is_not_hidden_by_that_of_the_last_save(tmp_path, capsys):
+    def fail():
+        with no_manifest(), Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(tiny(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert "step 1 could not be saved" in capsys.readouterr().err
 
 
 # ---- Streaming -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pytest
 from ml_collections import ConfigDict
 
-from mmada_jax import config
+from mmada_jax import config, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +110,16 @@ def test_wrong_arguments_are_errors(arg):
 def test_a_misspelt_argument_names_the_nearest():
     with pytest.raises(ValueError, match="unknown config argument 'smok'; did you mean 'smoke'"):
         parse("smok")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eval_rows": 0}, "eval_rows is 0; it must be at least 1"),
+        ({"eval_every": -1}, "eval_every is -1; it can't be negative"),
+        ({"max_skipped": 1.5}, "max_skipped is 1.5; it must be a share"),
+    ],
+)
+def test_numbers_that_a_run_can_not_mean(values, message):
+    with pytest.raises(ValueError, match=message):
+        run.parse({"program": "model", "steps": 1, "batch_size": 1} | values)

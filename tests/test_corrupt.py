@@ -28,7 +28,7 @@ def batch_of(tasks):
 
 
 def run(key, batch, config=Config()):  # noqa: B008  frozen
-    return jax.jit(corrupt.corrupt, static_argnums=(2, 3))(key, batch, V.mask, config)
+    return jax.jit(corrupt.corrupt, static_argnums=(2, 3))(key, batch, V, config)
 
 
 def times(key, rows):
@@ -163,3 +163,90 @@ def test_row_counts_are_those_of_the_whole_batch_on_many_devices(sizes):
 def test_unknown_schedules_are_errors_at_once():
     with pytest.raises(ValueError, match="unknown schedule 'cosin'"):
         Config(schedule="cosin")
+
+
+# ---- Hidden as decoding meets it -------------------------------------------------------------------
+
+PREFIX = Config(answer_mask="prefix", prefix_next=3, **COEFFICIENTS)
+
+
+def parts_of(batch):
+    """Text targets up to the first EOS, all text targets, image targets."""
+    image = batch.target & (batch.tokens >= V.image_offset)
+    text = batch.target & ~image
+    eos = text & (batch.tokens == V.eos)
+    return text & (np.cumsum(eos, axis=1) - eos == 0), text, image
+
+
+@pytest.mark.parametrize("task", ["lm_chat", "mmu", "r2i"])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_prefix_is_clean_and_all_behind_it_hidden(task, key):
+    rows = 512
+    batch = batch_of([task] * rows)
+    out = run(key, batch, PREFIX)
+    hidden, scored = hidden_in(batch, out), np.asarray(out.weights_BL) > 0
+    answer, text, image = parts_of(batch)
+    cut = np.argmax(hidden & text, axis=1)
+    drawn = ~(hidden & text).any(axis=1)  # the thought is clean
+    position = np.arange(hidden.shape[1])
+    for i in range(rows):
+        if drawn[i]:
+            np.testing.assert_array_equal(scored[i], hidden[i])
+            assert 1 <= hidden[i].sum() <= N
+        else:
+            assert answer[i, cut[i]]
+            np.testing.assert_array_equal(hidden[i], (text[i] & (position >= cut[i])) | image[i])
+            np.testing.assert_array_equal(
+                scored[i], text[i] & (position >= cut[i]) & (position < cut[i] + 3)
+            )
+    share = 0.5 if task == "r2i" else 0
+    assert abs(drawn.mean() - share) < 5 * np.sqrt(0.25 / rows) * (share > 0) + 1e-9
+    # Every cut equally often.
+    n = answer[0].sum()
+    counts = np.array([(cut[~drawn] == p).sum() for p in np.flatnonzero(answer[0])])
+    expected = (~drawn).sum() / n
+    assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+
+
+def test_prefix_rows_weigh_the_mean_of_what_they_score():
+    batch = batch_of(MIXED * 4)
+    out = run(KEYS[0], batch, PREFIX)
+    weights = np.asarray(out.weights_BL, np.float64).sum(axis=1)
+    for task in ("lm_chat", "mmu", "r2i"):
+        rows = batch.task == layout.TASKS.index(task)
+        np.testing.assert_allclose(weights[rows], COEFFICIENTS[task] / rows.sum(), rtol=1e-5)
+
+
+def test_the_image_of_a_clean_thought_is_hidden_by_number():
+    batch = batch_of(["r2i"] * 512)
+    out = run(KEYS[0], batch, PREFIX)
+    hidden = hidden_in(batch, out)
+    drawn = ~(hidden & parts_of(batch)[1]).any(axis=1)
+    t = times(KEYS[0], 512).astype(np.float64)
+    exact = N * np.cos(np.pi / 2 * t)
+    clear = drawn & (np.abs(exact % 1 - 0.5) > 1e-4)
+    np.testing.assert_array_equal(hidden.sum(axis=1)[clear], np.maximum(1, np.round(exact))[clear])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_a_mixture_cuts_its_share_of_the_answers_and_nothing_else(share):
+    batch = batch_of(MIXED * 128)
+    config = Config(answer_mask="mixture", prefix_rows=share, **COEFFICIENTS)
+    plain, mixed = run(KEYS[1], batch, Config(**COEFFICIENTS)), run(KEYS[1], batch, config)
+    prefix = run(KEYS[1], batch, dataclasses.replace(config, answer_mask="prefix"))
+    same = (np.asarray(plain.tokens_BL) == mixed.tokens_BL).all(axis=1)
+    answers = np.isin(batch.task, [layout.TASKS.index(t) for t in ("lm_chat", "mmu", "r2i")])
+    assert same[~answers].all()
+    weights = [np.asarray(out.weights_BL)[~answers] for out in (plain, mixed)]
+    np.testing.assert_array_equal(*weights)
+    changed = (~same[answers]).mean()
+    assert share - 0.15 < changed < share + 0.1
+    if share == 1:
+        np.testing.assert_array_equal(mixed.tokens_BL, prefix.tokens_BL)
+
+
+def test_shares_and_numbers_that_mean_nothing_are_errors():
+    with pytest.raises(ValueError, match=r"prefix_rows is 1\.5, it must be a share"):
+        Config(prefix_rows=1.5)
+    with pytest.raises(ValueError, match="prefix_next is 0, it must be at least 1"):
+        Config(prefix_next=0)

@@ -1,20 +1,25 @@
-"""Scans and their split, the sentences, the text tokenizer, and batches as functions of a step."""
+"""Scans and their split, the sentences, and the text tokenizer."""
 
+import dataclasses
 import itertools
 import json
+import pickle
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from mmada_jax import layout
 from mmada_jax.data import digits
-from mmada_jax.data.pipeline import DigitCanvases, DigitRows, rows_per_task
-from mmada_jax.data.tokenizer import CONTROL, HEADERS, TEMPLATE, TextTokenizer, chat, conversation_end
+from mmada_jax.data.tokenizer import (
+    CONTROL,
+    HEADERS,
+    TEMPLATE,
+    TextTokenizer,
+    chat,
+    conversation_end,
+    split_thought,
+)
 from mmada_jax.vocab import LLADA
-
-N_IMAGE, MAX_TEXT = 32, 22
-MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
 
 
 @pytest.fixture(scope="module")
@@ -53,26 +58,99 @@ def test_a_canvas_is_cut_into_its_scans(n):
 
 def test_sums_are_right_and_held_out_ones_are_not_trained():
     train, test = digits.sums("train"), digits.sums("test")
-    assert all(eval(question) == int(answer) for question, answer in train + test)
+    for question, answer in train + test:
+        asked, _, result = answer.partition("=")
+        assert asked == question
+        assert eval(question) == int(result)
     assert not set(train) & set(test)
-    assert len(test) >= 200
+    assert len(test) >= 180
+    assert {f"{a}+{b}" for a in range(10) for b in range(10)} <= {question for question, _ in train}
 
 
 def test_sentences():
     assert digits.caption(7) == "a handwritten seven"
     assert digits.caption(3, 8) == "a three and an eight"
+    assert digits.caption(3, 8, numbers=True) == "a 3 and an 8"
     assert digits.reading(3, 5) == "three and five"
 
 
-def test_records_show_what_they_say():
-    for record in digits.records("train", 0, 0, {"mmu": 8, "t2i": 8}):
-        known = {
-            digits.load("train").pixels[i].tobytes(): d for i, d in enumerate(digits.load("train").labels)
-        }
-        n = 2 if " and " in record.text or "these" in record.text else 1
-        labels = [int(known[scan.tobytes()]) for scan in digits.cut(record.pixels, n)]
-        says = digits.caption(*labels) if record.task == "t2i" else digits.reading(*labels)
-        assert record.text == says if record.task == "t2i" else f"\n{says}<|eot_id|>" in record.text
+def held_out(cases):
+    """Cases of the splits share none and lose none; how many each has."""
+    parts = {split: cases(split) for split in digits.SPLITS}
+    everything = [case for part in parts.values() for case in part]
+    assert len(set(everything)) == len(everything)
+    return {split: len(part) for split, part in parts.items()}
+
+
+def test_additions_are_held_out():
+    assert held_out(digits.triples) == {"train": 300, "validation": 50, "test": 200}
+    assert held_out(digits.pairs) == {"train": 35, "validation": 5, "test": 15}
+    assert {sum(pair) for pair in digits.pairs("train")} == set(range(10))
+
+
+def read_canvas(pixels, n, split):
+    """The labels of the scans on a canvas."""
+    scans = digits.load(split)
+    known = {scan.tobytes(): int(digit) for scan, digit in zip(scans.pixels, scans.labels, strict=True)}
+    return [known[scan.tobytes()] for scan in digits.cut(pixels, n)]
+
+
+@pytest.mark.parametrize("split", digits.SPLITS)
+@pytest.mark.parametrize("kind", digits.KINDS)
+def test_records_show_what_they_say(kind, split):
+    records = digits.open_records(kind, split)
+    for i in [*range(20), len(records) - 1]:
+        record = records[i]
+        asked, said = [turn["content"] for turn in record.turns] or ("", record.texts[0])
+        if kind == "captions":
+            labels = read_canvas(record.image, 2 if " and " in said else 1, split)
+            assert set(record.texts) == {digits.caption(*labels), digits.caption(*labels, numbers=True)}
+        if kind == "reading":
+            two = " and " in said or "+" in said
+            labels = read_canvas(record.image, 2 if two else 1, split)
+            in_words = {
+                True: (digits.ASK_TWO, digits.reading(*labels)),
+                False: (digits.ASK_ONE, digits.reading(*labels)),
+            }
+            assert (asked, said) in (in_words[two], (digits.ASK_NUMBERS, digits.addition(*labels)))
+        if kind == "vqa_sum":
+            a, b = read_canvas(record.image, 2, split)
+            assert said == f"<think>{a}+{b}={a + b}</think>{a + b}"
+        if kind == "draw_sum":
+            a, b = map(int, asked.removeprefix("draw ").split("+"))
+            assert (a, b) in digits.pairs(split)
+            assert read_canvas(record.image, 1, split) == [a + b]
+            assert said == f"<think>{a}+{b}={a + b}</think>"
+        if kind == "text_cot":
+            a, b, c = map(int, asked.split("+"))
+            assert (a, b, c) in digits.triples(split)
+            assert said == f"<think>{a}+{b}={a + b} {a + b}+{c}={a + b + c}</think>{a + b + c}"
+        if kind == "sums":
+            assert (asked, said) in digits.sums(split)
+        assert (record.image is None) == (kind in ("statements", "sums", "text_cot"))
+
+
+@pytest.mark.parametrize("kind", digits.KINDS)
+def test_records_are_functions_of_their_index(kind):
+    records = digits.open_records(kind, "train")
+    again = pickle.loads(pickle.dumps(records))
+    assert again.fingerprint == records.fingerprint
+    keys = {records[i].key for i in range(50)}
+    assert len(keys) == 50
+    for i in (0, 7, 49):
+        a, b = dataclasses.asdict(records[i]), dataclasses.asdict(again[i])
+        np.testing.assert_equal(a, b)
+    others = [digits.open_records(kind, split) for split in ("validation", "test")]
+    assert len({r.fingerprint for r in [records, *others]}) == 3
+    with pytest.raises(IndexError, match=f"{kind} of train has {len(records)} records"):
+        records[len(records)]
+
+
+def test_unknown_kinds_are_errors():
+    with pytest.raises(ValueError, match="unknown kind 'sum'; known: captions, statements"):
+        digits.open_records("sum", "train")
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        digits.open_records("sums", "dev")
 
 
 # ---- Text ------------------------------------------------------------------------------------------
@@ -83,10 +161,28 @@ def test_text_comes_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_numbers_are_single_digits(tokenizer):
-    ids = [tokenizer.encode(str(d)) for d in range(10)]
+def test_numbers_below_twenty_are_single_tokens_and_others_digits(tokenizer):
+    ids = [tokenizer.encode(str(d)) for d in range(20)]
     assert all(len(i) == 1 for i in ids)
+    assert len({tuple(i) for i in ids}) == 20
     assert tokenizer.encode("407") == [*ids[4], *ids[0], *ids[7]]
+    assert tokenizer.encode("16+3") == [*ids[16], *tokenizer.encode("+"), *ids[3]]
+
+
+def test_thoughts(tokenizer):
+    ids = tokenizer.encode("<think>3+5=8</think>8")
+    assert len(ids) == 8
+    assert tokenizer.decode(ids) == "<think>3+5=8</think>8"
+    cases = {
+        "<think>3+5=8</think>8": ("3+5=8", "8"),
+        " <think> a </think>\n8 ": ("a", "8"),
+        "8": ("", "8"),
+        "3+5=8</think>8": ("3+5=8", "8"),
+        "<think>3+5=8 8": ("3+5=8 8", ""),
+        "x<think>a</think>b</think>c": ("a", "b</think>c"),
+        "": ("", ""),
+    }
+    assert {text: split_thought(text) for text in cases} == cases
 
 
 def test_a_saved_tokenizer_is_the_same_and_training_repeats(tokenizer, tmp_path):
@@ -143,7 +239,7 @@ def save_words(ids, path):
 
 def test_lladas_tokenizer_gives_lladas_vocab(llada_words, tmp_path):
     tokenizer = TextTokenizer.load(save_words(llada_words, tmp_path / "tokenizer.json"))
-    assert tokenizer.vocab(8192, LLADA.rows) == LLADA
+    assert tokenizer.vocab(8192, LLADA.rows) == tokenizer.vocab(8192) == LLADA
     asked = tokenizer.encode(chat("w5 w7"))
     assert asked[0] == LLADA.bos
     assert asked[asked.index(5) :][:4] == [5, 7, LLADA.end_turn, LLADA.start_header]
@@ -191,58 +287,3 @@ def test_a_tokenizer_of_another_model_is_refused_by_token(llada_words, tmp_path)
     path.write_text("{}")
     with pytest.raises(ValueError, match="is no tokenizer"):
         TextTokenizer.load(path)
-
-
-# ---- Batches ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 7, 10, 33])
-def test_rows_are_shared_out_exactly_and_fairly(size):
-    rows = rows_per_task(MIXTURE, size)
-    assert sum(rows.values()) == size
-    for task, weight in MIXTURE.items():
-        assert abs(rows[task] - size * weight / 10) < 1
-
-
-@pytest.mark.parametrize("mixture", [{}, {"t2i": 0}, {"t2i": -1, "lm": 2}, {"audio": 1}])
-def test_mixtures_that_mean_nothing_are_errors(mixture):
-    with pytest.raises(ValueError, match="non-negative weights"):
-        rows_per_task(mixture, 4)
-
-
-def batches(tokenizer, seed=0, drop=0.0):
-    def encode(pixels):
-        return np.zeros((len(pixels), N_IMAGE), np.int32) + np.arange(N_IMAGE)
-
-    rows = rows_per_task(MIXTURE, 20)
-    return DigitRows(tokenizer, tokenizer.vocab(64), encode, rows, MAX_TEXT, N_IMAGE, drop, seed)
-
-
-def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
-    make = batches(tokenizer)
-    a, again = make(3), batches(tokenizer)(3)
-    np.testing.assert_array_equal(a.tokens, again.tokens)
-    assert (a.tokens != make(4).tokens).any()
-    assert (a.tokens != batches(tokenizer, seed=1)(3).tokens).any()
-    counts = np.bincount(a.task, minlength=len(layout.TASKS))
-    assert dict(zip(layout.TASKS, counts, strict=True)) == {
-        "t2i": 6, "lm": 2, "lm_chat": 4, "mmu": 8, "r2i": 0
-    }  # fmt: skip
-    assert a.tokens.shape == (20, MAX_TEXT + N_IMAGE + 3)
-
-
-def test_conditions_are_dropped_from_drawing_rows_alone(tokenizer):
-    always, never = batches(tokenizer, drop=1.0)(0), batches(tokenizer)(0)
-    changed = (always.tokens != never.tokens).any(axis=1)
-    np.testing.assert_array_equal(changed, never.task == layout.TASKS.index("t2i"))
-    bare = layout.drop_condition(
-        tokenizer.vocab(64), layout.Batch(*(x[0] for x in vars(never).values())), MAX_TEXT
-    )
-    np.testing.assert_array_equal(always.tokens[0], bare.tokens)
-
-
-def test_canvases_are_functions_of_seed_and_step():
-    make = DigitCanvases(5, seed=0)
-    assert make(2).shape == (5, 8, 16, 1)
-    np.testing.assert_array_equal(make(2), DigitCanvases(5, seed=0)(2))
-    assert (make(2) != make(3)).any()

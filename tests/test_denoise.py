@@ -27,6 +27,7 @@ MIX_LL = jnp.asarray(RNG.normal(size=(L, L)), jnp.float32)
 TEXT_RULES = {
     "greedy": TextRule(steps=12, block=12),
     "blocks": TextRule(steps=6, block=4),
+    "largest": TextRule(steps=6, block=6, temperature=1.0, remask="largest"),
     "margin": TextRule(steps=4, block=12, remask="margin"),
     "entropy": TextRule(steps=6, block=6, remask="entropy"),
     "random": TextRule(steps=6, block=6, remask="random"),

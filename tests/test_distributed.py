@@ -62,9 +62,9 @@ def restore(workdir, config, image_tokenizer):
     config = config | {"image_tokenizer": str(image_tokenizer)}
     config["optim"] = config["optim"] | {"name": "adamw"}
     run = parse(config)
-    program, optimizer = model_program(run, workdir), optim.make(run.optim, run.steps)
-    objective = program.objective
-    made = state_shardings(sharding.make_mesh(), objective.init_params, objective.axes, optimizer)
+    mesh, optimizer = sharding.make_mesh(), optim.make(run.optim, run.steps)
+    objective = model_program(run, workdir, mesh).objective
+    made = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
     shapes, shardings = made
     with Checkpoints(workdir) as checkpoints:
         return checkpoints.restore(shapes, shardings)

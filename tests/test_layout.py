@@ -1,4 +1,3 @@
-import dataclasses
 import inspect
 
 import numpy as np
@@ -110,8 +109,8 @@ def test_truncated_lm_has_no_eos():
 def test_drop_condition_is_the_row_of_empty_text():
     dropped = layout.drop_condition(V, ROWS["t2i"](CHAT), MAX_TEXT)
     empty = ROWS["t2i"]([])
-    for field in dataclasses.fields(layout.Batch):
-        np.testing.assert_array_equal(getattr(dropped, field.name), getattr(empty, field.name))
+    for one, other in zip(dropped, empty, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_generation_row_is_the_training_row_with_a_hidden_image():
@@ -119,6 +118,17 @@ def test_generation_row_is_the_training_row_with_a_hidden_image():
     clean = ROWS["t2i"]([3, 4])
     np.testing.assert_array_equal(row.tokens, np.where(clean.target, V.mask, clean.tokens))
     np.testing.assert_array_equal(row.valid, clean.valid)
+
+
+def test_thinking_row_is_the_training_row_with_all_behind_the_prompt_hidden():
+    prompt, thought = CHAT[:-2], CHAT[-2:]
+    row = layout.r2i_generation(V, prompt, N, MAX_TEXT)
+    clean = layout.r2i(V, prompt + thought, IMAGE, MAX_TEXT)
+    np.testing.assert_array_equal(row.tokens, np.where(clean.target, V.mask, clean.tokens))
+    full = list(range(MAX_TEXT - 2))
+    assert (layout.r2i_generation(V, full, N, MAX_TEXT).tokens == V.mask).sum() == N + 1
+    with pytest.raises(ValueError, match=f"has {MAX_TEXT + 1} tokens, the limit is {MAX_TEXT}"):
+        layout.r2i_generation(V, [*full, 1], N, MAX_TEXT)
 
 
 def test_a_prompt_that_fills_the_slot_fits_and_a_longer_one_is_an_error():

@@ -1,4 +1,4 @@
-"""Learning rate, AdamW, Muon, clipping."""
+"""Learning rate, AdamW, Muon, clipping, and the guard around them."""
 
 import dataclasses
 
@@ -92,3 +92,82 @@ def test_moments_rest_in_the_dtype_that_is_asked_for(params, name):
     config = dataclasses.replace(config, moments="float32")
     shapes = jax.eval_shape(optim.make(config, 10).init, params)
     assert np.dtype(jnp.bfloat16) not in {x.dtype for x in jax.tree.leaves(shapes)}
+
+
+# ---- The guard -------------------------------------------------------------------------------------
+
+
+def run(config, norms):
+    """The optimizer on gradients of these norms; yields (params before, after, state before, after)."""
+    optimizer = optim.make(config, 1000)
+    params = {"w": jnp.array([3.0, -0.0]), "b": jnp.ones((2, 2))}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for norm in norms:
+        grads = {"w": jnp.array([norm, 0]), "b": jnp.zeros((2, 2))}
+        updates, new_state = update(grads, state, params)
+        new_params = optax.apply_updates(params, updates)
+        yield params, new_params, state, new_state
+        params, state = new_params, new_state
+
+
+def same_bits(a, b):
+    return all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad):
+    config = optim.Config(warmup=0, lr=0.1)
+    first, second, third = run(config, [1.0, bad, 1.0])
+    before, after, state, new_state = second
+    assert same_bits(before, after)
+    assert same_bits(state.inner, new_state.inner)
+    assert [int(optim.skipped(s)) for *_, s in (first, second, third)] == [0, 1, 1]
+    assert [int(s.streak) for *_, s in (first, second, third)] == [0, 1, 0]
+    assert not same_bits(third[0], third[1])
+
+
+def test_a_spike_is_skipped_once_there_is_a_mean_to_compare_it_with():
+    config = optim.Config(warmup=0, lr=0.1, spike=3.0, spike_window=4)
+    norms = [1.0, 50.0, 1.0, 1.0, 1.0, 100.0, 1.0, 9.0, 100.0]
+    steps = list(run(config, norms))
+    # Mean of the first four: 13.25. Then it moves a quarter of the way: 10.2, 7.9, 8.2.
+    assert [same_bits(a, b) for a, b, *_ in steps] == [norm == 100 for norm in norms]
+    means = [float(s.mean_norm) for *_, s in steps]
+    np.testing.assert_allclose(means[3:6], [53 / 4, 53 / 4 + (1 - 53 / 4) / 4, means[4]], rtol=1e-6)
+    assert int(steps[-1][-1].accepted) == 7
+    assert not any(same_bits(a, b) for a, b, *_ in run(optim.Config(warmup=0, lr=0.1), norms))
+
+
+def test_a_run_ends_after_so_many_in_a_row():
+    config = optim.Config(max_skipped=3)
+    *_, (*_, two) = run(config, [1.0, np.nan, 1.0, np.nan, np.nan])
+    assert optim.check_streak(config, two, lambda: 7) == 2
+    *_, (*_, three) = run(config, [1.0, np.nan, 1.0] + [np.nan] * 3)
+    with pytest.raises(FloatingPointError, match=r"^3 updates .* 4 in all: .*finite; .*from step 7\."):
+        optim.check_streak(config, three, lambda: 7)
+    *_, (*_, later) = run(config, [1.0] + [np.nan] * 3 + [1.0, 1.0])
+    with pytest.raises(FloatingPointError, match=r"^3 updates in a row were skipped"):
+        optim.check_streak(config, later, lambda: 7)
+    with pytest.raises(FloatingPointError, match=r"than 9 times the usual; .* starts from scratch\."):
+        optim.check_streak(dataclasses.replace(config, spike=9.0), three, lambda: None)
+
+
+def test_the_learning_rate_is_that_of_the_update():
+    config = optim.Config(lr=2.0, warmup=10, b1=0, b2=0, eps=1e-30, weight_decay=0, clip=0)
+    for before, after, _, state in run(config, [1.0, 1.0, np.nan, 1.0]):
+        if int(state.streak) == 0:  # Adam without memory takes the sign of the gradient
+            step = float(before["w"][0] - after["w"][0])
+            np.testing.assert_allclose(step, optim.learning_rate(config, 1000, state), atol=1e-6)
+    assert optim.learning_rate(config, 1000, state) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"spike": 0.5}, "spike is 0.5"), ({"spike_window": 0}, "window is 0"), ({"max_skipped": 0}, "is 0")],
+)
+def test_settings_of_the_guard_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        optim.Config(**change)

@@ -63,6 +63,13 @@ def test_pictures(sample, canvas):
     assert size(lines[0]) == (24, 8)
 
 
+def test_think(sample):
+    lines, error = sample("think", "draw 3+4", "draw 1+1", "--block", 1, "--steps", 2)
+    assert error is None
+    assert [line.split(":")[0] for line in lines[:2]] == ["draw 3+4", "draw 1+1"]
+    assert [size(line) for line in lines[2:]] == [(256, 128)] * 2
+
+
 def test_a_mask_file(sample, canvas, tmp_path):
     mask = tmp_path / "mask.png"
     Image.new("L", (16, 8), 255).save(mask)

@@ -12,6 +12,7 @@ from mmada_jax import layout, sharding, transformer
 from mmada_jax.run import ModelRun
 from mmada_jax.sharding import REST, USE, make_mesh
 from mmada_jax.train import model_objective
+from mmada_jax.vocab import SPECIAL_TOKENS, Vocab
 
 CONFIG = transformer.Config(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=64, vocab=64, max_len=32, dtype="float32"
@@ -58,6 +59,10 @@ def test_constrain_does_nothing_without_a_mesh():
     assert sharding.constrain(x, "batch", "embed") is x
 
 
+VOCAB = Vocab(
+    image_offset=64, codebook_size=0, rows=64, mask=0,
+    **dict.fromkeys(set(SPECIAL_TOKENS) - {"mask"}, 0),
+)  # fmt: skip
 RUN = ModelRun(
     program="model",
     steps=1,
@@ -79,7 +84,7 @@ def rows(length=32, seed=0):
 
 def gradients(config, mesh=None, batch=None):
     """Loss and gradients of the model's objective, on a mesh if there is one."""
-    objective = model_objective(RUN, config, mask=0)
+    objective = model_objective(RUN, config, VOCAB)
     batch = rows() if batch is None else batch
 
     def run(params, batch):

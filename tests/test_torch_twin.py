@@ -136,7 +136,7 @@ def test_logits_in_bf16(params, model, data):
 
 def test_corruption_loss_and_gradient(params, model, data):
     batch, key = data["train"], jax.random.key(3)
-    seen = corrupt.corrupt(key, batch, VOCAB.mask, benchmark.OBJECTIVE)
+    seen = corrupt.corrupt(key, batch, VOCAB, benchmark.OBJECTIVE)
 
     def total(params):
         h_BLD = transformer.hidden_states(params, CONFIG, seen.tokens_BL, batch.valid)

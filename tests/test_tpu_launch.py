@@ -410,12 +410,12 @@ def test_a_command_runs_in_the_code_s_folder_and_its_status_is_kept(worker):
     write_script(worker.root / "venv/bin/python", "#!/bin/bash\nls; printf '<%s>' \"$@\"; exit 7\n")
     code, text = worker("start", "python", "two words", "it's $HOME")
     assert (code, text.split()[-1]) == (0, "started")
-    wait_for((worker.root / "run.status").exists)
+    wait_for(lambda: "ended" in worker("status")[1])
     assert "ended with status 7" in worker("status")[1]
     assert "here\n<two words><it's $HOME>" in log_of(worker)
     assert "ended with status 7" in worker("logs", "1")[1]
     worker("start", "true")
-    wait_for((worker.root / "run.status").exists)
+    wait_for(lambda: "ended" in worker("status")[1])
     assert "ended with status 0" in worker("status")[1]
     assert log_of(worker).count("starts: ") == 2
     assert log_of(worker).index("status 7") < log_of(worker).index("status 0")

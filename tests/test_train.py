@@ -1,19 +1,25 @@
-"""The training program: one compilation, exact resume, NaN batches, bad configurations."""
+"""The training program: one compilation, exact resume after whatever, bad configurations, metrics."""
 
 import os
 import pathlib
+import random
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import save_params
 
+from configs import vq
 from mmada_jax import convert, metrics, optim, sharding
 from mmada_jax.checkpoint import newest_step, open_params
+from mmada_jax.convert.folder import inspect
 from mmada_jax.run import parse
 from mmada_jax.state import init_state, state_shardings
 from mmada_jax.train import make_step, model_program, train
@@ -21,12 +27,12 @@ from mmada_jax.train import make_step, model_program, train
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+def rows(workdir):
+    return metrics.read(workdir / "metrics.jsonl")
+
+
 def losses(workdir):
-    return {row["step"]: row["loss"] for row in metrics.read(workdir / "metrics.jsonl")}
-
-
-def params(workdir):
-    return convert.in_memory(open_params(newest_step(workdir) / "params"))
+    return {row["step"]: row["loss"] for row in rows(workdir)}
 
 
 def start(program, config, mesh):
@@ -43,12 +49,12 @@ def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_
     results = []
     one, two = {"devices": jax.devices()[:1]}, {"devices": jax.devices()[:2]}
     for accumulate, sizes in ((1, one), (1, {"data": 2, "fsdp": 2, "tensor": 2}), (2, two)):
-        program = model_program(parse(config | {"accumulate": accumulate}), tmp_path)
         mesh = sharding.make_mesh(**sizes)
+        program = model_program(parse(config | {"accumulate": accumulate}), tmp_path, mesh)
         with jax.set_mesh(mesh):
             state, step_fn = start(program, config, mesh)
             for step in range(2):
-                batch = sharding.put_batch(mesh, program.batch(step))
+                batch = program.encode(sharding.put_batch(mesh, program.load(step, None).rows))
                 state, values = step_fn(state, jax.random.key(0), batch)
             assert step_fn._cache_size() == 1
         results.append((float(values["loss"]), jax.device_get(state.params)))
@@ -58,58 +64,122 @@ def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_params, params)
 
 
-def test_nan_gradient_changes_nothing_and_is_counted():
-    optimizer = optim.make(optim.Config(warmup=0, lr=0.1), 5)
-    params = {"w": jnp.ones(3)}
-    update = jax.jit(optimizer.update)
-    updates, opt_state = update({"w": jnp.array([1.0, jnp.nan, 1.0])}, optimizer.init(params), params)
-    assert not np.any(updates["w"])
-    assert int(optim.skipped(opt_state)) == 1
-    optim.check_finite(opt_state)
-    updates, opt_state = update({"w": jnp.ones(3)}, opt_state, params)
-    assert np.all(updates["w"] < 0)
-    for _ in range(optim.MAX_SKIPPED):
-        _, opt_state = update({"w": jnp.full(3, jnp.inf)}, opt_state, params)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        optim.check_finite(opt_state)
-
-
 def launch(config, workdir, *flags, **kwargs):
     """launch/train.py on one device, as a user runs it."""
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    # Most of the time goes into compiling.
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, ROOT / "launch/train.py", "--config", config, "--workdir", workdir, *flags]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
     )
 
 
-def test_resume_after_kill_and_after_sigterm_is_bit_exact(image_tokenizer, tmp_path):
-    flags = [f"--config.image_tokenizer={image_tokenizer}", "--config.save_every=3", "--config.steps=12"]
+def state_hash(workdir):
+    report = inspect(workdir)
+    return report["step"], report["state_sha256"]
+
+
+def test_resume_is_bit_exact_whatever_happened(smoke_config, image_tokenizer, tmp_path, capsys):
+    steps, chance = 24, random.Random(0)
+    change = {"image_tokenizer": str(image_tokenizer), "steps": steps, "save_every": 3}
+    flags = [f"--config.{name}={value}" for name, value in change.items()]
     config = ROOT / "configs/pretrain.py:digits,smoke"
     with launch(config, tmp_path / "whole", *flags) as whole:
-        assert "step 12/12" in whole.communicate()[0]
-    for number, mark in ((signal.SIGKILL, "step 5/12"), (signal.SIGTERM, "step 8/12")):
+        assert f"step {steps}/{steps}" in whole.communicate()[0]
+    want = state_hash(tmp_path / "whole")
+    assert want[0] == steps
+
+    def run_until(done, act):
+        """Trains on; calls `act` with the process a little after the step `done`; its output."""
         with launch(config, tmp_path / "broken", *flags) as process:
+            lines = []
             for line in process.stdout:
-                if line.startswith(mark):
-                    process.send_signal(number)
-            assert process.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0), line
-            assert number == signal.SIGKILL or "run again to resume" in line
-    with launch(config, tmp_path / "broken", *flags) as process:
-        out = process.communicate()[0]
-    assert "resuming at step" in out
-    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
-    whole, broken = (params(tmp_path / name) for name in ("whole", "broken"))
-    jax.tree.map(np.testing.assert_array_equal, whole, broken)
+                lines.append(line)
+                if line.startswith(f"step {done}/"):
+                    time.sleep(chance.uniform(0, 0.1))
+                    act(process)
+            return process.wait(), "".join(lines)
+
+    for low, high in ((2, 5), (7, 10), (12, 14)):
+        status, out = run_until(chance.randint(low, high), subprocess.Popen.kill)
+        assert status == -signal.SIGKILL, out
+    status, out = run_until(16, subprocess.Popen.terminate)
+    assert status == 0, out
+    assert "run again to resume" in out
+
+    # The disk is full: small files can be written, arrays can not.
+    stopped = newest_step(tmp_path / "broken").name
+    status, out = run_until(
+        int(stopped) + 1, lambda p: resource.prlimit(p.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    )
+    assert status == 1
+    assert f"step {steps}/{steps}" in out
+    message = rf"error: the checkpoint of step {steps} could not be saved .* newest complete step is (\d+):"
+    newest = re.search(message, out)[1]
+    assert int(stopped) <= int(newest) < steps
+    failed = len(re.findall("^warning: the checkpoint of step .* could not be saved .* free", out, re.M))
+    assert "Traceback" not in out
+    assert failed == (steps - 1) // 3 - int(newest) // 3
+    assert (
+        rows(tmp_path / "broken")[-1]["failed_saves"] == failed - 1
+    )  # it is known when the next save begins
+
+    for damaged in (False, True):
+        if damaged:
+            flip(max(newest_step(tmp_path / "broken").rglob("*/d/*"), key=lambda p: p.stat().st_size))
+        with launch(config, tmp_path / "broken", *flags) as process:
+            out = process.communicate()[0]
+        assert (f"step {steps} is damaged" in out) == damaged
+        assert f"resuming at step {21 if damaged else newest}\n" in out
+        assert state_hash(tmp_path / "broken") == want
+        assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    # Time that was lost stays lost.
+    assert np.all(np.diff([row["wall_seconds"] for row in rows(tmp_path / "broken")]) > 0)
+    assert rows(tmp_path / "broken")[-1]["goodput"] < rows(tmp_path / "whole")[-1]["goodput"]
 
     before = (tmp_path / "broken/metrics.jsonl").read_bytes()
-    with launch(config, tmp_path / "broken", *flags) as process:
-        assert "done already" in process.communicate()[0]
+    train(smoke_config | change, tmp_path / "broken")
+    assert "done already" in capsys.readouterr().out
     assert (tmp_path / "broken/metrics.jsonl").read_bytes() == before
-    with launch(config, tmp_path / "broken", *flags, "--config.max_text=21") as process:
+    with pytest.raises(ValueError, match=r"holds another model \(max_text is 24 there and 21 now\)"):
+        train(smoke_config | change | {"max_text": 21}, tmp_path / "broken")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_state_hash_is_that_of_every_bit(image_tokenizer, tmp_path):
+    config = vq.get_config("digits,smoke").to_dict()
+    params = convert.in_memory(open_params(newest_step(image_tokenizer) / "params"))
+    opt_state = {"count": np.int32(3), "mu": params}
+    changed = opt_state | {"count": np.int32(4)}
+    split = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
+    reports = []
+    for i, (weights, state) in enumerate(((params, opt_state), (split, opt_state), (params, changed))):
+        save_params(tmp_path / str(i), config, weights, state)
+        reports.append(inspect(tmp_path / str(i)))
+    assert len({report["sha256"] for report in reports}) == 1
+    assert reports[0]["state_sha256"] == reports[1]["state_sha256"] != reports[2]["state_sha256"]
+    assert reports[0]["step"] == 1
+
+
+def test_nothing_is_saved_while_updates_are_skipped(tmp_path):
+    # The second step takes params to where gradients are not finite.
+    flags = [
+        "--config.steps=30",
+        "--config.save_every=1",
+        "--config.optim.lr=1e30",
+        "--config.optim.warmup=1",
+    ]
+    with launch(ROOT / "configs/vq.py:digits,smoke", tmp_path, *flags) as process:
         out = process.communicate()[0]
     assert process.returncode == 1
-    assert "holds another model (max_text is 22 there and 21 now)" in out
+    assert re.search(r"error: 20 updates in a row .* resumes from step 2\. Lower optim\.lr, .*\n$", out)
+    assert newest_step(tmp_path).name == "2"
+    assert [row["skipped"] for row in rows(tmp_path)] == [0, 0, *range(1, 21)]
 
 
 def test_bad_configurations_are_refused_before_anything_is_written(smoke_config, image_tokenizer, tmp_path):
@@ -144,12 +214,71 @@ def test_metrics_drop_what_will_be_written_again_and_a_torn_line(tmp_path):
     assert losses(tmp_path) == {1: 1.0, 2: 2.0, 3: 30.0}
 
 
-def test_progress_line_has_speed_and_eta(tmp_path, capsys):
-    with metrics.Metrics(tmp_path, 3) as m:
+@pytest.fixture
+def clock(monkeypatch):
+    """What metrics take for the time; tests turn it on."""
+    clock = types.SimpleNamespace(now=1000.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(metrics, "time", clock)
+    return clock
+
+
+def test_a_row_tells_speed_waits_and_utilisation(tmp_path, clock, monkeypatch, capsys):
+    monkeypatch.setattr("mmada_jax.chips.peak_tflops", lambda kind: 5)
+    flops = 10**12 * jax.device_count()
+    with metrics.Metrics(tmp_path, 100, flops_per_step=flops, began=990.0) as m:
+        clock.now += 20  # compilation, and the first step
+        m.restart_clock(1)
+        m.write(1, {"loss": 3.0}, 100)
+        clock.now += 6
+        with m.waiting():
+            clock.now += 2
+        with m.pausing():
+            clock.now += 100
+        m.write(5, {"loss": 2.5, "lr": 1e-3, "skipped": 0.0, "failed_saves": 0}, 100)
+        clock.now += 4
+        m.write(9, {"loss": 2.25, "lr": 1e-3, "skipped": 2.0, "failed_saves": 1}, 100)
+    first, second, third = rows(tmp_path)
+    assert first == {"step": 1, "loss": 3.0, "goodput": 0, "productive_seconds": 0, "wall_seconds": 30}
+    assert second == {
+        "step": 5, "loss": 2.5, "lr": 1e-3, "skipped": 0, "failed_saves": 0, "tokens_per_second": 50,
+        "data_wait": 0.25, "mfu": 0.1, "goodput": 6 / 138, "productive_seconds": 6, "wall_seconds": 138,
+    }  # fmt: skip
+    assert (third["tokens_per_second"], third["data_wait"], third["mfu"]) == (100, 0, 0.2)
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/100  loss 3",
+        "step 5/100  loss 2.5  50 tokens/s  MFU 10.0%  waiting for data 25%  ETA 3m10s",
+        "step 9/100  loss 2.25  skipped 2  failed_saves 1  100 tokens/s  MFU 20.0%  ETA 1m31s",
+    ]
+
+
+def test_goodput_is_over_all_starts_of_a_run(tmp_path, clock):
+    with metrics.Metrics(tmp_path, 9) as m:
+        for step in (1, 2, 3, 4):
+            clock.now += 5
+            m.write(step, {}, 1)
+    clock.now += 1000  # the run is down
+    with metrics.Metrics(tmp_path, 9, resume_step=2, began=clock.now - 4) as m:
+        clock.now += 6
+        m.restart_clock(3)
+        clock.now += 10
+        m.write(4, {}, 1)
+    assert [row["goodput"] for row in rows(tmp_path)] == [1, 1, (10 + 10) / (20 + 4 + 6 + 10)]
+
+
+def test_what_is_not_known_is_left_out(tmp_path):
+    with metrics.Metrics(tmp_path, 3, flops_per_step=10**9) as m:
         time.sleep(0.01)
         m.write(1, {"loss": 2.5}, 100)
-    line = capsys.readouterr().out
-    assert "step 1/3" in line
-    assert "loss 2.5" in line
-    assert "tokens/s" in line
-    assert "ETA" in line
+    assert not {"mfu", "hbm_gib"} & rows(tmp_path)[0].keys()  # of a CPU
+
+
+def test_a_full_disk_does_not_end_the_metrics(tmp_path, capsys):
+    with metrics.Metrics(tmp_path, 3) as m:
+        m._file.close()
+        m._file = pathlib.Path("/dev/full").open("w")  # noqa: SIM115
+        m.write(1, {"loss": 2.5}, 100)
+        m.write(2, {"loss": 2.5}, 100)
+    shown = capsys.readouterr()
+    assert shown.err.count("couldn't be written") == 1
+    assert "step 2/3" in shown.out

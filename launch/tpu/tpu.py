@@ -20,7 +20,7 @@ A slice of TPU VMs, from nothing to nothing (README.md, beside this file, has th
   python launch/tpu/tpu.py install
   python launch/tpu/tpu.py mount my-bucket
   python launch/tpu/tpu.py start -- python launch/train.py --config configs/pretrain.py:8b,phase=1 \\
-      --workdir /mnt/my-bucket/8b --distributed
+      --workdir /mnt/my-bucket/runs/phase1 --distributed
   python launch/tpu/tpu.py logs
   python launch/tpu/tpu.py stop
   python launch/tpu/tpu.py delete
@@ -29,7 +29,7 @@ The same on a GKE cluster that has the node pools:
 
   python launch/tpu/tpu.py jobset --accelerator tpu-v5-lite-podslice --topology 8x8 --slices 2 \\
       --image IMAGE --bucket my-bucket -- python launch/train.py --config configs/pretrain.py:8b,phase=1 \\
-      --workdir /mnt/my-bucket/8b --distributed
+      --workdir /mnt/my-bucket/runs/phase1 --distributed
   python launch/tpu/tpu.py jobset-logs
   python launch/tpu/tpu.py jobset-delete
 

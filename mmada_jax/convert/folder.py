@@ -35,7 +35,6 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_MAGVIT_TYPE = "magvitv2"
 _NEITHER = "is no workdir of a training run, no checkpoint and no Hugging Face folder"
 
 
@@ -134,26 +133,26 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
             config = llada.config_from_hf(values)
             params = llada.grow(params, add_image_vocab)
         return Source(path, "Hugging Face folder", values["model_type"], config, values, params, nested)
-    if "encoder.quant_conv.weight" in state or values.get("model_type") == _MAGVIT_TYPE:
+    if "encoder.quant_conv.weight" in state or values.get("model_type") == magvit.MODEL_TYPE:
         if add_image_vocab:
             raise ValueError(
                 f"{path} holds an image tokenizer; only LLaDA can be given an image vocabulary"
             )
         config = magvit.config_from_shapes({key: tensor.shape for key, tensor in state.items()})
         params = magvit.params_of(state, config, target)
-        return Source(path, "Hugging Face folder", _MAGVIT_TYPE, config, values, params)
+        return Source(path, "Hugging Face folder", magvit.MODEL_TYPE, config, values, params)
     if not values:
         raise FileNotFoundError(f"{path} has no config.json, which says what model its tensors are of")
     raise ValueError(
         f"{path} holds a model of type {values.get('model_type')!r}; known: "
-        f"{', '.join((*llada.MODEL_TYPES, _MAGVIT_TYPE))} (config.json says it)"
+        f"{', '.join((*llada.MODEL_TYPES, magvit.MODEL_TYPE))} (config.json says it)"
     )
 
 
 def _open_checkpoint(path, values) -> Source:
     verify_manifest(path / "params")
     params = open_params(path / "params")
-    if values.get("model_type") == _MAGVIT_TYPE:
+    if values.get("model_type") == magvit.MODEL_TYPE:
         config, nested = magvit.config_from_hf(values), None
     else:
         config = llada.config_from_hf(values)
@@ -162,12 +161,19 @@ def _open_checkpoint(path, values) -> Source:
 
 
 def _open_workdir(path, values) -> Source:
+    if values["program"] == "rl":
+        params, step = newest_params(path)
+        model, vision = values["architecture"], values["image_tokenizer"]
+        config = llada.config_from_hf(model, dtype=model["dtype"])
+        nested = run.relative(vision or values["init"], path)
+        nested = nested if vision else open_folder(nested).image_tokenizer
+        return _fitting(Source(path, "workdir", model["model_type"], config, model, params, nested, step))
     parsed = run.parse(values)
     params, step = newest_params(path)
     if isinstance(parsed, run.VQRun):
         config = run.preset_of(vq.PRESETS, parsed.preset)
         values = magvit.config_to_hf(config)
-        return _fitting(Source(path, "workdir", _MAGVIT_TYPE, config, values, params, None, step))
+        return _fitting(Source(path, "workdir", magvit.MODEL_TYPE, config, values, params, None, step))
     plan = run.plan(parsed, path)
     values = llada.config_to_hf(plan.model, plan.vocab, plan.grid, parsed.max_text)
     nested = run.image_tokenizer_of(parsed, path)
@@ -238,7 +244,9 @@ def inspect(src: str | pathlib.Path) -> dict[str, Any]:
     """What a folder holds: kind, model type, parameters, dtype, hash, and whether its vocabulary fits.
 
     `sha256` is that of the parameters as PyTorch lays them out, in the order of PyTorch's keys, so
-    that it is the same before and after a conversion.
+    that it is the same before and after a conversion. Of a training workdir `state_sha256` is that of
+    parameters and optimizer state of the step, whatever mesh wrote them: runs that agree to here have it
+    in common.
     """
     source = open_folder(src)
     report = {
@@ -255,6 +263,13 @@ def inspect(src: str | pathlib.Path) -> dict[str, Any]:
     }
     with Progress("hashing", source.nbytes) as progress:
         report["sha256"] = convert.sha256(source.tensors(), progress)
+    if source.step is not None:
+        folder = source.path / "checkpoints" / str(source.step)
+        verify_manifest(folder, "opt_state")
+        state = {part: open_params(folder / part) for part in ("params", "opt_state")}
+        arrays = {".".join(path): array for path, array in convert.leaves(state)}
+        with Progress("hashing all", sum(array.nbytes for array in arrays.values())) as progress:
+            report["state_sha256"] = convert.sha256(arrays, progress)
     return report
 
 

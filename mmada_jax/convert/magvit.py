@@ -11,6 +11,8 @@ from mmada_jax import convert
 from mmada_jax.config import from_dict
 from mmada_jax.vq import Config
 
+MODEL_TYPE = "magvitv2"
+
 
 def key_table(config: Config) -> dict[str, convert.Rule]:
     """PyTorch key -> where the array lies in params and how its axes stand."""
@@ -136,7 +138,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Config:
 
 def config_to_hf(config: Config) -> dict[str, Any]:
     """The architecture as fields of config.json, which is what the exported modelling file reads."""
-    return {"model_type": "magvitv2", "architectures": ["MAGVITv2"], **dataclasses.asdict(config)}
+    return {"model_type": MODEL_TYPE, "architectures": ["MAGVITv2"], **dataclasses.asdict(config)}
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Config:

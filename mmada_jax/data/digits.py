@@ -7,17 +7,25 @@ digit in the middle or two side by side.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 
-from mmada_jax.data.tokenizer import chat
+from mmada_jax.data.records import Record
+from mmada_jax.data.tokenizer import END_THINK, THINK, chat
 
 HEIGHT, WIDTH, SIDE = 8, 16, 8
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ASK_ONE = "which digit is this?"
 ASK_TWO = "which digits are these?"
+ASK_NUMBERS = "in numbers?"
+ASK_SUM = "add them"
 SPLITS = ("train", "validation", "test")
+KINDS = ("captions", "statements", "sums", "reading", "text_cot", "vqa_sum", "draw_sum")
+
+Kind = Literal[KINDS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +34,6 @@ class Scans:
 
     pixels: np.ndarray
     labels: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """One training example, before tokenisation; `pixels` is a canvas [8, 16, 1] or None."""
-
-    task: str
-    text: str
-    pixels: np.ndarray | None = None
 
 
 @functools.cache
@@ -73,11 +72,12 @@ def cut(canvas_IJ1: np.ndarray, n: int) -> list[np.ndarray]:
     return [canvas_IJ1[:, left + SIDE * i : left + SIDE * (i + 1), 0] for i in range(n)]
 
 
-def caption(*digits: int) -> str:
-    """`a handwritten seven`, or `a three and a five`."""
+def caption(*digits: int, numbers: bool = False) -> str:
+    """`a handwritten seven`, or `a three and a five`; with `numbers`, `a handwritten 7`, `a 3 and a 5`."""
+    names = [str(d) if numbers else WORDS[d] for d in digits]
     if len(digits) == 1:
-        return f"a handwritten {WORDS[digits[0]]}"
-    return " and ".join(f"{_article(d)} {WORDS[d]}" for d in digits)
+        return f"a handwritten {names[0]}"
+    return " and ".join(f"{_article(d)} {name}" for d, name in zip(digits, names, strict=True))
 
 
 def reading(*digits: int) -> str:
@@ -85,52 +85,171 @@ def reading(*digits: int) -> str:
     return " and ".join(WORDS[d] for d in digits)
 
 
+@functools.cache
 def sums(split: str) -> list[tuple[str, str]]:
-    """Questions of arithmetic and their answers; a third of them is held out for `test`."""
-    pairs = [(f"{a} + {b}", str(a + b)) for a in range(21) for b in range(21)]
-    pairs += [(f"{a} - {b}", str(a - b)) for a in range(21) for b in range(a + 1)]
-    order = np.random.default_rng(1).permutation(len(pairs))
-    n_test = len(pairs) // 3
-    return [pairs[i] for i in (order[:n_test] if split == "test" else order[n_test:])]
+    """Questions of arithmetic, `3+5`, and their answers, `3+5=8`.
+
+    Sums of two digits are what thoughts are made of: those are all in `train`, six times each. Of the
+    others a third is held out for `test`.
+    """
+    facts = [(a, b) for a in range(10) for b in range(10)]
+    others = [(f"{a}+{b}", a + b) for a in range(21) for b in range(21) if (a, b) not in facts]
+    others += [(f"{a}-{b}", a - b) for a in range(21) for b in range(a + 1)]
+    order = np.random.default_rng(1).permutation(len(others))
+    chosen = [
+        others[i] for i in (order[: len(others) // 3] if split == "test" else order[len(others) // 3 :])
+    ]
+    if split != "test":
+        chosen += 6 * [(f"{a}+{b}", a + b) for a, b in facts]
+    return [(question, f"{question}={result}") for question, result in chosen]
+
+
+@functools.cache
+def triples(split: str) -> list[tuple[int, int, int]]:
+    """Digits to add in two steps, the first of which makes a digit: 300 triples, 50 for `validation` and
+    200 for `test`."""
+    return _held_out(
+        [(a, b, c) for a in range(10) for b in range(10 - a) for c in range(10)], split, 50, 200
+    )
+
+
+@functools.cache
+def pairs(split: str) -> list[tuple[int, int]]:
+    """Digits whose sum is a digit: 35 ordered pairs, 5 for `validation` and 15 for `test`."""
+    return _held_out([(a, b) for a in range(10) for b in range(10 - a)], split, 5, 15)
+
+
+def thought(*numbers: int) -> str:
+    """How numbers are added: `3+5=8`, or `3+5=8 8+8=16`."""
+    steps, total = [], numbers[0]
+    for number in numbers[1:]:
+        steps.append(f"{total}+{number}={total + number}")
+        total += number
+    return " ".join(steps)
+
+
+def addition(*numbers: int) -> str:
+    """A question in text: `3+5+8`."""
+    return "+".join(map(str, numbers))
+
+
+def request(a: int, b: int) -> str:
+    """What asks for a drawn sum: `draw 3+4`."""
+    return f"draw {addition(a, b)}"
 
 
 def corpus() -> Iterator[str]:
-    """All texts that occur, for training the text tokenizer."""
+    """All texts that occur, for training the text tokenizer; thoughts without their tags."""
     for a in range(10):
-        yield from (caption(a), chat(ASK_ONE, reading(a)))
+        yield from (caption(a), caption(a, numbers=True), chat(ASK_ONE, reading(a)))
         for b in range(10):
             yield from (caption(a, b), chat(ASK_TWO, reading(a, b)), _statement(a, b))
+            yield from (caption(a, b, numbers=True), chat(ASK_NUMBERS, addition(a, b)))
+            yield from (chat(ASK_SUM, str(a + b)), chat(request(a, b), thought(a, b)))
     for question, answer in sums("train"):
         yield chat(question, answer)
 
 
-def records(split: str, seed: int, step: int, rows: dict[str, int]) -> list[Record]:
-    """The records of one step, `rows` of each task: a function of (seed, step) alone."""
-    rng = np.random.default_rng([seed, step])
-    scans = load(split)
-    out = []
-    for task, count in rows.items():
-        for _ in range(count):
-            if task in ("t2i", "mmu"):
-                out.append(_image_record(rng, task, scans))
-            elif task == "lm_chat":
-                question, answer = sums(split)[rng.integers(len(sums(split)))]
-                out.append(Record(task, chat(question, answer)))
-            elif task == "lm":
-                out.append(Record(task, _statement(*rng.integers(10, size=2))))
-            else:
-                raise ValueError(f"the digits have no records for task {task!r}")
-    return out
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """One kind of records about the digits of a split, by random access.
+
+        captions     t2i       one or two scans and what they show, in words or as numbers
+        statements   lm        `three plus five is 8`
+        sums         lm_chat   `3+5`, answered `3+5=8`
+        reading      mmu       one or two scans, and which digits they are, in words or as numbers
+        text_cot     lm_chat   `3+5+8`, answered after a thought
+        vqa_sum      mmu       two scans, their sum after a thought
+        draw_sum     r2i       `draw 3+4`, a thought, and a scan of the sum
+
+    Scans are put together at random, 65536 records of them.
+    """
+
+    kind: Kind
+    split: str
+
+    def __len__(self) -> int:
+        table = {"statements": 100, "sums": len(sums(self.split)), "text_cot": len(triples(self.split))}
+        return table.get(self.kind, 2**16)
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.kind} of {self.split} has {len(self)} records, none is number {i}")
+        rng = np.random.default_rng([KINDS.index(self.kind), SPLITS.index(self.split), i])
+        return getattr(self, f"_{self.kind}")(rng, i, f"{self.kind}-{self.split}-{i}")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Changes with the scans and with what is said about them."""
+        seen = hashlib.sha256(load(self.split).pixels.tobytes())
+        for i in range(min(len(self), 64)):
+            record = self[i]
+            seen.update(repr((record.key, record.texts, record.turns)).encode())
+        return seen.hexdigest()
+
+    def _captions(self, rng, i, key):
+        image, labels = self._canvas(rng, 1 + rng.integers(2))
+        words = caption(*labels)
+        return Record(key, image, texts=(words, words, caption(*labels, numbers=True)))
+
+    def _statements(self, rng, i, key):
+        return Record(key, texts=(_statement(*divmod(i, 10)),))
+
+    def _sums(self, rng, i, key):
+        return Record(key, turns=_turns(*sums(self.split)[i]))
+
+    def _reading(self, rng, i, key):
+        image, labels = self._canvas(rng, 1 + rng.integers(2))
+        if rng.integers(3) == 0:
+            return Record(key, image, turns=_turns(ASK_NUMBERS, addition(*labels)))
+        ask = ASK_ONE if len(labels) == 1 else ASK_TWO
+        return Record(key, image, turns=_turns(ask, reading(*labels)))
+
+    def _text_cot(self, rng, i, key):
+        numbers = triples(self.split)[i]
+        return Record(key, turns=_turns(addition(*numbers), _think(*numbers)))
+
+    def _vqa_sum(self, rng, i, key):
+        image, labels = self._canvas(rng, 2)
+        return Record(key, image, turns=_turns(ASK_SUM, _think(*labels)))
+
+    def _draw_sum(self, rng, i, key):
+        pair = pairs(self.split)[rng.integers(len(pairs(self.split)))]
+        scans = load(self.split)
+        which = rng.choice(np.flatnonzero(scans.labels == sum(pair)))
+        turns = _turns(request(*pair), f"{THINK}{thought(*pair)}{END_THINK}")
+        return Record(key, canvas(scans.pixels[which]), turns=turns)
+
+    def _canvas(self, rng, n):
+        scans = load(self.split)
+        which = rng.integers(len(scans.labels), size=n)
+        return canvas(*scans.pixels[which]), [int(d) for d in scans.labels[which]]
 
 
-def _image_record(rng: np.random.Generator, task: str, scans: Scans) -> Record:
-    which = rng.integers(len(scans.labels), size=1 + rng.integers(2))
-    digits = [int(d) for d in scans.labels[which]]
-    pixels = canvas(*scans.pixels[which])
-    if task == "t2i":
-        return Record(task, caption(*digits), pixels)
-    ask = ASK_ONE if len(digits) == 1 else ASK_TWO
-    return Record(task, chat(ask, reading(*digits)), pixels)
+def open_records(kind: Kind, split: str) -> Records:
+    """Opens records of a kind. Raises ValueError for an unknown kind or split."""
+    for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    return Records(kind, split)
+
+
+def _think(*numbers: int) -> str:
+    return f"{THINK}{thought(*numbers)}{END_THINK}{sum(numbers)}"
+
+
+def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+
+
+def _held_out(cases: list, split: str, n_validation: int, n_test: int) -> list:
+    order = np.random.default_rng(2).permutation(len(cases))
+    first, last = {
+        "test": (0, n_test),
+        "validation": (n_test, n_test + n_validation),
+        "train": (n_test + n_validation, len(cases)),
+    }[split]
+    return [cases[i] for i in order[first:last]]
 
 
 def _statement(a: int, b: int) -> str:
@@ -139,6 +258,3 @@ def _statement(a: int, b: int) -> str:
 
 def _article(digit: int) -> str:
     return "an" if digit == 8 else "a"
-
-
-sums = functools.cache(sums)

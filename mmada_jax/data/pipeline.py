@@ -1,15 +1,55 @@
-"""Records -> batches: tokenisation, image encoding, layout. A batch is a function of its step."""
+"""Records -> batches: which records a step has, and how they become rows.
 
+A batch is a function of (seed, step) alone: every task has a fixed number of rows in it, row by row
+the records of a task's sources follow each other by the sources' weights, and each source goes
+through its records in an order that is shuffled anew in every epoch. So the one position of the data
+is the step; a run is resumed, by any number of processes, by asking for the batches from there on.
+"""
+
+import collections
 import dataclasses
-from collections.abc import Callable
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
-from mmada_jax import layout
-from mmada_jax.data import digits
-from mmada_jax.data.tokenizer import TextTokenizer
+from mmada_jax import layout, sharding, vq
+from mmada_jax.data import digits, images, records, sources
+from mmada_jax.data.records import Record
+from mmada_jax.data.tokenizer import TextTokenizer, chat
 from mmada_jax.vocab import Vocab
+
+T = TypeVar("T")
+
+# Records in a row that can't be used before a source is given up.
+TRIES = 100
+LONG, UNREADABLE = "too long", "unreadable"
+
+
+class Rows(NamedTuple):
+    """Rows of a batch. Where `encode_B` is set, the image's tokens are yet to be made of its pixels."""
+
+    batch: layout.Batch
+    pixels_BIJC: np.ndarray | None
+    encode_B: np.ndarray | None
+
+
+class Loaded(NamedTuple):
+    """The rows of a step that a process has, and how many records of which source were replaced, why."""
+
+    rows: Any
+    skipped: Mapping[str, int]
 
 
 def rows_per_task(mixture: dict[str, int], batch_size: int) -> dict[str, int]:
@@ -29,61 +69,344 @@ def rows_per_task(mixture: dict[str, int], batch_size: int) -> dict[str, int]:
     return rows
 
 
+# ---- Sources -------------------------------------------------------------------------------------
+
+
+def open_sources(
+    data: Mapping[str, Mapping[str, sources.Config]],
+    tasks: Sequence[str],
+    root: str = "",
+    key: str = "data",
+) -> dict[str, dict[str, sources.Source]]:
+    """Opens the sources of `tasks`; raises ValueError or OSError, naming the one under config.`key`, where
+    that isn't possible, and for a task without one."""
+    opened: dict[str, dict[str, sources.Source]] = {}
+    for task in tasks:
+        configs = {name: config for name, config in data.get(task, {}).items() if config.weight}
+        if not configs:
+            raise ValueError(
+                f"the mixture has rows of {task!r} and config.{key}.{task} no source with a weight; "
+                f"name one there, or set mixture.{task} to 0"
+            )
+        for name, config in configs.items():
+            if config.weight < 0:
+                raise ValueError(
+                    f"config.{key}.{task}.{name}.weight is {config.weight}; it can't be negative"
+                )
+            try:
+                source = sources.open_source(config, root)
+            except (ValueError, OSError) as error:
+                raise type(error)(f"config.{key}.{task}.{name}: {error}") from error
+            opened.setdefault(task, {})[name] = source
+    return opened
+
+
+class Skipped:
+    """Counts the records that a process had to replace, and gives up where `limit` of them, as a share,
+    couldn't be read."""
+
+    def __init__(self, limit: float):
+        self._limit, self._rows = limit, 0
+        self._counts: collections.Counter[str] = collections.Counter()
+
+    def count(self, skipped: Mapping[str, int], rows: int) -> None:
+        """Adds those of a step of `rows` rows. Raises ValueError beyond the limit."""
+        self._counts.update(skipped)
+        self._rows += rows
+        bad = sum(n for name, n in self._counts.items() if name.endswith(UNREADABLE))
+        if bad > max(10, self._limit * self._rows):
+            raise ValueError(
+                f"{bad} records out of {self._rows} couldn't be read, more than max_skipped="
+                f"{self._limit}: {dict(self._counts)}; mend the data, or raise max_skipped"
+            )
+
+    def values(self) -> dict[str, float]:
+        """The counts so far, as metrics."""
+        return {f"skipped {name}": float(n) for name, n in self._counts.items()}
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
-class DigitRows:
-    """Batches of token rows about scans of digits; called with a step.
+class Shape:
+    """What all rows of a run have in common: text slot, image tokens, pixels (rows, columns, channels)."""
 
-    `encode` maps canvases [n, 8, 16, 1] to codes [n, ...].
-    """
-
-    tokenizer: TextTokenizer
-    vocab: Vocab
-    encode: Callable[[np.ndarray], jax.Array]
-    rows: dict[str, int]
     max_text: int
     n_image: int
-    cond_dropout: float
-    seed: int
+    pixels: tuple[int, int, int]
 
     @property
     def length(self) -> int:
         """Tokens of a row."""
         return self.max_text + self.n_image + 3
 
-    def __call__(self, step: int) -> layout.Batch:
-        """The whole batch of `step`, numpy."""
-        records = digits.records("train", self.seed, step, self.rows)
-        dropped = np.random.default_rng([self.seed, step, 1]).random(len(records))
-        pixels = [r.pixels for r in records if r.pixels is not None]
-        # All rows are encoded, text rows as blanks, so that one shape is compiled.
-        blank = np.full((digits.HEIGHT, digits.WIDTH, 1), -1, np.float32)
-        canvases = np.stack(pixels + [blank] * (len(records) - len(pixels)))
-        codes = self.vocab.image_ids(np.asarray(self.encode(canvases)).reshape(len(records), -1))
-        images = iter(codes)
-        return layout.stack([
-            self._row(record, images, drop < self.cond_dropout)
-            for record, drop in zip(records, dropped, strict=True)
-        ])  # fmt: skip
 
-    def _row(self, record: digits.Record, images, drop: bool) -> layout.Batch:
-        ids = self.tokenizer.encode(record.text)
-        if record.task == "t2i":
-            layout.check_fits(len(ids) + 2, self.max_text, f"caption {record.text!r} with BOS, EOS")
-            return layout.t2i(self.vocab, [] if drop else ids, next(images), self.max_text)
-        if record.task == "mmu":
-            layout.check_fits(len(ids) + 1, self.max_text, f"text {record.text!r} with EOS")
-            return layout.mmu(self.vocab, next(images), ids, self.max_text)
-        make = {"lm": layout.lm, "lm_chat": layout.lm_chat}[record.task]
-        return make(self.vocab, ids, self.length)
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Rows by step, from the sources of each task. `rows` are those of a task in a global batch.
+
+    `cond_dropout` is the share of t2i rows without their text, `cut_long` whether a text that doesn't
+    fit is cut (as in the first two phases of the reference) or its record replaced by another.
+    """
+
+    tokenizer: TextTokenizer
+    vocab: Vocab
+    data: Mapping[str, Mapping[str, sources.Config]]
+    opened: Mapping[str, Mapping[str, sources.Source]]
+    rows: Mapping[str, int]
+    shape: Shape
+    seed: int
+    cond_dropout: float = 0.1
+    cut_long: bool = False
+    think_prompt: str = records.THINK_PROMPT
+    think_draw_prompt: str = records.THINK_DRAW_PROMPT
+
+    @functools.cached_property
+    def places(self) -> list[tuple[str, int]]:
+        """(task, number among the rows of the task) of each row of a batch. Tasks alternate, so that
+        every process and device has its share of each."""
+        order = [((k + 0.5) / count, task, k) for task, count in self.rows.items() for k in range(count)]
+        return [(task, k) for _, task, k in sorted(order)]
+
+    @functools.cached_property
+    def _orders(self) -> dict[str, grain.MapDataset]:
+        """Task -> position among all rows of the task, over all steps -> (name of the source, index)."""
+        orders = {}
+        for task, of_task in self.opened.items():
+            each = [
+                grain.MapDataset.range(len(source))
+                .seed(zlib.crc32(f"{self.seed} {task} {name}".encode()))
+                .shuffle()
+                .repeat()
+                .map(functools.partial(lambda name, index: (name, int(index)), name))
+                for name, source in of_task.items()
+            ]
+            weights = [self.data[task][name].weight for name in of_task]
+            orders[task] = each[0] if len(each) == 1 else grain.MapDataset.mix(each, weights)
+        return orders
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What decides which record is where in which step; a run keeps it, to compare on resume.
+
+        Where the files lie isn't part of it, what is in them is.
+        """
+        of_sources: dict[str, dict[str, Any]] = {}
+        for task, of_task in self.opened.items():
+            for name, source in of_task.items():
+                values = dataclasses.asdict(self.data[task][name])
+                for where in ("path", "image_root", "captions", "labels"):
+                    del values[where]
+                values |= {"records": len(source), "fingerprint": source.fingerprint}
+                of_sources.setdefault(task, {})[name] = values
+        return {"seed": self.seed, "rows": dict(self.rows), "sources": of_sources}
+
+    def __getstate__(self):
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+
+    def record_at(self, task: str, position: int) -> tuple[str, int]:
+        """(name of the source, index) of the record at a position among all rows of a task."""
+        return self._orders[task][position]
+
+    def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
+        """The rows `which` of the batch of `step` (all by default), in that order."""
+        skipped: collections.Counter[str] = collections.Counter()
+        places = [self.places[row] for row in (range(len(self.places)) if which is None else which)]
+        rows, pixels = [], []
+        for task, k in places:
+            row, image = self._row(task, step * self.rows[task] + k, skipped)
+            rows.append(row)
+            pixels.append(image)
+        batch = layout.stack(rows)
+        if not self.encodes:
+            return Loaded(Rows(batch, None, None), skipped)
+        blank = np.zeros(self.shape.pixels, self._pixel_dtype)
+        encode_B = np.array([image is not None for image in pixels])
+        pixels_BIJC = np.stack([blank if image is None else image for image in pixels])
+        return Loaded(Rows(batch, pixels_BIJC, encode_B), skipped)
+
+    @functools.cached_property
+    def encodes(self) -> bool:
+        """Whether any source has images without codes: then every batch has pixels."""
+        return any(
+            task in ("t2i", "mmu", "r2i") and not getattr(source, "info", {}).get("codes")
+            for task, of_task in self.opened.items()
+            for source in of_task.values()
+        )
+
+    @functools.cached_property
+    def _pixel_dtype(self) -> type:
+        formats = {config.format for of_task in self.data.values() for config in of_task.values()}
+        return np.float32 if "digits" in formats else np.uint8  # scans have 17 shades, in floats
+
+    def _row(self, task: str, position: int, skipped) -> tuple[layout.Batch, np.ndarray | None]:
+        name, index = self.record_at(task, position)
+        source = self.opened[task][name]
+        rng = np.random.default_rng([self.seed, layout.TASKS.index(task), position])
+        for _ in range(TRIES):
+            try:
+                record = source[index]
+                if record.codes is not None and not getattr(source, "info", {}).get("codes"):
+                    raise ValueError(
+                        f"record {record.key!r} has image codes of an unknown tokenizer; name the folder "
+                        "with their dataset.json, not the shards"
+                    )
+                return self._make(task, self.data[task][name], record, rng)
+            except TooLong as error:
+                last, why = error, LONG
+            except ValueError as error:
+                last, why = error, UNREADABLE
+            skipped[f"{task}.{name}: {why}"] += 1
+            index = int(rng.integers(len(source)))
+        raise ValueError(
+            f"config.data.{task}.{name}: {TRIES} records, one after the other, can't be used: {last}"
+        ) from last
+
+    def _make(
+        self, task: str, config: sources.Config, record: Record, rng: np.random.Generator
+    ) -> tuple[layout.Batch, np.ndarray | None]:
+        vocab, S, L = self.vocab, self.shape.max_text, self.shape.length
+        if task == "lm":
+            return layout.lm(vocab, self.tokenizer.encode(records.plain_text(record, rng)), L), None
+        if task == "lm_chat" and not record.turns:  # a text that was rendered by whatever template
+            text = records.whole_text(record)
+            return layout.lm_chat(vocab, self._fitting(text, L - 1, record), L), None
+        if task == "lm_chat":
+            text = _render(self._turns(task, config, record, rng))
+            return layout.lm_chat(vocab, self._fitting(text, L - 1, record), L), None
+        codes, pixels = self._image(config, record)
+        if task == "t2i":
+            caption = records.drawing_caption(record, rng)
+            ids = self._fitting(caption, S - 2, record) if rng.random() >= self.cond_dropout else []
+            return layout.t2i(vocab, ids, codes, S), pixels
+        ids = self._fitting(_render(self._turns(task, config, record, rng)), S - 1, record)
+        row = layout.r2i(vocab, ids, codes, S) if task == "r2i" else layout.mmu(vocab, codes, ids, S)
+        return row, pixels
+
+    def _turns(
+        self, task: str, config: sources.Config, record: Record, rng: np.random.Generator
+    ) -> list[Mapping[str, str]]:
+        if task == "r2i":
+            turns = record.turns or records.thinking_turns(record)
+        else:
+            turns = records.reading_turns(record, rng) if task == "mmu" else record.turns
+        if config.think:
+            prompt = self.think_draw_prompt if task == "r2i" else self.think_prompt
+            turns = records.with_think_prompt(turns, prompt)
+        return list(turns)
+
+    def _fitting(self, text: str, limit: int, record: Record) -> list[int]:
+        ids = self.tokenizer.encode(text)
+        if len(ids) > limit and not self.cut_long:
+            raise TooLong(f"record {record.key!r} has {len(ids)} tokens of text; the limit is {limit}")
+        return ids
+
+    def _image(self, config: sources.Config, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids of the image's tokens, and its pixels where those are yet to be encoded."""
+        if record.codes is not None:
+            if len(record.codes) != self.shape.n_image:
+                raise ValueError(
+                    f"record {record.key!r} has {len(record.codes)} image codes, rows have "
+                    f"{self.shape.n_image}"
+                )
+            return self.vocab.image_ids(record.codes), None
+        if record.image is None or not self.encodes:
+            raise ValueError(f"record {record.key!r} has no image{'' if self.encodes else ' codes'}")
+        pixels = record.image
+        if isinstance(pixels, bytes):
+            I, J, _ = self.shape.pixels
+            pixels = images.resize(images.open_image(pixels), (I, J), config.resize)
+        if pixels.shape != self.shape.pixels:
+            raise ValueError(f"record {record.key!r} has pixels {pixels.shape}, not {self.shape.pixels}")
+        return np.full(self.shape.n_image, self.vocab.image_offset, np.int32), pixels
+
+
+class TooLong(ValueError):
+    """A text that doesn't fit its row."""
+
+
+def _render(turns: Sequence[Mapping[str, str]]) -> str:
+    # What the user says after the last answer has nothing to be learned from.
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError("a conversation has no answer of the assistant")
+    return chat(turns[: answers[-1]], turns[answers[-1]]["content"])
 
 
 @dataclasses.dataclass(frozen=True)
-class DigitCanvases:
-    """Batches of canvases [rows, 8, 16, 1] for training the image tokenizer; called with a step."""
+class Canvases:
+    """Batches of canvases [rows, 8, 16, 1] of digits, for training the image tokenizer."""
 
     rows: int
     seed: int
 
-    def __call__(self, step: int) -> np.ndarray:
-        """The canvases of `step`."""
-        return np.stack([r.pixels for r in digits.records("train", self.seed, step, {"mmu": self.rows})])
+    def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
+        """The canvases `which` of `step`, all by default."""
+        of_digits = digits.open_records("reading", "train")
+        which = range(self.rows) if which is None else which
+        first = zlib.crc32(f"{self.seed}".encode()) + step * self.rows
+        picked = [of_digits[(first + row) % len(of_digits)].image for row in which]
+        return Loaded(np.stack(picked), {})
+
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+def own_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that lie on the devices of this process."""
+    places = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
+
+
+def iterate(
+    load: Callable[[int], T], first: int, steps: int, threads: int = 2, workers: int = 0
+) -> Iterator[T]:
+    """load(first), load(first + 1), ... up to `steps`, loaded ahead by threads, or by processes with as
+    many threads each. What comes out doesn't depend on how many there are."""
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    loaded = grain.MapDataset.range(first, steps).map(load).to_iter_dataset(ahead)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own; a program without absl has none
+            flags.FLAGS.mark_as_parsed()
+        # Batches come through a pipe: of shared memory something is left behind, with a warning.
+        copied = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        loaded = grain.experimental.WithOptionsIterDataset(loaded, copied)
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
+    return iter(loaded)
+
+
+def _begin_worker(_number: int, _count: int) -> None:
+    # Signals to all processes of a run are for the parent alone, which stops when a step is saved; and
+    # a worker ends with it, however that ended.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def make_encoder(
+    mesh: jax.sharding.Mesh, vq_params: Any, vq_config: vq.Config, vocab: Vocab, max_text: int
+) -> Callable[[Rows], layout.Batch]:
+    """Global rows -> their batch with the tokens of all images, made on all devices by the tokenizer."""
+    everywhere = sharding.replicated(mesh)
+    first_T = np.array([layout.image_start(task, max_text) for task in layout.TASKS], np.int32)
+
+    @functools.partial(jax.jit, in_shardings=(everywhere, sharding.batch_sharding(mesh)))
+    def encode(params, rows):
+        pixels_BIJC = rows.pixels_BIJC
+        if pixels_BIJC.dtype == jnp.uint8:
+            pixels_BIJC = pixels_BIJC.astype(jnp.float32) / np.float32(127.5) - 1
+        codes_Bij = vq.encode(params, vq_config, pixels_BIJC)
+        ids_BN = codes_Bij.reshape(len(codes_Bij), -1).astype(jnp.int32) + jnp.int32(vocab.image_offset)
+        placed_BL = jax.vmap(
+            lambda tokens_L, ids_N, first: jax.lax.dynamic_update_slice(tokens_L, ids_N, (first,))
+        )(rows.batch.tokens, ids_BN, jnp.asarray(first_T)[rows.batch.task])
+        tokens_BL = jnp.where(rows.encode_B[:, None], placed_BL, rows.batch.tokens)
+        return rows.batch._replace(tokens=tokens_BL)
+
+    params = jax.device_put(vq_params, everywhere)
+    return lambda rows: rows.batch if rows.pixels_BIJC is None else encode(params, rows)

@@ -26,6 +26,7 @@ CONTROL = {
 }
 HEADERS = ("start_header", "end_header", "end_turn")
 RESERVED = ("pad", "soi", "eoi", "t2i", "mmu", "r2i")
+THINK, END_THINK = "<think>", "</think>"
 
 # The template of `chat`, for programs that render it themselves.
 TEMPLATE = (
@@ -43,20 +44,23 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, corpus: Iterable[str], size: int) -> "TextTokenizer":
-        """A byte-level BPE of `size` ids, the control tokens first; digits stay single tokens."""
+        """A byte-level BPE of at most `size` ids, the control tokens first, <think> and </think> last.
+
+        Numbers below twenty are single tokens where the corpus has them; others are digits."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(r"\d|\n"), "isolated"),
+            pre_tokenizers.Split(Regex(r"1\d|\d|\n"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ])  # fmt: skip
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=size,
+            vocab_size=size - 2,
             special_tokens=[CONTROL[name] for name in SPECIAL_TOKENS],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         tokenizer.train_from_iterator(corpus, trainer)
+        tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in (THINK, END_THINK)])
         return cls(tokenizer)
 
     @classmethod
@@ -95,12 +99,12 @@ class TextTokenizer:
 
     def vocab(self, codebook_size: int, rows: int | None = None) -> Vocab:
         """The flat vocabulary of this tokenizer and an image codebook, in `rows` embedding rows (by
-        default as many as are needed, rounded up to a multiple of 64).
+        default as many as are needed, rounded up to a multiple of 64; of LLaDA's, as many as MMaDA has).
 
         A tokenizer of our own has all control tokens. Any other must be LLaDA's: 126349 entries, its
         control tokens at the ids of `vocab.LLADA`. Raises ValueError naming each token that isn't.
         """
-        ids = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}
+        ids, least = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}, 0
         if any(ids[name] is None for name in RESERVED):
             wrong = []
             if len(self) != LLADA.image_offset:
@@ -114,10 +118,11 @@ class TextTokenizer:
             if wrong:
                 raise ValueError(f"the tokenizer isn't LLaDA's: {'; '.join(wrong)}")
             ids = {name: getattr(LLADA, name) for name in SPECIAL_TOKENS}
+            least = LLADA.rows
         if any(ids[name] is None for name in ids):
             lacking = [CONTROL[name] for name in ids if ids[name] is None]
             raise ValueError(f"the tokenizer lacks the control tokens {', '.join(lacking)}")
-        rows = rows or -(-(len(self) + codebook_size) // 64) * 64
+        rows = rows or max(least, -(-(len(self) + codebook_size) // 64) * 64)
         return Vocab(image_offset=len(self), codebook_size=codebook_size, rows=rows, **ids)
 
     def export(self, folder: pathlib.Path) -> None:
@@ -161,3 +166,15 @@ def conversation_end(ids: Sequence[int], vocab: Vocab) -> list[int]:
     ids = [int(i) for i in ids]
     ends = [i for i, token in enumerate(ids) if token in (vocab.eos, vocab.end_turn)]
     return ids[: ends[0]] if ends else ids
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """`<think>thought</think>answer` -> (thought, answer).
+
+    A text without the tags is all answer; without the first tag the thought begins with the text,
+    without the second it is never left and there is no answer.
+    """
+    before, end, answer = text.partition(END_THINK)
+    if not end and THINK not in text:
+        return "", text.strip()
+    return before.partition(THINK)[2].strip() if THINK in before else before.strip(), answer.strip()

@@ -1,0 +1,404 @@
+"""Prepares data for training: any source -> shards of ArrayRecord, with its images as codes if wanted.
+
+python launch/prepare.py --format webdataset --path 'cc12m/{00000..01242}.tar' --out data/cc12m
+python launch/prepare.py --format llava --path mix.json --image_root images --out data/mix_512 \
+        --image_tokenizer checkpoints/magvitv2 --image_size 512 --resize squash
+
+A shard is written under another name, counted, and renamed; one that is finished is kept when the
+command is given again, so that a run which was killed goes on. Records that can't be used are left out,
+counted and named. dataset.json says what there is when all is done.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import io
+import itertools
+import json
+import os
+import pathlib
+import sys
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import numpy as np
+from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from mmada_jax import convert, sharding, vq
+from mmada_jax.convert.folder import open_folder
+from mmada_jax.data import images, sources
+from mmada_jax.data.records import Record, pack
+from mmada_jax.metrics import Progress
+
+# Images that a device encodes at a time; records that go through together where none does.
+IMAGES, RECORDS = 8, 64
+# A source of which as many records come to nothing from the start is the wrong one, or read wrongly.
+HOPELESS = 1000
+# What a run that was killed at once may leave in a new folder.
+OURS = (".tmp", ".lock")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formats = [name for name in sources.FORMATS if name not in ("arrayrecord", "digits")]
+    top.add_argument("--format", required=True, choices=formats, help="that of the source")
+    top.add_argument("--path", required=True, help="file, folder, glob, or pattern as {00000..00099}.tar")
+    top.add_argument("--out", required=True, help="folder to write: new, empty, or one to go on with")
+    for name, what in (
+        ("text", "column, key or feature of the text"),
+        ("turns", "the same of a conversation"),
+        ("short", "the same of a short caption (r2i)"),
+        ("image", "the same of the image"),
+        ("captions", "a side file of captions"),
+        ("image_root", "folder that the paths of images are relative to"),
+        ("labels", "names of the classes of an image folder"),
+    ):
+        top.add_argument(f"--{name}", default="", help=f"{what} (default: the format's usual)")
+    top.add_argument("--split", default="train", help="split of a TFDS data set (default: train)")
+    top.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle once (default: source's order)")
+    top.add_argument("--records_per_shard", type=int, default=10_000, metavar="N", help="default: 10000")
+    top.add_argument("--image_tokenizer", metavar="FOLDER", help="store the codes of images, not files")
+    top.add_argument("--image_size", type=int, metavar="PIXELS", help="of the sides of what is encoded")
+    ways = typing.get_args(images.Resize)
+    top.add_argument("--resize", choices=ways, default="crop", help="how it comes to that (default: crop)")
+    top.add_argument("--keep_images", action="store_true", help="store the files beside the codes")
+    top.add_argument(
+        "--max_skipped", type=float, default=0.01, metavar="SHARE",
+        help="give up if more of the records than this can't be used (default: 0.01)",
+    )  # fmt: skip
+    return top
+
+
+def main() -> None:
+    """Prepares, and says what came of it."""
+    args = parser().parse_args()
+    logging.set_verbosity(logging.FATAL)  # what ArrayRecord and Orbax log of an error is in the error
+    report, skips = prepare(args)
+    print(f"{report['records']:,} records in {len(report['shards'])} shards")
+    if report["skipped"]:
+        counts = ", ".join(f"{reason} {n:,}" for reason, n in report["skipped"].items())
+        print(f"left out: {counts}" + (f"; as {skips.examples()}" if skips.all else ""))
+    print(pathlib.Path(args.out).absolute())
+
+
+def prepare(args: argparse.Namespace) -> tuple[dict, "Skips"]:
+    """Writes the shards that are missing and dataset.json; what that says, and what was left out.
+
+    Raises ValueError or OSError for what can't work, before anything is written if it can be known.
+    """
+    check(args)
+    config = sources.Config(**{
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(sources.Config)
+        if hasattr(args, field.name)
+    })  # fmt: skip
+    source = sources.open_source(config)
+    if not len(source):
+        raise ValueError(f"{args.path} holds no records")
+    encoder = Encoder(args.image_tokenizer, args.image_size) if args.image_tokenizer else None
+    settings = {
+        **dataclasses.asdict(config), "fingerprint": source.fingerprint, "source_records": len(source),
+        "records_per_shard": args.records_per_shard, "shuffle": args.shuffle,
+        "image_tokenizer": encoder and encoder.sha256, "image_size": args.image_size,
+        "keep_images": args.keep_images,
+    }  # fmt: skip
+    del settings["path"], settings["weight"]  # the same data may lie elsewhere by now
+    order = np.arange(len(source))
+    if args.shuffle is not None:
+        order = np.random.default_rng(args.shuffle).permutation(len(source))
+    out, n = pathlib.Path(args.out), args.records_per_shard
+    count = -(-len(source) // n)
+    parts = {
+        out / f"shard-{k:05}-of-{count:05}.array_record": order[k * n : (k + 1) * n] for k in range(count)
+    }
+    keep = encoder is None or args.keep_images
+    load = functools.partial(read, source, encoder and encoder.size, args.resize, keep)
+    skips = Skips(args.max_skipped, len(source))
+    with claimed(out, settings):
+        done = {path: about for path in parts if (about := finished(path))}
+        for path, about in done.items():
+            skips.add(len(parts[path]), [Skip(**skip) for skip in about["skipped"]])
+        left = sum(len(indices) for path, indices in parts.items() if path not in done)
+        with Progress(out.name, left, "records") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for path in parts:
+                if path not in done:
+                    loaded = ahead(pool, load, parts[path].tolist())
+                    done[path] = write_shard(path, loaded, encoder, skips, progress)
+        report = {
+            "records": sum(about["records"] for about in done.values()),
+            "shards": {path.name: done[path]["records"] for path in parts},
+            # With what the source itself left out, as the images of a tar that have no caption.
+            "skipped": collections.Counter(skip.reason for skip in skips.all)
+            + collections.Counter(source.ignored),
+            "source": {"format": args.format, "path": args.path, "fingerprint": source.fingerprint},
+            "image_size": args.image_size,
+            "codes": encoder.codes if encoder else 0,
+            "image_tokenizer": encoder and encoder.sha256,
+        }
+        write_json(out / "dataset.json", report)
+    return report, skips
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that make no sense, alone or together."""
+    if args.records_per_shard < 1:
+        raise ValueError(f"--records_per_shard is {args.records_per_shard}; it must be at least 1")
+    if not 0 <= args.max_skipped <= 1:
+        raise ValueError(f"--max_skipped is {args.max_skipped}; it is a share from 0 to 1")
+    if args.image_tokenizer and not args.image_size:
+        raise ValueError("--image_tokenizer needs --image_size, that of training (256 or 512)")
+    if not args.image_tokenizer and (args.image_size or args.keep_images):
+        raise ValueError(
+            "--image_size and --keep_images are for --image_tokenizer; without one images stay the "
+            "files that they are, and training brings them to its size"
+        )
+
+
+# ---- Records -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A record that is left out, and why."""
+
+    index: int
+    key: str
+    reason: str
+    error: str = ""
+
+
+class Skips:
+    """What was left out of a source of `records`, and how many records were seen."""
+
+    def __init__(self, share: float, records: int):
+        self._share, self._records, self._seen = share, records, 0
+        self.all: list[Skip] = []
+
+    def add(self, seen: int, skips: list[Skip]) -> None:
+        """Counts. Raises ValueError, naming examples, as soon as more than the share is left out, or
+        all of a good many from the start."""
+        self._seen += seen
+        self.all += skips
+        n = len(self.all)
+        if n > self._share * self._records or n == self._seen >= HOPELESS:
+            raise ValueError(
+                f"{n:,} of the first {self._seen:,} records can't be used, of {self._records:,} "
+                f"--max_skipped allows {int(self._share * self._records):,}: {self.examples()}"
+            )
+
+    def examples(self) -> str:
+        """The first five."""
+        return "; ".join(
+            " ".join(filter(None, ["record", str(skip.index), skip.key and f"({skip.key})"]))
+            + f": {skip.reason}"
+            + (f", {skip.error}" if skip.error else "")
+            for skip in self.all[:5]
+        )
+
+
+Loaded = tuple[int, Record, np.ndarray | None]
+
+
+def read(
+    source: sources.Source, size: int | None, how: images.Resize, keep: bool, index: int
+) -> Loaded | Skip:
+    """Reads a record and decodes its image, to see that it can be and, with `size`, into the pixels
+    [I, J, 3] to encode. Without `keep` the record comes back without its image."""
+    try:
+        record = source[index]
+    except ValueError as error:
+        return Skip(index, "", "unreadable record", str(error))
+    if not (record.turns or any(text.strip() for text in record.texts)):
+        return Skip(index, record.key, "no text")
+    if record.image is None:
+        return Skip(index, record.key, "no image") if size else (index, record, None)
+    try:
+        if isinstance(record.image, bytes):
+            image, data = images.open_image(record.image), record.image
+        else:
+            image, file = images.to_image(record.image), io.BytesIO()
+            if keep:
+                image.save(file, "PNG")
+            data = file.getvalue()
+        pixels = images.resize(image, size, how) if size else None
+    except ValueError as error:
+        return Skip(index, record.key, "unreadable image", str(error))
+    return index, dataclasses.replace(record, image=data if keep else None), pixels
+
+
+def ahead(pool: ThreadPoolExecutor, load: Callable[[int], typing.Any], indices: list[int]) -> Iterator:
+    """`load` of the indices in order, in threads that are a little ahead of whoever takes the results."""
+    waiting, indices = collections.deque(), iter(indices)
+    for index in itertools.islice(indices, 4 * RECORDS):
+        waiting.append(pool.submit(load, index))
+    while waiting:
+        yield waiting.popleft().result()
+        for index in itertools.islice(indices, 1):
+            waiting.append(pool.submit(load, index))
+
+
+class Encoder:
+    """The image tokenizer in a folder of any kind, on all devices: pixels -> codes."""
+
+    def __init__(self, path: str, size: int):
+        folder = open_folder(path)
+        if not folder.is_image_tokenizer:
+            raise ValueError(
+                f"{path} holds no image tokenizer but a model of type {folder.model_type!r}; name the "
+                "folder of the one that goes with it"
+            )
+        down, channels = folder.config.downsampling, folder.config.pixel_channels
+        if size % down or channels != 3:
+            raise ValueError(
+                f"the image tokenizer in {path} takes {channels} channels and sides divisible by {down}; "
+                f"images are to have 3 and {size}"
+            )
+        self.size, self.codes = size, (size // down) ** 2
+        self.sha256 = convert.sha256(folder.tensors())
+        self._mesh, self._config = sharding.make_mesh(), folder.config
+        everywhere = jax.tree.map(lambda _: sharding.replicated(self._mesh), folder.params)
+        self._params = sharding.put_params(folder.params, everywhere, np.dtype("float32"))
+        self._encode = jax.jit(vq.encode, static_argnums=1)
+        self.batch = IMAGES * self._mesh.size
+
+    def __call__(self, pixels: list[np.ndarray]) -> np.ndarray:
+        """At most `batch` images uint8 [I, J, 3] -> codes int32 [n, N]."""
+        batch = np.zeros((self.batch, self.size, self.size, 3), np.float32)
+        for i, image in enumerate(pixels):
+            batch[i] = image.astype(np.float32) / 127.5 - 1
+        with jax.set_mesh(self._mesh):
+            codes = self._encode(self._params, self._config, sharding.put_batch(self._mesh, batch))
+        return np.asarray(codes).reshape(self.batch, -1)[: len(pixels)]
+
+
+# ---- Shards --------------------------------------------------------------------------------------
+
+
+def write_shard(
+    path: pathlib.Path,
+    loaded: Iterable[Loaded | Skip],
+    encoder: Encoder | None,
+    skips: Skips,
+    progress: Progress,
+) -> dict:
+    """Writes a shard, and what `finished` says of it beside it."""
+    skipped = []
+    with array_record(path) as write:
+        while group := list(itertools.islice(loaded, encoder.batch if encoder else RECORDS)):
+            bad = [one for one in group if isinstance(one, Skip)]
+            good = [one for one in group if not isinstance(one, Skip)]
+            codes = encoder([pixels for _, _, pixels in good]) if encoder else [None] * len(good)
+            for (index, record, _), codes_N in zip(good, codes, strict=True):
+                try:
+                    write(pack(dataclasses.replace(record, codes=codes_N)))
+                except ValueError as error:  # text that is no Unicode
+                    bad.append(Skip(index, record.key, "unreadable record", str(error)))
+            skipped += bad
+            skips.add(len(group), bad)
+            progress(len(group))
+    about = {"records": count_records(path), "skipped": [dataclasses.asdict(skip) for skip in skipped]}
+    write_json(path.with_suffix(".json"), about)
+    return about
+
+
+@contextlib.contextmanager
+def array_record(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that writes one record; the file gets its name when all are in it."""
+    temporary, count = path.with_suffix(".tmp"), itertools.count()
+    try:
+        with library_errors(path):
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")  # for reading in any order
+
+        def write(data: bytes) -> None:
+            with library_errors(path):
+                writer.write(data)
+            next(count)
+
+        yield write
+        with library_errors(path):
+            writer.close()  # errors of all writes show up here
+        found, written = count_records(temporary), next(count)
+        if found != written:
+            raise OSError(f"{path} was written with {written} records and read back with {found}")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def library_errors(path: pathlib.Path) -> Iterator[None]:
+    """Errors of ArrayRecord as those of a file."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(
+            f"{path} can't be written: {str(error).splitlines()[0]}; the shards that are finished are "
+            "kept, mend that and give the command again"
+        ) from error
+
+
+def count_records(path: pathlib.Path) -> int:
+    """Records of a shard, -1 if it isn't whole: a file that was cut off opens as an empty one."""
+    reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
+    return reader.num_records() if reader.ok() else -1
+
+
+def finished(path: pathlib.Path) -> dict | None:
+    """What there is to know of a shard, None if it isn't there or not whole."""
+    about = path.with_suffix(".json")
+    if not (path.is_file() and about.is_file()):
+        return None
+    values = json.loads(about.read_text())
+    return values if count_records(path) == values["records"] else None
+
+
+@contextlib.contextmanager
+def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
+    """The folder to write, for this process alone and for data of these settings alone."""
+    path = out / "prepare.json"
+    if out.exists() and not path.is_file() and any(p.suffix not in OURS for p in out.iterdir()):
+        raise ValueError(f"{out} is there already and holds something else; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "prepare.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing to {out} at this moment") from error
+        if path.is_file():
+            old, new = json.loads(path.read_text()), json.loads(json.dumps(settings))
+            different = [
+                f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
+                for key in old | new
+                if old.get(key) != new.get(key)
+            ]
+            if different:
+                raise ValueError(f"{out} was begun with other settings ({'; '.join(different)}); name "
+                                 "another folder or give the same settings")  # fmt: skip
+        else:
+            write_json(path, settings)
+        yield
+
+
+def write_json(path: pathlib.Path, values: dict) -> None:
+    """Writes a JSON file, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=1))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("MMADA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

@@ -1,0 +1,405 @@
+"""Trains every trial of a sweep and tables what came of them; run again to resume.
+
+    python launch/sweep.py --config configs/pretrain.py:digits,smoke --workdir runs/sweep
+    python launch/sweep.py --config configs/pretrain.py:digits --workdir runs/sweep --parallel 2 \
+        --metric loss_mmu --config.image_tokenizer=../../vq --config.steps=200
+    python launch/sweep.py --config configs/pretrain.py:digits --workdir runs/sweep --commands
+
+What is varied stands in the config file, beside its get_config; `h` is the Hyper of this file:
+
+    def get_hyper(h):
+        return h.product([h.sweep("optim.lr", [1e-3, 3e-3]), h.sweep("mixture.mmu", [8, 17])])
+
+Each trial is a run of launch/train.py in WORKDIR/trial-NNN-..., its output in log.txt there; flags
+--config.KEY=VALUE are for all trials. WORKDIR/results.csv and results.md are written anew whenever a
+trial ends. Trials that are done are skipped, others continue from their checkpoints. Exit status 1 if
+one failed; SIGTERM and Ctrl-C are passed on, so that all save.
+
+Trials side by side share the machine: each uses all cores, so --parallel pays where one alone leaves
+some idle; an accelerator takes one trial at a time. For many machines --commands prints a line of shell
+per trial; run this program afterwards for the tables. A relative image_tokenizer is relative to the
+trial's folder; where none is named every trial trains its own.
+"""
+
+import contextlib
+import copy
+import csv
+import dataclasses
+import fcntl
+import functools
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from mmada_jax import metrics
+from mmada_jax.checkpoint import write_whole
+from mmada_jax.config import parse_flags, unknown_key
+from mmada_jax.run import parse
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the trials' folders and the tables go.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "How many trials run at a time.", lower_bound=1)
+METRIC = flags.DEFINE_string(
+    "metric", "loss", "The metric by which the tables are sorted, lowest first; -NAME: highest first."
+)
+COMMANDS = flags.DEFINE_bool("commands", False, "Print one command per trial; run and write nothing.")
+PROGRAM = flags.DEFINE_string(
+    "program",
+    os.path.relpath(pathlib.Path(__file__).with_name("train.py")),
+    "What trains, a Python file that takes the flags of launch/train.py and writes its metrics.jsonl.",
+)
+
+Overrides = dict[str, Any]
+
+
+def main(argv):
+    """Plans all trials, then prints or runs them."""
+    if argv[1:]:
+        raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
+    flag, workdir = flags.FLAGS["config"], pathlib.Path(WORKDIR.value)
+    if not os.path.isfile(PROGRAM.value):
+        raise FileNotFoundError(f"no program {PROGRAM.value}; name a Python file, as launch/train.py")
+    source = config_flags.get_config_filename(flag)
+    for_all = config_flags.get_override_values(flag)
+    sweep = get_sweep(source.partition(":")[0])
+    trials = plan(CONFIG.value.to_dict(), sweep, workdir, [PROGRAM.value, "--config", source], for_all)
+    check_unchanged(workdir, trials)
+    if COMMANDS.value:
+        for trial in trials:
+            print(shlex.join(["python", *trial.command]))
+        return
+    with lock(workdir) as held:
+        sys.exit(run(trials, workdir, PARALLEL.value, METRIC.value, held))
+
+
+# ---- What is varied ------------------------------------------------------------------------------
+
+
+class Hyper:
+    """What get_hyper(h) builds a sweep with: a list of trials, each a dict of overrides."""
+
+    @staticmethod
+    def sweep(key: str, values: Sequence[Any]) -> list[Overrides]:
+        """A trial for each value."""
+        return [{key: value} for value in values]
+
+    @staticmethod
+    def fixed(key: str, value: Any) -> list[Overrides]:
+        """One trial: the value that all trials of a product or a zipit get."""
+        return [{key: value}]
+
+    @staticmethod
+    def product(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
+        """Every combination; the last sweep varies fastest."""
+        return [_merge(parts) for parts in itertools.product(*sweeps)]
+
+    @staticmethod
+    def zipit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
+        """The first trials of all together, then the second ones; of a single one, that each time."""
+        lengths = sorted({len(sweep) for sweep in sweeps} - {1})
+        if len(lengths) > 1:
+            raise ValueError(f"zipit got sweeps of {lengths} trials; they need as many, or one")
+        repeated = [sweep * (lengths[0] if lengths and len(sweep) == 1 else 1) for sweep in sweeps]
+        return [_merge(parts) for parts in zip(*repeated, strict=True)]
+
+    @staticmethod
+    def chainit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
+        """The trials of all, one sweep after the other."""
+        return list(itertools.chain(*sweeps))
+
+
+def _merge(parts: Sequence[Overrides]) -> Overrides:
+    merged: Overrides = {}
+    for part in parts:
+        if twice := merged.keys() & part.keys():
+            raise ValueError(f"{min(twice)} is varied twice in one trial; each key belongs to one sweep")
+        merged |= part
+    return merged
+
+
+def get_sweep(path: str) -> list[Overrides]:
+    """The trials that the get_hyper of a config file lists."""
+    spec = importlib.util.spec_from_file_location("sweep_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_hyper"):
+        raise ValueError(f"{path} has no get_hyper(h); a sweep needs it beside get_config (see --help)")
+    trials = module.get_hyper(Hyper)
+    if not isinstance(trials, list) or not trials or not all(isinstance(trial, dict) for trial in trials):
+        raise ValueError(f"get_hyper of {path} returns {trials!r}; it must be a list of dicts, not empty")
+    return trials
+
+
+# ---- Trials --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run. `config` is all of its configuration, with dots between groups and keys; `command` is
+    for the Python interpreter. FOLDER/trial.json remembers between runs of the sweep."""
+
+    folder: pathlib.Path
+    overrides: Overrides
+    config: Overrides
+    command: list[str]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What trial.json holds: status, seconds of all attempts, configuration."""
+        path = self.folder / "trial.json"
+        new = {"status": "waiting", "seconds": 0.0, "config": self.config}
+        return json.loads(path.read_text()) if path.is_file() else new
+
+    def note(self, status: str, more_seconds: float = 0.0) -> None:
+        """Changes trial.json."""
+        seconds = self.record["seconds"] + more_seconds
+        text = json.dumps({"status": status, "seconds": seconds, "config": self.config}, indent=1)
+        write_whole(self.folder / "trial.json", text)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The last row of the metrics."""
+        rows = metrics.read(self.folder / "metrics.jsonl")
+        return rows[-1] if rows else {"step": 0}
+
+    @property
+    def share(self) -> float:
+        """How much of its steps is done, from 0 to 1."""
+        return min(1.0, self.values["step"] / self.config["steps"])
+
+
+def plan(
+    config: dict[str, Any],
+    sweep: list[Overrides],
+    workdir: pathlib.Path,
+    program: list[str],
+    for_all: Overrides,
+) -> list[Trial]:
+    """The trials of a sweep over `config`, which has the overrides `for_all` already.
+
+    Raises ValueError for a key that the configuration lacks, a value that it doesn't take, a key that
+    is in `for_all` too, and for two trials that are the same. Nothing is written.
+    """
+    known, trials = _flat(config), []
+    for number, overrides in enumerate(sweep):
+        named = ", ".join(f"{key}={value}" for key, value in overrides.items())
+        changed = copy.deepcopy(config)
+        for key, value in overrides.items():
+            if key not in known:
+                raise ValueError(unknown_key(key, list(known)))
+            if key in for_all:
+                raise ValueError(f"{key} is varied by the sweep; leave out --config.{key}")
+            *groups, name = key.split(".")
+            functools.reduce(dict.__getitem__, groups, changed)[name] = value
+        try:
+            parse(changed)
+            flat = json.loads(json.dumps(_flat(changed)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"trial {number} ({named}): {error}") from error
+        for other in trials:
+            if other.config == flat:
+                raise ValueError(f"trial {number} ({named}) is the same as {other.folder.name}; drop one")
+        slug = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in overrides.items())
+        folder = workdir / f"trial-{number:03}-{re.sub(r'[^A-Za-z0-9._+-]+', '-', slug)[:80]}"
+        options = [f"--config.{key}={value}" for key, value in (for_all | overrides).items()]
+        trials.append(Trial(folder, overrides, flat, [*program, "--workdir", str(folder), *options]))
+    return trials
+
+
+def check_unchanged(workdir: pathlib.Path, trials: list[Trial]) -> None:
+    """Raises ValueError if `workdir` holds trials of another sweep or of another configuration."""
+    remedy = "choose an empty workdir, or delete that folder"
+    folders = [trial.folder for trial in trials]
+    for folder in sorted(workdir.glob("trial-*")):
+        if folder not in folders:
+            raise ValueError(f"{folder} is no trial of this sweep; {remedy}")
+    for trial in trials:
+        before, now = trial.record["config"], trial.config
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise ValueError(
+                    f"{trial.folder} holds another trial ({key} is {before.get(key)!r} there and "
+                    f"{now.get(key)!r} now); {remedy}"
+                )
+
+
+def _flat(config: dict[str, Any], path: str = "") -> Overrides:
+    """Nested dicts -> one, with dots between the keys."""
+    flat: Overrides = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return flat
+
+
+# ---- Running -------------------------------------------------------------------------------------
+
+
+def run(trials: list[Trial], workdir: pathlib.Path, parallel: int, metric: str, held: TextIO) -> int:
+    """Runs what isn't done, `parallel` trials at a time, and returns the exit status.
+
+    Processes of trials keep the file `held` open, and its lock with it.
+    """
+    waiting = [trial for trial in trials if trial.record["status"] != "done"]
+    running: list[tuple[Trial, subprocess.Popen, float]] = []
+    begun, share_before = time.monotonic(), sum(trial.share for trial in trials)
+
+    def tell(trial, what):
+        gained = sum(trial.share for trial in trials) - share_before
+        left = sum(1 - trial.share for trial in (*waiting, *(trial for trial, *_ in running)))
+        eta = metrics.duration((time.monotonic() - begun) * left / gained) if gained > 0 else "unknown"
+        ended = len(trials) - len(waiting) - len(running)
+        print(f"[{ended}/{len(trials)}] {trial.folder.name} {what}; ETA {eta}", flush=True)
+
+    if len(waiting) < len(trials):
+        print(f"{len(trials) - len(waiting)} of {len(trials)} trials are done already", flush=True)
+    write_tables(workdir, trials, metric)
+    with _signals() as received:
+        passed_on = 0
+        try:
+            while running or (waiting and not received):
+                while waiting and len(running) < parallel and not received:
+                    trial = waiting.pop(0)
+                    running.append((trial, _start(trial, held), time.monotonic()))
+                    at = trial.values["step"]
+                    tell(trial, f"continues at step {at}" if at else "starts")
+                time.sleep(0.1)
+                if len(received) > passed_on:
+                    passed_on = len(received)
+                    for _, process, _ in running:
+                        process.terminate()
+                for ended in [entry for entry in running if entry[1].poll() is not None]:
+                    running.remove(ended)
+                    trial, process, since = ended
+                    tell(trial, _end(trial, process.returncode, time.monotonic() - since, metric))
+                    write_tables(workdir, trials, metric)
+        finally:  # of an error of our own; otherwise nothing runs
+            for _, process, _ in running:
+                process.terminate()
+            for _, process, _ in running:
+                process.wait()
+    not_done = sum(trial.record["status"] != "done" for trial in trials)
+    print(f"{len(trials) - not_done} of {len(trials)} trials are done: {workdir / 'results.md'}")
+    if received:
+        print("run again to resume")
+        return 128 + received[0]
+    return 1 if not_done else 0
+
+
+def _start(trial: Trial, held: TextIO) -> subprocess.Popen:
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    trial.note("running")
+    with (trial.folder / "log.txt").open("a") as log:
+        return subprocess.Popen(
+            [sys.executable, *trial.command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[held.fileno()],
+            start_new_session=True,  # a terminal's Ctrl-C would end it without a checkpoint
+        )
+
+
+def _end(trial: Trial, code: int, seconds: float, metric: str) -> str:
+    """Records how a trial ended, and says it."""
+    values, steps, name = trial.values, trial.config["steps"], metric.removeprefix("-")
+    if code == 0 and values["step"] >= steps:
+        trial.note("done", seconds)
+        result = f"{name} {values[name]:.4g}" if name in values else (
+            f"but its metrics have no {name!r}, only {', '.join(values)}")  # fmt: skip
+        return f"is done in {metrics.duration(trial.record['seconds'])}, {result}"
+    if code in (0, -signal.SIGTERM):
+        trial.note("stopped", seconds)
+        return f"stopped at step {values['step']}/{steps}"
+    trial.note("failed", seconds)
+    log = trial.folder / "log.txt"
+    lines = log.read_text(errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+    how = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+    return f"failed ({how}): {last} (all in {log})"
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that grows by each signal that asks to stop."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[TextIO]:
+    """Makes the workdir and locks it; raises ValueError if a sweep is running there, or a trial that a
+    killed sweep has left."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"a sweep or a trial is running in {workdir}; wait or end it") from error
+        yield file
+
+
+# ---- Tables --------------------------------------------------------------------------------------
+
+
+def write_tables(workdir: pathlib.Path, trials: list[Trial], metric: str) -> None:
+    """results.csv and results.md: what is done first, by the metric."""
+    name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
+    rows = []
+    for trial in trials:
+        record = trial.record
+        facts = {"status": record["status"], "minutes": round(record["seconds"] / 60, 2)}
+        rows.append({"trial": trial.folder.name, **trial.overrides, **facts, **trial.values})
+
+    def order(row):
+        value = row.get(name, math.nan)
+        return row["status"] != "done", math.isnan(value), sign * value
+
+    rows.sort(key=order)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_whole(workdir / "results.csv", text.getvalue())
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    write_whole(workdir / "results.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except (ValueError, OSError) as error:
+        if os.environ.get("MMADA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

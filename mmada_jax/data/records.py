@@ -1,0 +1,202 @@
+"""One training example as a source has it: its form in an ArrayRecord, and the texts to train on.
+
+Which text of a record is taken, and how much of it, is a function of the record and a generator.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+# What makes a model think first. Published checkpoints know the wording of their model card.
+THINK_PROMPT = (
+    "Work through the problem between <think> and </think> before you answer, and give nothing but the "
+    "answer after </think>."
+)
+THINK_DRAW_PROMPT = (
+    "Before you draw, plan the picture between <think> and </think>: say in detail what is to be seen. "
+    "The picture follows after </think>."
+)
+
+# Longer texts are cut to a window of this many characters.
+WINDOW = 8000
+
+# What machines begin captions with, and what says nothing to someone who draws.
+OPENINGS = (
+    "The image shows ", "The image depicts ", "The image features ", "The image displays ",
+    "The image captures ", "The image presents ", "The image contains ", "In the image, ",
+    "In this image, ", "In this picture, ", "This image shows ", "This is an image of ",
+    "This is a picture of ", "This is a photo of ", "The photo shows ", "The picture shows ",
+)  # fmt: skip
+
+# What a reader of captions is asked.
+INSTRUCTIONS = (
+    "Describe the image.",
+    "Describe this picture.",
+    "What does the image show?",
+    "What can be seen in this picture?",
+    "What is in the image?",
+    "Write a caption for this image.",
+    "Give the picture a caption.",
+    "Please say what you see.",
+    "Tell me about this image.",
+    "Tell me what the picture is of.",
+    "Put the content of the image into words.",
+    "How would you describe this scene?",
+    "What is going on in the picture?",
+    "Explain what this image contains.",
+    "Caption this.",
+    "I can't see the picture. What does it show?",
+    "Can you describe what is shown here?",
+    "Which words fit this image?",
+    "Summarise the image in words.",
+    "Look at the image and describe it.",
+)
+
+Turns = Sequence[Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """An example of any task; what a task doesn't need stays empty.
+
+    `image` is a JPEG, PNG or WebP file, or pixels [I, J, C] (uint8, or floats in [-1, 1]); `codes` are
+    its codes [N] where a tokenizer has been there already. `texts` are captions, each of which describes
+    the image, or the one text of a text record (a rendered conversation too). `turns` are a
+    conversation, {"role", "content"} each. `short` is the short caption of a long one (r2i).
+    """
+
+    key: str  # unique within its source
+    image: bytes | np.ndarray | None = None
+    codes: np.ndarray | None = None
+    texts: tuple[str, ...] = ()
+    turns: tuple[Mapping[str, str], ...] = ()
+    short: str = ""
+
+
+def pack(record: Record) -> bytes:
+    """A record as bytes: the length of a JSON header, the header, then image file and codes.
+
+    Nothing in it can be executed. Raises ValueError for an image that is not an encoded file.
+    """
+    if isinstance(record.image, np.ndarray):
+        raise ValueError(f"record {record.key!r} has an image of pixels; encode it as a PNG first")
+    image = record.image or b""
+    codes = b"" if record.codes is None else np.asarray(record.codes, "<u4").tobytes()
+    header = {"key": record.key, "texts": record.texts, "turns": [dict(t) for t in record.turns]}
+    header |= {"short": record.short, "image": len(image), "codes": len(codes)}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    return len(text).to_bytes(4, "little") + text + image + codes
+
+
+def unpack(data: bytes) -> Record:
+    """The inverse of `pack`. Raises ValueError for bytes that it didn't make."""
+    try:
+        start = 4 + int.from_bytes(data[:4], "little")
+        header: dict[str, Any] = json.loads(data[4:start])
+        end = start + header["image"]
+        if len(data) != end + header["codes"]:
+            raise ValueError(f"{len(data)} bytes instead of {end + header['codes']}")
+        image, codes = data[start:end], np.frombuffer(data[end:], "<u4")
+        return Record(
+            key=header["key"],
+            image=image or None,
+            codes=codes.astype(np.int32) if len(codes) else None,
+            texts=tuple(header["texts"]),
+            turns=tuple(header["turns"]),
+            short=header["short"],
+        )
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"this is no record of ours: {error!r}") from error
+
+
+# ---- Texts ---------------------------------------------------------------------------------------
+
+
+def drawing_caption(record: Record, rng: np.random.Generator) -> str:
+    """What a picture is drawn from: one of the captions, every other time its first sentence alone
+    (what stands before the first full stop), without the openings of machines.
+
+    Raises ValueError if the record has no caption.
+    """
+    text = _caption(record, rng)
+    if rng.random() < 0.5:
+        text = text.partition(".")[0].strip() or text
+    for opening in OPENINGS:
+        if text.lower().startswith(opening.lower()):
+            return text[len(opening) :].strip() or text
+    return text
+
+
+def reading_turns(record: Record, rng: np.random.Generator) -> list[dict[str, str]]:
+    """What is said about a picture: the first of the record's turns up to one of its answers, or an
+    instruction and one of the captions.
+
+    Raises ValueError if the record has neither answers nor captions.
+    """
+    if not record.turns:
+        instruction = INSTRUCTIONS[rng.integers(len(INSTRUCTIONS))]
+        return _exchange(instruction, _caption(record, rng))
+    answers = [i for i, turn in enumerate(record.turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError(f"record {record.key!r} has a conversation without an answer of the assistant")
+    return [dict(turn) for turn in record.turns[: answers[rng.integers(len(answers))] + 1]]
+
+
+def whole_text(record: Record) -> str:
+    """The text of a text record. Raises ValueError if it has none."""
+    if not record.texts or not record.texts[0].strip():
+        raise ValueError(f"record {record.key!r} has no text")
+    return record.texts[0]
+
+
+def plain_text(record: Record, rng: np.random.Generator) -> str:
+    """The text of a text record without its newlines; of a long one WINDOW characters, from anywhere.
+
+    Raises ValueError if the record has no text.
+    """
+    text = whole_text(record).replace("\n", "")
+    start = rng.integers(len(text) - WINDOW + 1) if len(text) > WINDOW else 0
+    return text[start : start + WINDOW]
+
+
+def thinking_turns(record: Record) -> list[dict[str, str]]:
+    """What a picture is drawn from with thinking: the short caption, and the long one as the thought.
+
+    Raises ValueError if the record lacks one of them.
+    """
+    if not (record.short.strip() and record.texts and record.texts[0].strip()):
+        raise ValueError(f"record {record.key!r} lacks a short or a long caption; thinking takes both")
+    return _exchange(record.short, f"<think>{record.texts[0]}</think>")
+
+
+def with_think_prompt(turns: Turns, think_prompt: str) -> list[dict[str, str]]:
+    """The turns, the first of the user led by `think_prompt` and a newline."""
+    turns = [dict(turn) for turn in turns]
+    for turn in turns:
+        if turn["role"] == "user":
+            turn["content"] = f"{think_prompt}\n{turn['content']}"
+            break
+    return turns
+
+
+def _caption(record: Record, rng: np.random.Generator) -> str:
+    texts = [text for text in record.texts if text.strip()]
+    if not texts:
+        raise ValueError(f"record {record.key!r} has no caption")
+    text = texts[rng.integers(len(texts))]
+
+    # Names that were taken out of captions, one tag each.
+    def someone(tags):
+        if tags[0].lower().count("<person>") > 1:
+            return "people"
+        return ("a person", "someone", "somebody")[rng.integers(3)]
+
+    return re.sub(r"<person>(?:\s*<person>)*", someone, text, flags=re.IGNORECASE).strip()
+
+
+def _exchange(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

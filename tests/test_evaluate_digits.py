@@ -1,0 +1,75 @@
+"""What evaluation counts, on a model that is always right and on one that is always wrong."""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from mmada_jax import evaluate
+from mmada_jax.data import digits
+
+SCANS = digits.load("test")
+
+
+class Reader:
+    """A model that sees scans by their pixels, thinks, and says and draws `error` too much."""
+
+    vocab = types.SimpleNamespace(eos=0)
+
+    def __init__(self, error):
+        self.error = error
+        pairs = zip(SCANS.pixels, SCANS.labels, strict=True)
+        self.known = {scan.tobytes(): int(digit) for scan, digit in pairs}
+
+    def text_job(self, *_):
+        return types.SimpleNamespace(length=20)
+
+    answer_job = think_job = text_job
+
+    def say(self, *numbers):
+        total = sum(numbers) + self.error
+        return types.SimpleNamespace(text=f"<think>{digits.thought(*numbers)}</think>{total}")
+
+    def generate(self, questions, rule, seed):
+        assert rule.steps == 20
+        return [self.say(*map(int, question.split("+"))) for question in questions]
+
+    def answer(self, canvases, questions, rule, seed):
+        assert set(questions) == {digits.ASK_SUM}
+        return [self.say(*(self.known[s.tobytes()] for s in digits.cut(c, 2))) for c in canvases]
+
+    def think_and_draw(self, prompts, text_rule, image_rule, seed):
+        made = []
+        for prompt in prompts:
+            a, b = map(int, prompt.removeprefix("draw ").split("+"))
+            scan = SCANS.pixels[np.flatnonzero(SCANS.labels == (a + b + self.error) % 10)[0]]
+            thought = types.SimpleNamespace(text=f"<think>{a}+{b}={a + b + self.error}</think>")
+            made.append((thought, types.SimpleNamespace(codes=digits.canvas(scan))))
+        return made
+
+    def decode(self, codes):
+        return codes
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return evaluate.Judge()
+
+
+@pytest.mark.parametrize("error", [0, 1])
+def test_thoughts_are_judged_by_what_follows_them(judge, error):
+    model, right = Reader(error), 0 if error else 40
+    count, rows = evaluate.text_cot(model, 40)
+    assert dataclasses.astuple(count) == (right, 40)
+    assert all(eval(question) == int(want) for question, _, want in rows)
+    count, rows = evaluate.vqa_sum(model, 40)
+    assert dataclasses.astuple(count) == (right, 40)
+    assert rows[0][0].shape == (8, 16, 1)
+    counts, pixels, rows = evaluate.draw_sums(model, judge, 40)
+    assert {name: dataclasses.astuple(count) for name, count in counts.items()} == {
+        "r2i_thought": (right, 40),
+        "r2i_image": (right, 40),
+    }
+    assert pixels.shape == (40, 8, 16, 1)
+    assert len({prompt for prompt, _ in rows}) == len(digits.pairs("test"))

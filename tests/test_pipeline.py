@@ -1,0 +1,432 @@
+"""Which records a step has, and how they become rows: proportions, epochs, determinism, bad records."""
+
+import collections
+import dataclasses
+import functools
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmada_jax import layout, sharding, vq
+from mmada_jax.data import pipeline, records, sources
+from mmada_jax.data.pipeline import Pipeline, Shape, rows_per_task
+from mmada_jax.data.records import Record
+from mmada_jax.data.tokenizer import TextTokenizer, chat
+
+MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
+SIDE, N_IMAGE, MAX_TEXT, CODES = 32, 4, 48, 64
+SHAPE = Shape(MAX_TEXT, N_IMAGE, (SIDE, SIDE, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """A source of records in a list; an exception among them is raised."""
+
+    items: list
+    fingerprint: str = "0"
+    info: dict = dataclasses.field(default_factory=dict)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        if isinstance(self.items[index], Exception):
+            raise self.items[index]
+        return self.items[index]
+
+
+def png(shade, side=SIDE):
+    buffer = io.BytesIO()
+    Image.new("RGB", (side, side), (shade, shade, shade)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def with_codes(name, n):
+    codes = [np.full(N_IMAGE, i % CODES) for i in range(n)]
+    return Listed(
+        [Record(f"{name}{i}", codes=codes[i], texts=(f"{name} {i}",)) for i in range(n)],
+        info={"codes": N_IMAGE},
+    )
+
+
+def texts(name, n):
+    return Listed([Record(f"{name}{i}", texts=(f"{name} {i}",)) for i in range(n)])
+
+
+def dialogues(n, ask="q", codes=False):
+    turns = [
+        ({"role": "user", "content": f"{ask} {i}"}, {"role": "assistant", "content": f"a {i}"})
+        for i in range(n)
+    ]
+    image = [np.full(N_IMAGE, i) if codes else None for i in range(n)]
+    items = [Record(f"r{i}", turns=turns[i], codes=image[i]) for i in range(n)]
+    return Listed(items, info={"codes": N_IMAGE if codes else 0})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return TextTokenizer.train(["a caption of words", chat("q 1", "a 1")], 320)
+
+
+def make(tokenizer, opened, mixture=None, size=20, weights=None, **options):
+    mixture = mixture or {task: MIXTURE.get(task, 1) for task in opened}
+    data = {
+        task: {name: sources.Config(weight=(weights or {}).get(name, 1.0)) for name in of_task}
+        for task, of_task in opened.items()
+    }
+    options = {"seed": 0, "cond_dropout": 0.0} | options
+    return Pipeline(
+        tokenizer, tokenizer.vocab(CODES), data, opened, rows_per_task(mixture, size), SHAPE, **options
+    )
+
+
+def all_tasks(tokenizer, **options):
+    opened = {
+        "t2i": {"a": with_codes("a", 30), "b": with_codes("b", 7)},
+        "lm": {"c": texts("c", 9)},
+        "lm_chat": {"d": dialogues(11)},
+        "mmu": {"e": dialogues(13, codes=True)},
+    }
+    return make(tokenizer, opened, **options)
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, tuple(a.rows), tuple(b.rows))
+
+
+# ---- Which records ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 10, 33])
+def test_rows_are_shared_out_exactly_and_fairly(size):
+    rows = rows_per_task(MIXTURE, size)
+    assert sum(rows.values()) == size
+    for task, weight in MIXTURE.items():
+        assert abs(rows[task] - size * weight / 10) < 1
+
+
+@pytest.mark.parametrize("mixture", [{}, {"t2i": 0}, {"t2i": -1, "lm": 2}, {"audio": 1}])
+def test_mixtures_that_mean_nothing_are_errors(mixture):
+    with pytest.raises(ValueError, match="non-negative weights"):
+        rows_per_task(mixture, 4)
+
+
+def test_tasks_alternate(tokenizer):
+    rows = all_tasks(tokenizer)
+    for task, count in rows.rows.items():
+        halves = [sum(t == task for t, _ in rows.places[half]) for half in (slice(10), slice(10, 20))]
+        assert sum(halves) == count
+        assert abs(halves[0] - halves[1]) <= 1
+
+
+def test_the_mixture_is_within_a_percent_over_ten_thousand_rows(tokenizer):
+    weights = {"a": 3.5, "b": 5.5, "c": 0.5, "d": 0.5}
+    opened = {"mmu": {name: with_codes(name, 50) for name in weights}}
+    rows = make(tokenizer, opened, weights=weights)
+    seen = collections.Counter(rows.record_at("mmu", position)[0] for position in range(10_000))
+    for name, weight in weights.items():
+        assert abs(seen[name] / 10_000 - weight / 10) < 0.01
+
+
+@pytest.mark.parametrize("n_processes", [1, 2, 4])
+def test_an_epoch_has_every_record_once_over_all_processes(tokenizer, n_processes):
+    # Each process asks for the rows of its devices; 10 steps of 8 rows are two epochs of 40 records.
+    opened = {"t2i": {"a": with_codes("a", 40)}, "lm": {"c": texts("c", 40)}}
+    rows = make(tokenizer, opened, mixture={"t2i": 1, "lm": 1}, size=16)
+    seen = {task: [collections.Counter(), collections.Counter()] for task in opened}
+    for step in range(10):
+        for process in range(n_processes):
+            for row in range(process * 16 // n_processes, (process + 1) * 16 // n_processes):
+                task, k = rows.places[row]
+                _, index = rows.record_at(task, step * rows.rows[task] + k)
+                seen[task][step // 5][index] += 1
+    for epochs in seen.values():
+        for epoch in epochs:
+            assert epoch == collections.Counter(range(40))
+    orders = [[rows.record_at("lm", 40 * e + i)[1] for i in range(40)] for e in range(2)]
+    assert orders[0] != orders[1], "every epoch has an order of its own"
+
+
+def test_the_parts_of_processes_make_the_whole_batch(tokenizer):
+    rows = all_tasks(tokenizer)
+    whole = rows.load(3)
+    parts = [rows.load(3, range(4 * p, 4 * p + 4)).rows.batch.tokens for p in range(5)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole.rows.batch.tokens)
+
+
+def test_own_rows_are_those_of_the_devices():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert pipeline.own_rows(mesh, 8) == list(range(8))
+
+
+def test_put_batch_takes_the_rows_that_a_process_has():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    x = np.arange(24).reshape(8, 3)
+    placed = sharding.put_batch(mesh, {"x": x}, list(range(8)), 8)["x"]
+    np.testing.assert_array_equal(placed, x)
+    assert placed.sharding == sharding.batch_sharding(mesh)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(tokenizer):
+    rows = all_tasks(tokenizer)
+    assert_same(rows.load(3), all_tasks(tokenizer).load(3))
+    assert (rows.load(3).rows.batch.tokens != rows.load(4).rows.batch.tokens).any()
+    assert (rows.load(3).rows.batch.tokens != all_tasks(tokenizer, seed=1).load(3).rows.batch.tokens).any()
+    counts = np.bincount(rows.load(0).rows.batch.task, minlength=len(layout.TASKS))
+    assert dict(zip(layout.TASKS, counts.tolist(), strict=True)) == {
+        "t2i": 6, "lm": 2, "lm_chat": 4, "mmu": 8, "r2i": 0
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_batches_do_not_depend_on_the_threads(tokenizer, threads):
+    rows = all_tasks(tokenizer)
+    loaded = list(pipeline.iterate(rows.load, 2, 8, threads))
+    assert len(loaded) == 6
+    for step, batch in enumerate(loaded, start=2):
+        assert_same(batch, rows.load(step))
+
+
+def test_batches_do_not_depend_on_processes(tokenizer, tmp_path, capfd):
+    # Slow: each process imports all of this anew. Both kinds of source go to them, in memory and a file.
+    lines = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(9))
+    (tmp_path / "lines.jsonl").write_text(lines)
+    config = sources.Config(path=str(tmp_path / "lines.jsonl"), format="jsonl")
+    opened = {"t2i": {"a": with_codes("a", 30)}, "lm": {"c": sources.open_source(config)}}
+    rows = make(tokenizer, opened, size=4)
+    load = functools.partial(rows.load, which=range(4))
+    loaded = list(pipeline.iterate(load, 2, 7, threads=1, workers=2))
+    assert len(loaded) == 5
+    for step, batch in enumerate(loaded, start=2):
+        assert_same(batch, rows.load(step))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_in_a_process_is_the_error(tokenizer):
+    rows = make(tokenizer, {"lm": {"c": Listed([ValueError("damaged")])}}, size=2)
+    with pytest.raises(ValueError, match=r"config.data.lm.c: 100 records, .*: damaged"):
+        next(pipeline.iterate(rows.load, 0, 3, threads=1, workers=1))
+
+
+def test_what_is_described_changes_with_the_data(tokenizer):
+    rows = all_tasks(tokenizer)
+    assert rows.description == all_tasks(tokenizer).description
+    others = [
+        all_tasks(tokenizer, seed=1),
+        all_tasks(tokenizer, size=30),
+        all_tasks(tokenizer, weights={"a": 2.0}),
+        dataclasses.replace(rows, opened=dict(rows.opened) | {"lm": {"c": texts("c", 10)}}),
+    ]
+    for other in others:
+        assert other.description != rows.description
+
+
+# ---- Rows ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_their_layouts(tokenizer):
+    rows = all_tasks(tokenizer)
+    vocab, batch = tokenizer.vocab(CODES), rows.load(0).rows.batch
+    for (task, k), tokens, target in zip(rows.places, batch.tokens, batch.target, strict=True):
+        name, i = rows.record_at(task, k)
+        record = rows.opened[task][name][i]
+        ids = record.codes is not None and vocab.image_ids(record.codes)
+        if task == "t2i":
+            want = layout.t2i(vocab, tokenizer.encode(record.texts[0]), ids, MAX_TEXT)
+        elif task == "lm":
+            want = layout.lm(vocab, tokenizer.encode(record.texts[0]), SHAPE.length)
+        elif task == "lm_chat":
+            text = chat(record.turns[:1], record.turns[1]["content"])
+            want = layout.lm_chat(vocab, tokenizer.encode(text), SHAPE.length)
+        else:
+            first = layout.image_start(task, MAX_TEXT)
+            np.testing.assert_array_equal(tokens[first : first + N_IMAGE], ids)
+            assert f"a {i}" in tokenizer.decode(tokens[target])
+            continue
+        np.testing.assert_array_equal(tokens, want.tokens)
+        np.testing.assert_array_equal(target, want.target)
+
+
+def test_conditions_are_dropped_from_drawing_rows_alone(tokenizer):
+    always, never = all_tasks(tokenizer, cond_dropout=1.0).load(0), all_tasks(tokenizer).load(0)
+    a, n = always.rows.batch, never.rows.batch
+    np.testing.assert_array_equal((a.tokens != n.tokens).any(axis=1), n.task == layout.TASKS.index("t2i"))
+    share = [all_tasks(tokenizer, cond_dropout=0.3).load(step).rows.batch for step in range(60)]
+    dropped = [
+        (b.tokens[b.task == 0] == tokenizer.vocab(CODES).pad).sum(axis=1) == MAX_TEXT - 2 for b in share
+    ]
+    assert 0.2 < np.concatenate(dropped).mean() < 0.4
+
+
+def test_r2i_rows_think(tokenizer):
+    record = Record("x", codes=np.zeros(N_IMAGE, int), texts=("a long caption",), short="short")
+    rows = make(tokenizer, {"r2i": {"a": Listed([record], info={"codes": N_IMAGE})}}, size=1)
+    batch = rows.load(0).rows.batch
+    text = tokenizer.decode(batch.tokens[0, batch.target[0]])
+    assert "<think>a long caption</think>" in text
+    assert "short" not in text
+
+
+def test_a_think_prompt_leads_the_users_words(tokenizer):
+    rows = make(tokenizer, {"lm_chat": {"d": dialogues(1)}}, size=1, think_prompt="think")
+    think = dataclasses.replace(rows, data={"lm_chat": {"d": sources.Config(think=True)}})
+    plain, led = (r.load(0).rows.batch for r in (rows, think))
+    assert "think\nq 0" in tokenizer.decode(led.tokens[0])
+    assert "think" not in tokenizer.decode(plain.tokens[0])
+    assert tokenizer.decode(plain.tokens[0, plain.target[0]]) == tokenizer.decode(
+        led.tokens[0, led.target[0]]
+    )
+
+
+def test_a_conversation_ends_with_its_last_answer(tokenizer):
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    later = (*turns, {"role": "user", "content": "and"})
+    batches = [
+        make(tokenizer, {"lm_chat": {"d": Listed([Record("x", turns=t)])}}, size=1).load(0).rows.batch
+        for t in (turns, later)
+    ]
+    np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
+    with pytest.raises(ValueError, match="no answer of the assistant"):
+        make(tokenizer, {"lm_chat": {"d": Listed([Record("x", turns=turns[:1])])}}, size=1).load(0)
+    with pytest.raises(ValueError, match="has no text"):
+        make(tokenizer, {"lm_chat": {"d": Listed([Record("x")])}}, size=1).load(0)
+
+
+def test_rendered_conversations_stay_as_they_are(tokenizer):
+    text = chat("as they have it", "yes")
+    rows = make(tokenizer, {"lm_chat": {"d": Listed([Record("x", texts=(text,))])}}, size=1)
+    batch = rows.load(0).rows.batch
+    assert tokenizer.decode(batch.tokens[0, batch.target[0]]) == tokenizer.decode(tokenizer.encode("\nyes"))
+
+
+# ---- Images ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_vq():
+    levels = {name: (1, 1) for name in ("encoder_mult", "encoder_blocks", "decoder_mult", "decoder_blocks")}
+    config = vq.Config(channels=32, bits=6, **levels)
+    return jax.jit(lambda key: vq.init_params(key, config))(jax.random.key(0)), config
+
+
+def test_images_without_codes_are_encoded_on_the_devices(tokenizer, tiny_vq):
+    params, config = tiny_vq
+    side = 2 * config.downsampling
+    shape = Shape(MAX_TEXT, 4, (side, side, 3))
+    pictures = Listed([Record(str(i), png(20 * i, 3 * side), texts=(f"x {i}",)) for i in range(8)])
+    opened = {
+        "t2i": {"a": with_codes("a", 5), "p": pictures},
+        "lm": {"c": texts("c", 9)},
+        "mmu": {"p": pictures},
+    }
+    rows = dataclasses.replace(make(tokenizer, opened, size=16), shape=shape)
+    vocab = tokenizer.vocab(CODES)
+    loaded = rows.load(0)
+    assert loaded.rows.pixels_BIJC.dtype == np.uint8
+    batches = []
+    for sizes in ({"devices": jax.devices()[:1]}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = sharding.make_mesh(**sizes)
+        encode = pipeline.make_encoder(mesh, params, config, vocab, MAX_TEXT)
+        batches.append(jax.device_get(encode(sharding.put_batch(mesh, loaded.rows))))
+    np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
+    encoded = 0
+    for (task, k), before, after in zip(
+        rows.places, loaded.rows.batch.tokens, batches[0].tokens, strict=True
+    ):
+        name, i = rows.record_at(task, k)
+        record = rows.opened[task][name][i]
+        if record.image is None:
+            np.testing.assert_array_equal(before, after)
+            continue
+        pixels = np.full((1, side, side, 3), 20 * i / 127.5 - 1, np.float32)
+        ids = vocab.image_ids(np.asarray(vq.encode(params, config, pixels)).ravel())
+        first = layout.image_start(task, MAX_TEXT)
+        np.testing.assert_array_equal(after[first : first + 4], ids)
+        changed = before != after
+        assert not changed[:first].any()
+        assert not changed[first + 4 :].any()
+        encoded += 1
+    assert encoded
+
+
+# ---- What can't be used ----------------------------------------------------------------------------
+
+
+def test_bad_and_long_records_are_replaced_and_counted(tokenizer):
+    good, long = dialogues(6), dialogues(1, "word " * 200)
+    items = [*good.items, *long.items, ValueError("record 'x' is damaged")]
+    rows = make(tokenizer, {"lm_chat": {"d": Listed(items)}}, size=8)
+    counts = collections.Counter()
+    for step in range(4):  # every record four times
+        loaded = rows.load(step)
+        assert_same(loaded, rows.load(step))
+        counts.update(loaded.skipped)
+    assert counts["lm_chat.d: too long"] >= 4
+    assert counts["lm_chat.d: unreadable"] >= 4
+    cut = dataclasses.replace(rows, cut_long=True)
+    assert not any("long" in name for step in range(4) for name in cut.load(step).skipped)
+
+
+def test_a_source_without_a_usable_record_is_an_error(tokenizer):
+    rows = make(tokenizer, {"lm_chat": {"d": dialogues(3, "word " * 200)}}, size=2)
+    with pytest.raises(ValueError, match=r"config.data.lm_chat.d: 100 records, .* the limit is 54"):
+        rows.load(0)
+
+
+def test_codes_of_another_size_are_unreadable(tokenizer):
+    rows = dataclasses.replace(
+        make(tokenizer, {"t2i": {"a": with_codes("a", 3)}}), shape=Shape(48, 9, (3, 3, 3))
+    )
+    with pytest.raises(ValueError, match="has 4 image codes, rows have 9"):
+        rows.load(0)
+
+
+def test_codes_of_an_unknown_tokenizer_are_refused(tokenizer):
+    nameless = Listed(with_codes("a", 3).items)
+    with pytest.raises(ValueError, match=r"image codes of an unknown tokenizer; name the folder"):
+        make(tokenizer, {"t2i": {"a": nameless}}).load(0)
+
+
+def test_too_many_unreadable_records_end_the_run():
+    skipped = pipeline.Skipped(0.01)
+    skipped.count({"lm.c: unreadable": 10, "lm.c: too long": 500}, 1000)
+    assert skipped.values() == {"skipped lm.c: unreadable": 10.0, "skipped lm.c: too long": 500.0}
+    with pytest.raises(ValueError, match=r"11 records out of 1001 .* max_skipped=0.01"):
+        skipped.count({"lm.c: unreadable": 1}, 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "no source with a weight"),
+        ({"lm": {"a": sources.Config(weight=0.0)}}, "no source with a weight"),
+        (
+            {"lm": {"a": sources.Config(path="nowhere.jsonl", format="jsonl")}},
+            "config.data.lm.a: .*nowhere",
+        ),
+        ({"lm": {"a": sources.Config(weight=-1.0)}}, "can't be negative"),
+    ],
+)
+def test_sources_that_can_not_be_opened_are_named(data, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.open_sources(data, ["lm"], str(tmp_path))
+
+
+def test_records_survive_packing():
+    record = Record("k", b"image", np.arange(5), ("a", "b"), ({"role": "user", "content": "é"},), "s")
+    again = records.unpack(records.pack(record))
+    assert dataclasses.replace(again, codes=None) == dataclasses.replace(record, codes=None)
+    np.testing.assert_array_equal(again.codes, record.codes)
+
+
+def test_canvases_are_functions_of_seed_and_step():
+    a, again, other = (pipeline.Canvases(5, seed).load for seed in (0, 0, 1))
+    assert a(2).rows.shape == (5, 8, 16, 1)
+    np.testing.assert_array_equal(a(2).rows, again(2).rows)
+    np.testing.assert_array_equal(a(2, [1, 3]).rows, a(2).rows[[1, 3]])
+    assert (a(2).rows != a(3).rows).any()
+    assert (a(2).rows != other(2).rows).any()
