@@ -344,7 +344,7 @@ def to_torch(batch: layout.Batch, model: Any) -> dict[str, Any]:
     import torch
 
     device = next(model.parameters()).device
-    arrays = {f.name: np.asarray(getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+    arrays = {name: np.asarray(x) for name, x in batch._asdict().items()}
     return {
         name: torch.tensor(x.astype(np.int64) if x.dtype == np.int32 else x, device=device)
         for name, x in arrays.items()

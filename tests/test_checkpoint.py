@@ -150,7 +150,7 @@ DAMAGE = {
 def test_a_damaged_file_is_named_before_anything_is_restored(saved, tmp_path, what):
     workdir, shapes, one = saved
     shutil.copytree(workdir, tmp_path / "run")
-    path = payload(tmp_path / "run" / "checkpoints" / "3")
+    path = payload(tmp_path / "run" / "checkpoints" / "3" / "params")
     DAMAGE[what](path)
     named = rf"{path.name} .*{what}"
     with pytest.raises(ValueError, match=rf"/3 is damaged.*{named}"):

@@ -226,7 +226,7 @@ def test_what_is_wrong_is_said_before_anything_is_written(config, name, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data.lm": {}}, r"rows of 'lm' and config.data.lm no source"),
+        ({"data.lm_chat": {}}, r"rows of 'lm_chat' and config.data.lm_chat no source"),
         ({"eval_every": 2, "held_out.lm": {}}, r"rows of 'lm' and config.held_out.lm no source"),
         ({"eval_every": 2, "eval_rows": 9}, r"eval_rows 9 is not divisible"),
     ],

@@ -1,0 +1,154 @@
+"""Stage 3: UniGRPO, reinforcement learning on text and images.
+
+    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --config.init=../cot
+    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --diagnose
+    python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
+
+`digits`: sums of three digits in text, thought first, and drawing a digit without guidance, in turns; it
+starts from the run of configs/cot.py:digits. Its masks are those of the rollout itself ("exact"): the
+paper's ratio masks make a model this small worse at sums.
+
+`8b`: the paper's masks, rewards and tasks (eps, beta and the learning rate, which it doesn't give, are
+those of dLLM-RL). It reads DATA/math.jsonl, DATA/geometry.jsonl and DATA/drawing.jsonl, one {"prompt",
+"answer", "image"} a line, and starts from runs/cot2.
+
+`,smoke` with any of them: two iterations of few short rows of digits, to see that it runs.
+"""
+
+from ml_collections import ConfigDict
+
+from mmada_jax.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """See above."""
+    arg = parse_arg(arg, presets=("digits", "8b"), preset="digits", smoke=False)
+    config = of_digits() if arg["preset"] == "digits" else of_8b()
+    return smoke(config, of_digits()) if arg["smoke"] else config
+
+
+def of_digits() -> ConfigDict:
+    """What works at this size."""
+    return ConfigDict({
+        "program": "rl",
+        "init": "../cot",
+        "image_tokenizer": "",
+        "data_root": "",
+        "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
+        "iterations": 80,
+        "tasks": {
+            "arithmetic": {
+                "layout": "lm_chat",
+                "data": {"path": "text_cot", "format": "digits", "split": "train"},
+                "rewards": {"exact": 2.0, "format": 0.5},
+                "groups": 24,
+                "update_groups": 12,
+                "max_prompt": 16,
+                "max_new": 24,
+                "text": {"steps": 24, "block": 1, "temperature": 1.0, "remask": "largest"},
+            },
+            "drawing": {
+                "layout": "t2i",
+                "data": {"path": "t2i_one", "format": "digits", "split": "train"},
+                "rewards": {"digit": 1.0},
+                "groups": 10,
+                "update_groups": 10,
+                "image": {"steps": 12, "guidance": 0.0},
+            },
+        },
+        "objective": {
+            "masking": "exact", "responses": 8, "mu": 4, "clip": 0.2, "beta": 0.0, "kl": "old",
+            "normalise": True, "prompt_mask": 0.15, "trace_next": 3,
+        },
+        "reference_dtype": "float32",
+        "ahead": 0,
+        "seed": 0,
+        "save_every": 20,
+        "keep": 2,
+        "log_every": 1,
+        "samples_every": 20,
+        "accumulate": 1,
+        "optim": {
+            "name": "adamw", "lr": 1e-4, "warmup": 30, "floor": 0.1, "b1": 0.9, "b2": 0.98, "eps": 1e-8,
+            "weight_decay": 0.0, "clip": 1.0, "moments": "float32", "spike": 0.0, "max_skipped": 20,
+        },
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    })  # fmt: skip
+
+
+def of_8b() -> ConfigDict:
+    """The paper's method on the model of 8 billion parameters."""
+    return ConfigDict({
+        "program": "rl",
+        "init": "../cot2",
+        "image_tokenizer": "../magvitv2",
+        "data_root": "../data",
+        "model": {"dtype": "bfloat16", "attention": "auto", "remat": "attention+middle+qkv+mlp"},
+        "iterations": 300,
+        "tasks": {
+            "math": words() | {
+                "layout": "lm_chat",
+                "data": {"path": "math.jsonl", "format": "jsonl"},
+                "rewards": {"correct": 2.0, "format": 0.5},
+            },
+            "geometry": words() | {
+                "layout": "mmu",
+                "data": {"path": "geometry.jsonl", "format": "jsonl"},
+                "rewards": {"correct": 2.0, "format": 0.5},
+            },
+            "drawing": {
+                "layout": "t2i",
+                "data": {"path": "drawing.jsonl", "format": "jsonl"},
+                "rewards": {"clip": 0.1},
+                "reward_settings": {"clip": {"folder": "../clip"}},
+                "groups": 128,
+                "update_groups": 128,
+                "image": {"steps": 15, "guidance": 3.5},
+            },
+        },
+        "objective": {
+            "masking": "unigrpo", "responses": 8, "mu": 4, "clip": 0.2, "beta": 0.01, "kl": "reference",
+            "normalise": True, "prompt_mask": 0.15, "trace_next": 3,
+        },
+        "reference_dtype": "bfloat16",
+        "ahead": 0,
+        "seed": 10086,
+        "save_every": 10,
+        "keep": 2,
+        "log_every": 1,
+        "samples_every": 10,
+        "loss_chunk": 2048,
+        "accumulate": 1,
+        "optim": {
+            "name": "adamw", "lr": 1e-6, "warmup": 0, "floor": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
+            "weight_decay": 0.0, "clip": 1.0, "moments": "float32", "spike": 0.0, "max_skipped": 20,
+        },
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    })  # fmt: skip
+
+
+def words() -> dict:
+    """How the 8B answers."""
+    return {
+        "groups": 128,
+        "update_groups": 128,
+        "max_prompt": 512,
+        "max_new": 512,
+        "text": {"steps": 256, "block": 32, "temperature": 1.0, "remask": "low_confidence"},
+    }
+
+
+def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
+    """The objective and optimizer of `config` for two iterations of a few digits."""
+    small = digits.copy_and_resolve_references()
+    for group in ("objective", "optim"):
+        small[group].update(config[group])
+    small.reference_dtype = config.reference_dtype
+    small.objective.mu = 2
+    small.objective.responses = 4
+    small.optim.warmup = 1
+    for task in small.tasks.values():
+        task.update(groups=4, update_groups=4)
+    small.tasks.drawing.image.steps = 3
+    small.update(iterations=2, save_every=1, samples_every=1)
+    return small

@@ -1,0 +1,94 @@
+"""What a policy is asked, and what its responses are compared with.
+
+digits          by `path`: text_cot (`3+5+8`), vqa_sum (two scans, `add them`), t2i_one (`a
+                handwritten seven`)
+jsonl           one object a line: "prompt", "answer", and for image understanding "image", a file beside it
+reasoning_gym   `count` problems of the task `path` of that package; its reward judges them
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from mmada_jax.data import digits
+from mmada_jax.rl.rewards import ReasoningGym
+
+DIGITS = ("text_cot", "vqa_sum", "t2i_one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where prompts come from: `path` is a file, or what is asked about the digits of `split`."""
+
+    path: str
+    format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"
+    split: str = "train"
+    count: int = 1000
+
+
+class Prompt(NamedTuple):
+    """What is asked, the answer that rewards know (of reasoning-gym its entry), and the image that is
+    asked about: pixels [I, J, C] or a file."""
+
+    text: str
+    answer: str | Mapping[str, Any]
+    image: np.ndarray | pathlib.Path | None = None
+
+
+def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prompt]:
+    """All prompts of a source; a relative path is below `root`.
+
+    Raises FileNotFoundError or ValueError naming the row that lacks a prompt or an answer.
+    """
+    if config.format == "digits":
+        return _of_digits(config)
+    if config.format == "reasoning_gym":
+        task = ReasoningGym(config.path)
+        problems = [task.problem(i) for i in range(config.count)]
+        task.close()
+        return [Prompt(question, entry) for question, _, entry in problems]
+    path = pathlib.Path(root) / config.path
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts at {path}; name a file with a JSON object a line")
+    prompts = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
+        for name in ("prompt", "answer"):
+            value = row.get(name) if isinstance(row, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(
+                    f"{path}, line {number}: {name!r} is {value!r}; every row needs a prompt and an answer "
+                    "that are texts with something in them"
+                )
+        image = path.parent / row["image"] if row.get("image") else None
+        if image and not image.is_file():
+            raise FileNotFoundError(f"{path}, line {number} names the image {image}, which isn't there")
+        prompts.append(Prompt(row["prompt"], row["answer"], image))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def _of_digits(config: Config) -> list[Prompt]:
+    if config.path == "text_cot":
+        triples = digits.triples(config.split)
+        return [Prompt(digits.addition(*triple), str(sum(triple))) for triple in triples]
+    if config.path == "t2i_one":
+        return [Prompt(digits.caption(digit), str(digit)) for digit in range(10)]
+    if config.path == "vqa_sum":
+        scans = digits.load(config.split)
+        pairs = np.random.default_rng(3).integers(len(scans.labels), size=(4096, 2))
+        return [
+            Prompt(digits.ASK_SUM, str(scans.labels[pair].sum()), digits.canvas(*scans.pixels[pair]))
+            for pair in pairs
+        ]
+    raise ValueError(f"unknown prompts {config.path!r} about digits; known: {', '.join(DIGITS)}")

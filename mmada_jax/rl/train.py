@@ -1,0 +1,712 @@
+"""Reinforcement learning: rollouts and their rewards, then inner updates on them, over and over.
+
+Three jitted functions do the work, each compiled once for a task: generate, score, update. All that is
+random is a function of (seed, iteration), so a resumed run repeats to the bit what an uninterrupted one
+does.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from mmada_jax import config as config_lib
+from mmada_jax import loss, optim, sharding, transformer, vq
+from mmada_jax import train as train_lib
+from mmada_jax.api import MMaDA
+from mmada_jax.checkpoint import (
+    MANIFEST,
+    Checkpoints,
+    check_workdir,
+    claim_workdir,
+    newest_step,
+    write_whole,
+)
+from mmada_jax.convert import llada
+from mmada_jax.metrics import Metrics
+from mmada_jax.optim import Config as OptimConfig
+from mmada_jax.rl import prompts as prompts_lib
+from mmada_jax.rl import unigrpo
+from mmada_jax.rl.prompts import Prompt
+from mmada_jax.rl.rewards import Combined
+from mmada_jax.rl.rollout import Span, Task, lay_out, make_generate, prompt_ids, read, span
+from mmada_jax.rl.unigrpo import Rollout
+from mmada_jax.run import Mesh, relative
+from mmada_jax.state import TrainState, start_state, state_shardings
+
+# What a workdir's run began with: its reference.
+INIT_FILE = "init.json"
+# Groups of the configuration that a position means something by; of the objective only mu.
+FIXED = ("program", "init", "ahead", "objective")
+FREE = tuple(f"objective.{f.name}" for f in dataclasses.fields(unigrpo.Config) if f.name != "mu")
+
+
+@dataclasses.dataclass(frozen=True)
+class RLRun:
+    """Reinforcement learning of the model in `init`, a workdir or a checkpoint, which is also the frozen
+    reference (held in `reference_dtype`, and only if the objective asks for it).
+
+    Paths are relative to the run's workdir, or absolute. `tasks` take turns, one each iteration, sorted
+    by name. `model` says how the model is computed (dtype, attention, remat, unroll). With `ahead` 1 the
+    next rollout is generated while rewards are computed, by a policy that is older by one iteration.
+    """
+
+    program: Literal["rl"]
+    init: str
+    iterations: int
+    tasks: dict[str, Task]
+    objective: unigrpo.Config = dataclasses.field(default_factory=unigrpo.Config)
+    image_tokenizer: str = ""
+    data_root: str = ""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reference_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    ahead: int = 0
+    seed: int = 0
+    save_every: int = 10
+    keep: int = 2
+    log_every: int = 1
+    samples_every: int = 10  # iterations between saved transcripts and images; 0 is never
+    loss_chunk: int | None = None  # positions of a device that have logits at a time
+    accumulate: int = 1  # parts that an update's rows go through the model in
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+
+    def __post_init__(self):
+        for name in ("iterations", "save_every", "keep", "log_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.ahead not in (0, 1):
+            raise ValueError(f"ahead is {self.ahead}; it must be 0, or 1 for one rollout ahead")
+        if not self.tasks:
+            raise ValueError("config.tasks is empty; name at least one")
+        unknown = set(self.model) - {"dtype", "attention", "remat", "unroll"}
+        if unknown:
+            raise ValueError(
+                f"config.model has {', '.join(sorted(unknown))}; the architecture is that of init, only "
+                "dtype, attention, remat and unroll say how it is computed"
+            )
+
+    def task_at(self, iteration: int) -> str:
+        """The name of the task whose turn it is."""
+        return sorted(self.tasks)[iteration % len(self.tasks)]
+
+
+class Scored(NamedTuple):
+    """Rows under a mask, with what the rollout's policy and the anchor of the KL give to their tokens."""
+
+    seen_RL: jax.Array
+    scored_RL: jax.Array
+    weight_R: jax.Array
+    old_RL: jax.Array
+    anchor_RL: jax.Array
+
+
+class Chosen(NamedTuple):
+    """The S rows that an update is made on, their advantages, and what they count in the loss."""
+
+    which_S: np.ndarray
+    advantage_S: np.ndarray
+    weight_S: np.ndarray
+
+
+class Batch(NamedTuple):
+    """What an update takes: R scored rows, the S of them that it is made on, and whether the policy is
+    still that of the rollout."""
+
+    scored: Scored
+    targets_RL: jax.Array
+    valid_RL: jax.Array
+    chosen: Chosen
+    fresh_S: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the loops need to know of a task: its prompts, the shape of its rows, three jitted functions."""
+
+    task: Task
+    at: Span
+    prompts: Sequence[Prompt]
+    rewards: Combined
+    order: grain.MapDataset  # position -> index of a prompt, shuffled anew in every epoch
+    objective: train_lib.Objective
+    generate: Callable[..., Rollout]
+    score: Callable[..., Scored]
+    update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
+    """Trains until `config.iterations`, from the newest checkpoint of the workdir if there is one.
+
+    Raises ValueError or OSError for what doesn't fit before any compute. SIGTERM saves when the
+    iteration is complete and returns. Where there are several processes, all call this; the first one
+    computes the rewards, writes and prints.
+    """
+    # ---- Configuration --------------------------------------------------------------------------
+    began = time.perf_counter()
+    run, mesh, prompts, rewards = check(config, workdir)
+    workdir, first_process = pathlib.Path(workdir), jax.process_index() == 0
+    say = functools.partial(print, flush=True) if first_process else lambda *_: None
+    model, origin = load(run, workdir, mesh)
+    check_model(run, model, prompts, rewards)
+    claim_workdir(workdir, description(run, model))
+    if first_process:
+        model.tokenizer.save(workdir / "tokenizer.json")
+        write_whole(workdir / INIT_FILE, json.dumps(origin, indent=1))
+
+    # ---- State ----------------------------------------------------------------------------------
+    mu = run.objective.mu
+    optimizer = optim.make(run.optim, run.iterations * mu)
+    root = jax.random.key(run.seed)
+    with (
+        train_lib.watch_sigterm(mesh) as sigterm,  # until the last save is complete
+        Checkpoints(workdir, run.keep) as checkpoints,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.ExitStack() as stack,
+        jax.set_mesh(mesh),
+    ):
+        for combined in rewards.values():
+            stack.enter_context(combined)
+        shapes, shardings = shapes_of(model, optimizer, mesh)
+        programs = {
+            name: make_program(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
+            for name in run.tasks
+        }
+        reference = frozen(model.params, run) if run.objective.kl == "reference" else None
+        latest, ahead = checkpoints.latest(), None
+        if latest is None:
+            state = start_state(model.params, optimizer, shardings)
+        elif run.ahead:
+            # The rollout that was in flight is part of what was saved.
+            program = programs[run.task_at(latest // mu)]
+            asked, given = inputs(run, model, program, latest // mu)
+            rows = jax.eval_shape(program.generate, shapes.params, *given)._asdict()
+            state = checkpoints.restore(
+                shapes._replace(opt_state={"optimizer": shapes.opt_state, "rollout": rows}),
+                shardings._replace(
+                    opt_state={
+                        "optimizer": shardings.opt_state,
+                        "rollout": jax.tree.map(lambda _: sharding.batch_sharding(mesh), rows),
+                    }
+                ),
+            )
+            ahead = asked, Rollout(**state.opt_state["rollout"])
+            state = state._replace(opt_state=state.opt_state["optimizer"])
+        else:
+            state = checkpoints.restore(shapes, shardings)
+        first = int(state.step) // mu
+        model = dataclasses.replace(model, params=None)  # the updates take this memory
+        if first >= run.iterations:
+            say(f"{workdir}: {first} iterations are done already")
+            return state
+        say(
+            f"{workdir}: {run.objective.masking}, mesh {dict(mesh.shape)}, "
+            + (f"resuming at iteration {first}" if first else f"starting from {origin['path']}")
+        )
+
+        # ---- Loop: rollout and rewards ----------------------------------------------------------
+        def roll(iteration):
+            program = programs[run.task_at(iteration)]
+            asked, given = inputs(run, model, program, iteration)
+            return asked, program.generate(state.params, *given)
+
+        with Metrics(workdir, run.iterations, first, began=began) as metrics:
+            for iteration in range(first, run.iterations):
+                name = run.task_at(iteration)
+                program = programs[name]
+                clock = Clock()
+                asked, rollout = ahead or roll(iteration)
+                host = multihost_utils.process_allgather(rollout, tiled=True)
+                clock.lap("rollout")
+                responses = read(model, program.task, program.at, host.tokens_RL)
+                judged = pool.submit(judge, program, asked, responses)
+                # Before the first update, and while the rewards are computed.
+                key = jax.random.fold_in(jax.random.fold_in(root, 3), iteration)
+                scored = [program.score(state.params, reference, rollout, key, n) for n in range(mu)]
+                ahead = roll(iteration + 1) if run.ahead else None
+                clock.lap("scores")
+                with metrics.waiting():
+                    total_R, each = judged.result()
+                if jax.process_count() > 1:
+                    total_R, each = multihost_utils.broadcast_one_to_all((total_R, each))
+                clock.lap("rewards")
+
+                # ---- Inner updates --------------------------------------------------------------
+                chosen, values = choose(run, program.task, total_R)
+                chosen = sharding.put_batch(mesh, chosen)
+                of_updates = []
+                for n in range(mu):
+                    fresh_S = jnp.full(chosen.which_S.shape, n == 0 and not run.ahead)
+                    batch = Batch(scored[n], rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
+                    state, of_update = program.update(state, root, batch)
+                    of_updates.append(of_update)
+                of_updates = jax.device_get(of_updates)
+                clock.lap("updates")
+
+                # ---- What there is to see -------------------------------------------------------
+                done, stop = iteration + 1, bool(sigterm())
+                if done % run.log_every == 0 or done == run.iterations:
+                    values |= measures(program, host, each, of_updates, clock)
+                    values = {f"{name}/{key}": float(value) for key, value in values.items()}
+                    values["lr"] = optim.learning_rate(run.optim, run.iterations * mu, state.opt_state)
+                    values["failed_saves"] = checkpoints.failed
+                    metrics.write(done, values, program.at.row * len(host.tokens_RL))
+                    optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
+                if run.samples_every and iteration % run.samples_every < len(run.tasks) and first_process:
+                    save_samples(
+                        workdir, iteration, name, asked, responses, total_R, each, run.objective.responses
+                    )
+                if done % run.save_every == 0 or done == run.iterations or stop:
+                    saved = state
+                    if ahead:
+                        both = {"optimizer": state.opt_state, "rollout": ahead[1]._asdict()}
+                        saved = state._replace(opt_state=both)
+                    with metrics.pausing():
+                        checkpoints.save(saved)
+                if stop:
+                    say(f"stopped by SIGTERM after iteration {done}; run again to resume")
+                    break
+    return state
+
+
+def diagnose(
+    config: Mapping[str, Any], workdir: str | pathlib.Path, maskings: Sequence[str], batches: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Task -> masking -> how its gradient behaves at the model in `config.init`, which stays as it is.
+
+    between_batches   mean cosine between the gradients of two rollouts
+    with_every        cosine of their mean with that over every reveal of every rollout ("every")
+    norm              mean norm of the gradient of a rollout
+
+    A gradient is the mean over the masks of `mu` inner updates, none of which is made. Holds one for each
+    of `batches` rollouts and maskings. Raises ValueError for unknown maskings and less than two batches.
+    """
+    unknown = set(maskings) - set(unigrpo.MASKINGS)
+    if unknown or batches < 2:
+        raise ValueError(
+            f"maskings {', '.join(sorted(unknown)) or 'are known'}, batches {batches}; known are "
+            f"{', '.join(unigrpo.MASKINGS)}, and two batches are needed"
+        )
+    run, mesh, prompts, rewards = check(config, workdir)
+    model, _ = load(run, pathlib.Path(workdir), mesh)
+    check_model(run, model, prompts, rewards)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
+        for combined in rewards.values():
+            stack.enter_context(combined)
+        optimizer = optim.make(run.optim, 1)
+        _, shardings = shapes_of(model, optimizer, mesh)
+        for turn, name in enumerate(sorted(run.tasks)):
+            program = make_program(
+                run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings
+            )
+            rolled = []
+            for i in range(batches):
+                asked, given = inputs(run, model, program, i * len(run.tasks) + turn)
+                rollout = program.generate(model.params, *given)
+                responses = read(model, program.task, program.at, np.asarray(rollout.tokens_RL))
+                total_R, _ = judge(program, asked, responses)
+                rolled.append((rollout, choose(run, program.task, total_R)[0]))
+            gradients = {
+                masking: gradients_of(run, model, program, masking, rolled, mesh, shardings.params)
+                for masking in ("every", *maskings)
+            }
+            mean = {masking: _mean(of_batches) for masking, of_batches in gradients.items()}
+            found[name] = {
+                masking: {
+                    "between_batches": np.mean(
+                        [_cosine(of_batches[i], of_batches[j]) for i in range(batches) for j in range(i)]
+                    ),
+                    "with_every": _cosine(mean[masking], mean["every"]),
+                    "norm": np.mean([float(optax.tree.norm(g)) for g in of_batches]),
+                }
+                for masking, of_batches in gradients.items()
+            }
+    return found
+
+
+def gradients_of(run, model, program, masking, rolled, mesh, shardings) -> list[Any]:
+    """The gradient of each rollout under a masking, the mean over its inner updates."""
+    mu = program.at.length if masking == "every" else run.objective.mu
+    settings = dataclasses.replace(run.objective, masking=masking, mu=mu, beta=0.0, kl="old")
+    run = dataclasses.replace(run, objective=settings)
+    score = make_score(run, model, program.at, mesh, shardings)
+    objective = make_objective(run, model, program.at)
+
+    @jax.jit
+    def add(sums, params, batch):
+        grads = jax.grad(lambda params: objective.loss(params, objective.prepare(None, batch))[0])(params)
+        return jax.tree.map(lambda a, b: a + b / mu, sums, grads)
+
+    out = []
+    for i, (rollout, chosen) in enumerate(rolled):
+        sums = jax.tree.map(jnp.zeros_like, model.params)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 3), i)
+        fresh_S = np.ones(len(chosen.which_S), bool)
+        longest = int(jnp.max(jnp.sum(rollout.response_RL, axis=1))) if masking == "every" else mu
+        for n in range(longest):
+            scored = score(model.params, None, rollout, key, n)
+            batch = Batch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
+            sums = add(sums, model.params, batch)
+        out.append(sums)
+    return out
+
+
+def _mean(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def _cosine(a, b):
+    return float(optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b)))
+
+
+# ---- Before the loop -----------------------------------------------------------------------------
+
+
+def check(
+    config: Mapping[str, Any], workdir: str | pathlib.Path
+) -> tuple[RLRun, jax.sharding.Mesh, dict[str, Sequence[Prompt]], dict[str, Combined]]:
+    """The run, its mesh, prompts and rewards of each task. Raises for whatever is wrong with them."""
+    run, workdir = config_lib.from_dict(RLRun, config), pathlib.Path(workdir)
+    mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
+    check_rows(run, mesh)
+    check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)
+    prompts, rewards = {}, {}
+    for name, task in run.tasks.items():
+        try:
+            rewards[name] = Combined(task.rewards, task.reward_settings, task.reward_limit)
+            prompts[name] = prompts_lib.open_prompts(task.data, relative(run.data_root, workdir))
+        except (ValueError, OSError, ImportError) as error:
+            raise type(error)(f"config.tasks.{name}: {error}") from error
+    return run, mesh, prompts, rewards
+
+
+def check_rows(run: RLRun, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError if the rows of a rollout or of an update can't be spread over the devices."""
+    shards, G = mesh.shape["data"] * mesh.shape["fsdp"], run.objective.responses
+    for name, task in run.tasks.items():
+        for what, rows, parts in (
+            ("groups", task.groups * G, shards),
+            ("update_groups", task.kept * G, shards * run.accumulate),
+        ):
+            if rows % parts:
+                raise ValueError(
+                    f"config.tasks.{name}: {what} times {G} responses are {rows} rows, which can't be "
+                    f"split into {parts} parts ({shards} data shards of mesh {dict(mesh.shape)}, "
+                    f"accumulate {run.accumulate}); choose {what} so that they can"
+                )
+
+
+def check_model(
+    run: RLRun,
+    model: MMaDA,
+    prompts: Mapping[str, Sequence[Prompt]],
+    rewards: Mapping[str, Combined],
+) -> None:
+    """Raises ValueError if a task's rules, prompts or rewards don't fit the model."""
+    for name, task in run.tasks.items():
+        try:
+            if task.layout != "lm_chat" and model.vq_config is None:
+                raise ValueError(
+                    f"layout {task.layout} needs an image tokenizer; name it in config.image_tokenizer"
+                )
+            at = span(task, model.vocab, model.n_image, model.max_text)
+            if at.row > model.config.max_len:
+                raise ValueError(
+                    f"rows have {at.row} tokens, the model takes {model.config.max_len}; lower max_prompt "
+                    "or max_new"
+                )
+            for prompt in prompts[name]:
+                if task.layout == "mmu" and prompt.image is None:
+                    raise ValueError(
+                        f"the prompt {prompt.text[:40]!r} has no image; layout mmu asks about one"
+                    )
+                prompt_ids(model, task, prompt)
+            images = None
+            if task.layout == "t2i":
+                size = (*model.image_size, model.vq_config.pixel_channels)
+                images = np.broadcast_to(np.float32(0), (len(prompts[name]), *size))
+            texts, answers = ([getattr(p, field) for p in prompts[name]] for field in ("text", "answer"))
+            rewards[name].check(texts, answers, images)
+        except ValueError as error:
+            raise ValueError(f"config.tasks.{name}: {error}") from error
+
+
+def load(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[MMaDA, dict[str, str]]:
+    """The model that the run starts from, float32 on the mesh, and where it comes from.
+
+    Raises FileNotFoundError or ValueError if there is none, or if it isn't that with which the run in the
+    workdir began: that is its reference.
+    """
+    if not run.init:
+        raise ValueError("config.init is empty; name the workdir of a model, as that of configs/cot.py")
+    path = relative(run.init, workdir)
+    vision = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
+    model = MMaDA.load(path, mesh, "float32", image_tokenizer=vision)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, **run.model))
+    folder = path / "params" if (path / "params").is_dir() else path
+    folder = newest_step(path) if (path / "checkpoints").is_dir() else folder
+    manifest = folder / MANIFEST
+    origin = {
+        "path": str(folder),
+        "sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
+    }
+    known = workdir / INIT_FILE
+    if known.is_file() and json.loads(known.read_text())["sha256"] != origin["sha256"]:
+        raise ValueError(
+            f"{workdir} began with another model than {folder} holds now, which is its reference; restore "
+            f"that ({json.loads(known.read_text())['path']}), or choose an empty workdir"
+        )
+    return model, origin
+
+
+def description(run: RLRun, model: MMaDA) -> dict[str, Any]:
+    """What the workdir's config.json says: the run, and the model as a checkpoint's does."""
+    values = llada.config_to_hf(model.config, model.vocab, model.grid, model.max_text)
+    return config_lib.to_dict(run) | {"architecture": values | {"dtype": model.config.dtype}}
+
+
+def shapes_of(model: MMaDA, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the state."""
+    init = functools.partial(transformer.init_params, config=model.config)
+    return state_shardings(mesh, init, transformer.param_axes(model.config), optimizer)
+
+
+def frozen(params: Any, run: RLRun) -> Any:
+    """A copy of the params that lies as they do: the updates donate what they are given."""
+    return jax.tree.map(lambda x: jnp.array(x, run.reference_dtype, copy=True), params)
+
+
+# ---- The three functions -------------------------------------------------------------------------
+
+
+def make_program(
+    run: RLRun,
+    name: str,
+    model: MMaDA,
+    prompts: Sequence[Prompt],
+    rewards: Combined,
+    optimizer: Any,
+    mesh: jax.sharding.Mesh,
+    shardings: TrainState,
+) -> Program:
+    """The program of a task; nothing is compiled yet."""
+    task = run.tasks[name]
+    at = span(task, model.vocab, model.n_image, model.max_text)
+    seed = int.from_bytes(hashlib.sha256(f"{run.seed} {name}".encode()).digest()[:4])
+    order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
+    objective = make_objective(run, model, at)
+    return Program(
+        task,
+        at,
+        prompts,
+        rewards,
+        order,
+        objective,
+        make_generate(mesh, model.config, model.vocab, at, shardings.params),
+        make_score(run, model, at, mesh, shardings.params),
+        train_lib.make_step(objective, optimizer, mesh, shardings, run.accumulate),
+    )
+
+
+def make_score(
+    run: RLRun, model: MMaDA, at: Span, mesh: jax.sharding.Mesh, params: Any
+) -> Callable[..., Scored]:
+    """The jitted (params, reference or None, rollout, key, n) -> rows of inner update n, scored by both."""
+    objective, vocab = run.objective, model.vocab
+
+    def score(params, reference, rollout, key, n):
+        masked = unigrpo.hide(key, rollout, n, vocab.mask, objective.masking, objective)
+
+        def log_probs(params):
+            h_RLD = transformer.hidden_states(params, model.config, masked.seen_RL, rollout.valid_RL)
+            head_DV, targets_RL = vocabulary(params, rollout.tokens_RL, at, vocab)
+            return loss.token_log_probs(h_RLD, head_DV, targets_RL, masked.scored_RL, run.loss_chunk)
+
+        # By "exact" the rollout has seen the very same rows.
+        recorded = objective.masking in ("exact", "every")
+        old_RL = rollout.logp_RL if recorded else log_probs(params)
+        anchor_RL = old_RL if reference is None else log_probs(reference)
+        return Scored(*masked, old_RL, anchor_RL)
+
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return jax.jit(
+        score,
+        in_shardings=(
+            params,
+            params if objective.kl == "reference" else None,
+            rows,
+            everywhere,
+            everywhere,
+        ),
+        out_shardings=rows,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+def make_objective(run: RLRun, model: MMaDA, at: Span) -> train_lib.Objective:
+    """The objective on rows that were scored before: a sum over rows, one for all tasks."""
+
+    def prepare(key, batch):
+        def take(x_R):
+            return sharding.constrain(x_R[batch.chosen.which_S], "batch", *(None,) * (x_R.ndim - 1))
+
+        rows = jax.tree.map(take, (batch.scored, batch.targets_RL, batch.valid_RL))
+        return rows, batch.chosen, batch.fresh_S
+
+    def loss_fn(params, prepared):
+        (scored, targets_SL, valid_SL), chosen, fresh_S = prepared
+        h_SLD = transformer.hidden_states(params, model.config, scored.seen_RL, valid_SL)
+        head_DV, targets_SL = vocabulary(params, targets_SL, at, model.vocab)
+
+        def of_new(new_SL):
+            # What the policy has just been scored by is what it is scored by now, to the bit.
+            old_SL = jnp.where(fresh_S[:, None], jax.lax.stop_gradient(new_SL), scored.old_RL)
+            return unigrpo.objective(
+                new_SL,
+                old_SL,
+                old_SL if run.objective.kl == "old" else scored.anchor_RL,
+                chosen.advantage_S,
+                scored.scored_RL,
+                scored.weight_R * chosen.weight_S,
+                run.objective.clip,
+                run.objective.beta,
+            )
+
+        return loss.of_log_probs(of_new, h_SLD, head_DV, targets_SL, scored.scored_RL, run.loss_chunk)
+
+    init = functools.partial(transformer.init_params, config=model.config)
+    return train_lib.Objective(init, transformer.param_axes(model.config), prepare, loss_fn)
+
+
+def vocabulary(params: Any, tokens_RL: jax.Array, at: Span, vocab: Any) -> tuple[jax.Array, jax.Array]:
+    """The part of the head that a response is drawn from, and the tokens as its columns."""
+    first, size = at.rule.vocabulary(vocab)
+    head_DV = params["head_DV"]
+    return head_DV if size is None else head_DV[:, first : first + size], tokens_RL - first
+
+
+# ---- Rewards -------------------------------------------------------------------------------------
+
+
+def inputs(run: RLRun, model: MMaDA, program: Program, iteration: int) -> tuple[list[Prompt], tuple]:
+    """The prompts of an iteration, one for each row, and what `generate` takes beside the params."""
+    task, G = program.task, run.objective.responses
+    turn = iteration // len(run.tasks)
+    asked = [program.prompts[program.order[turn * task.groups + p]] for p in range(task.groups)]
+    job = lay_out(model, task, asked, G)
+    rows, other = (
+        x and sharding.put_batch(model.mesh, (x.tokens, x.valid)) for x in (job.rows, job.unconditional)
+    )
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 2), iteration)
+    return [prompt for prompt in asked for _ in range(G)], (*rows, key, other)
+
+
+def judge(
+    program: Program, asked: Sequence[Prompt], responses: tuple[list[str], np.ndarray | None]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rewards of R responses: their weighted sum [R], and each [R] by its name."""
+    texts, images = responses
+    if jax.process_index() == 0:
+        prompts, answers = [prompt.text for prompt in asked], [prompt.answer for prompt in asked]
+        return program.rewards(prompts, texts, images, answers)
+    nothing_R = np.zeros(len(asked), np.float32)
+    return nothing_R, dict.fromkeys(program.task.rewards, nothing_R)
+
+
+def choose(run: RLRun, task: Task, total_R: np.ndarray) -> tuple[Chosen, dict[str, float]]:
+    """The rows of the updates, and what there is to say of the rewards."""
+    G = run.objective.responses
+    rewards_PG = total_R.reshape(task.groups, G)
+    advantage_PG = np.asarray(unigrpo.advantages(rewards_PG, run.objective.normalise))
+    differ_P = np.ptp(rewards_PG, axis=1) > 0
+    kept_K = np.arange(task.groups)
+    counts_K = np.ones(task.groups, bool)
+    if task.update_groups is not None:
+        kept_K = np.argsort(~differ_P, kind="stable")[: task.update_groups]
+        counts_K = differ_P[kept_K]
+    weight_K = counts_K / np.float32(max(1, np.sum(counts_K)) * G)
+    values = {
+        "reward": np.mean(total_R),
+        "reward_deviation": np.mean(np.std(rewards_PG, axis=1)),
+        "groups_that_differ": np.mean(differ_P),
+    }
+    rows_S = (kept_K[:, None] * G + np.arange(G)[None]).ravel().astype(np.int32)
+    return Chosen(rows_S, advantage_PG[kept_K].ravel(), np.repeat(weight_K, G).astype(np.float32)), values
+
+
+# ---- What there is to see ------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self):
+        self.seconds, self._last = {}, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a lap."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def measures(
+    program: Program,
+    host: Rollout,
+    each: Mapping[str, np.ndarray],
+    updates: list[dict[str, Any]],
+    clock: Clock,
+) -> dict[str, float]:
+    """Metrics of a rollout and its updates."""
+    response_RL, seconds = host.response_RL, clock.seconds
+    length_R = response_RL.sum(axis=1)
+    out = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
+    out |= {f"reward_{reward}": np.mean(value_R) for reward, value_R in each.items()}
+    out |= {f"failed_{reward}": n for reward, n in program.rewards.failures.items()}
+    return out | {
+        "response_length": length_R.mean(),
+        "entropy": host.entropy_RL[response_RL].mean(),
+        "rollout_tokens_per_second": length_R.sum() / seconds["rollout"],
+        "update_tokens_per_second": (
+            len(updates)
+            * program.task.kept
+            / program.task.groups
+            * host.valid_RL.sum()
+            / seconds["updates"]
+        ),
+        "seconds_waiting_for_rewards": seconds["rewards"],
+    }
+
+
+def save_samples(workdir, iteration, name, asked, responses, total_R, each, G) -> None:
+    """WORKDIR/samples/ITERATION-TASK.md with every response of the first prompts; images beside it."""
+    texts, images = responses
+    path = workdir / "samples" / f"{iteration:06}-{name}"
+    path.parent.mkdir(exist_ok=True)
+    lines, n = [], 4 * G
+    for i, (prompt, text) in enumerate(zip(asked[:n], texts[:n], strict=True)):
+        if i % G == 0:
+            lines.append(f"\n## {prompt.text}\n\nanswer: {prompt.answer}\n\n")
+        parts = ", ".join(f"{key} {value_R[i]:.3g}" for key, value_R in each.items())
+        lines.append(f"- {total_R[i]:.3g} ({parts}) {text!r}\n")
+    path.with_suffix(".md").write_text("".join(lines))
+    if images is not None:
+        grid = vq.to_uint8(images)
+        grid = np.concatenate(
+            [np.concatenate(list(grid[i : i + G]), axis=1) for i in range(0, len(grid), G)]
+        )
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(path.with_suffix(".png"))

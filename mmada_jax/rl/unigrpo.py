@@ -1,0 +1,199 @@
+"""UniGRPO: advantages, the masks under which a response is scored, and the objective.
+
+The method is that of the MMaDA paper (arXiv 2505.15809), the masks beside its own are those of its
+neighbours; each formula names its source. Nothing here knows a model: a policy is log-probabilities.
+
+P prompts, G responses to each, R = P G rows, L positions.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
+UNIFORM = 0.1  # share of `exact`'s cuts that are uniform: no importance weight is beyond its inverse
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How rollouts become updates.
+
+    `mu` inner updates follow each rollout, of `responses` (G) to each prompt, with ratios clipped to
+    1 +- `clip` and `beta` times the divergence from the frozen reference or the rollout's policy (`kl`).
+    `normalise` divides advantages by their group's deviation. `prompt_mask` is the share of the prompt
+    that "full" hides, `trace_next` the number of tokens that "trace" scores.
+    """
+
+    masking: Literal[MASKINGS] = "unigrpo"
+    responses: int = 8
+    mu: int = 4
+    clip: float = 0.2
+    beta: float = 0.01
+    kl: Literal["reference", "old"] = "reference"
+    normalise: bool = True
+    prompt_mask: float = 0.15
+    trace_next: int = 3
+
+    def __post_init__(self):
+        pairs = self.masking == "coupled"
+        for name, value, fits, needed in (
+            ("responses", self.responses, self.responses > 1, "at least 2: each is judged by the others"),
+            (
+                "mu",
+                self.mu,
+                self.mu > 0 and not (pairs and self.mu % 2),
+                "positive, for coupled masks even",
+            ),
+            ("clip", self.clip, self.clip > 0, "positive"),
+            ("beta", self.beta, self.beta >= 0, "at least 0"),
+            ("prompt_mask", self.prompt_mask, 0 <= self.prompt_mask < 1, "a share below 1"),
+            ("trace_next", self.trace_next, self.trace_next > 0, "positive"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} is {value}; it must be {needed}")
+
+
+def advantages(rewards_PG: jax.Array, normalise: bool = True) -> jax.Array:
+    """(r - mean) / deviation within each group, the deviation that of the population; 0 for a group
+    without spread (MMaDA, dLLM-RL). Without `normalise` r - mean (d1's diffu-GRPO)."""
+    centred_PG = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
+    # Rounding leaves equal rewards a deviation of their own.
+    flat_P1 = jnp.max(rewards_PG, axis=1, keepdims=True) == jnp.min(rewards_PG, axis=1, keepdims=True)
+    deviation_P1 = jnp.std(rewards_PG, axis=1, keepdims=True) if normalise else jnp.float32(1)
+    return jnp.where(flat_P1, 0, centred_PG / jnp.where(flat_P1, 1, deviation_P1))
+
+
+# ---- Masks ---------------------------------------------------------------------------------------
+
+
+class Rollout(NamedTuple):
+    """Rows as a policy completed them. `response` marks what may be scored, up to the first end of text;
+    `step`, `logp` and `entropy` are those of denoise.Record."""
+
+    tokens_RL: jax.Array
+    valid_RL: jax.Array
+    response_RL: jax.Array
+    step_RL: jax.Array
+    logp_RL: jax.Array
+    entropy_RL: jax.Array
+
+
+class Masked(NamedTuple):
+    """Rows as the policy is to see them, which of their tokens are scored, and what a row counts."""
+
+    seen_RL: jax.Array
+    scored_RL: jax.Array
+    weight_R: jax.Array
+
+
+def spaced(key: jax.Array, rows: int, n: jax.Array | int, mu: int) -> jax.Array:
+    """The n-th of `mu` points in (0, 1] for each row: evenly spaced from a random start of the row's own,
+    wrapping (MMaDA). Each point is uniform by itself."""
+    return 1 - (jax.random.uniform(key, (rows,)) + jnp.asarray(n, jnp.float32) / mu) % 1
+
+
+def hide(
+    key: jax.Array, rollout: Rollout, n: jax.Array | int, mask: int, masking: str, config: Config
+) -> Masked:
+    """The rows of inner update n of `config.mu`, the same for all who score them.
+
+    At least one token of each response is hidden and scored. What a rollout generated beyond its first
+    end of text is hidden, by trace and exact where it was hidden then.
+
+        unigrpo  ceil(p T) of the T tokens, p spaced over the inner updates (MMaDA)
+        full     all tokens, and each of the prompt with probability prompt_mask (d1's diffu-GRPO)
+        random   each token with its row's probability, uniform in [0.1, 0.9] (dLLM-RL)
+        coupled  as unigrpo, p spaced over pairs of updates; the second hides the rest (DiffuCoder)
+        trace    all from a random step of the rollout on, the next trace_next scored (after TraceRL)
+        exact    all that was hidden when a token was revealed, and that token is scored; it is drawn in
+                 proportion to the entropy that it had, with the inverse probability as weight: unbiased
+                 for the mean over the whole rollout
+        every    the same for the n-th revealed token of each row, which counts mu / T: all of them
+    """
+    tokens_RL, valid_RL, response_RL, step_RL, _, entropy_RL = rollout
+    R, L = tokens_RL.shape
+    place, each, other = (jax.random.fold_in(key, i) for i in range(3))
+    size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
+    length_R1, weight_R1 = size_R1.astype(jnp.float32), jnp.ones((R, 1), jnp.float32)
+
+    def count(p_R1):  # at least one
+        return jnp.clip(jnp.ceil(p_R1 * length_R1).astype(jnp.int32), 1, size_R1)
+
+    if masking in ("trace", "exact", "every"):
+        # In the order in which they were revealed, from the left where several were at once.
+        order_RL = jnp.argsort(jnp.where(response_RL, step_RL, np.iinfo(np.int32).max), axis=1)
+        rank_RL = jnp.argsort(order_RL, axis=1)
+        cut_R1 = count(spaced(place, R, n, config.mu)[:, None]) - 1
+        if masking == "every":
+            cut_R1 = jnp.full((R, 1), jnp.minimum(n, L - 1))
+            weight_R1 = jnp.where(cut_R1 < size_R1, config.mu / length_R1, 0)
+        elif masking == "exact":
+            share_RL = jnp.where(response_RL, entropy_RL + np.float32(1e-6), 0)
+            share_RL = (1 - UNIFORM) * share_RL / jnp.sum(share_RL, axis=1, keepdims=True)
+            share_RL = jnp.where(response_RL, share_RL + UNIFORM / length_R1, 0)
+            sums_RL = jnp.cumsum(jnp.take_along_axis(share_RL, order_RL, axis=1), axis=1)
+            point_R1 = spaced(place, R, n, config.mu)[:, None] * sums_RL[:, -1:]
+            cut_R1 = jnp.minimum(jnp.sum(sums_RL < point_R1, axis=1, keepdims=True), size_R1 - 1)
+        at_R1 = jnp.take_along_axis(order_RL, cut_R1, axis=1)
+        if masking == "exact":
+            weight_R1 = 1 / (length_R1 * jnp.take_along_axis(share_RL, at_R1, axis=1))
+        width = config.trace_next if masking == "trace" else 1
+        scored_RL = response_RL & (rank_RL >= cut_R1) & (rank_RL < cut_R1 + width)
+        hidden_RL = (step_RL >= 0) & (step_RL >= jnp.take_along_axis(step_RL, at_R1, axis=1))
+        return Masked(jnp.where(hidden_RL, jnp.int32(mask), tokens_RL), scored_RL, weight_R1[:, 0])
+
+    turns, turn = (config.mu // 2, n // 2) if masking == "coupled" else (config.mu, n)
+    noise_RL = jax.random.uniform(jax.random.fold_in(each, turn), (R, L))
+    rank_RL = jnp.argsort(jnp.argsort(jnp.where(response_RL, noise_RL, 2.0), axis=1), axis=1)
+    n_R1 = count(spaced(place, R, turn, turns)[:, None])
+    hidden_RL = (step_RL >= 0) & ~response_RL
+    if masking == "full":
+        n_R1 = size_R1
+        by_chance_RL = jax.random.uniform(jax.random.fold_in(other, n), (R, L)) < config.prompt_mask
+        hidden_RL |= valid_RL & (step_RL < 0) & by_chance_RL
+    elif masking == "random":
+        p_R1 = jax.random.uniform(jax.random.fold_in(place, n), (R, 1), minval=0.1, maxval=0.9)
+        n_R1 = jnp.maximum(1, jnp.sum(response_RL & (noise_RL < p_R1), axis=1, keepdims=True))
+    elif masking == "coupled":
+        n_R1 = jnp.clip(n_R1, 1, jnp.maximum(size_R1 - 1, 1))
+    rest_R1 = (n % 2 == 1) & (size_R1 > 1) & (masking == "coupled")
+    scored_RL = response_RL & ((rank_RL < n_R1) ^ rest_R1)
+    seen_RL = jnp.where(scored_RL | hidden_RL, jnp.int32(mask), tokens_RL)
+    return Masked(seen_RL, scored_RL, weight_R1[:, 0])
+
+
+# ---- Objective -----------------------------------------------------------------------------------
+
+
+def objective(
+    new_RL: jax.Array,
+    old_RL: jax.Array,
+    anchor_RL: jax.Array,
+    advantage_R: jax.Array,
+    scored_RL: jax.Array,
+    weight_R: jax.Array,
+    clip: float,
+    beta: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss, and clip fraction, KL and |rho - 1|, each a sum over rows of weight * mean over tokens:
+
+        -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + beta k3,      rho = exp(new - old)
+        k3 = exp(anchor - new) - (anchor - new) - 1
+
+    (MMaDA: the mean is over the masked tokens; k3 is Schulman's estimate of KL(new || anchor), as in
+    GRPO.) Log-probabilities of tokens that aren't scored don't matter.
+    """
+    count_R1 = jnp.float32(jnp.maximum(jnp.sum(scored_RL, axis=1, keepdims=True), 1))
+    share_RL = jnp.where(scored_RL, weight_R[:, None] / count_R1, 0)
+    new_RL, old_RL, anchor_RL = (jnp.where(scored_RL, x, 0) for x in (new_RL, old_RL, anchor_RL))
+    rho_RL = jnp.exp(new_RL - old_RL)
+    gain_RL = rho_RL * advantage_R[:, None]
+    clipped_RL = jnp.clip(rho_RL, 1 - clip, 1 + clip) * advantage_R[:, None]
+    kl_RL = jnp.exp(anchor_RL - new_RL) - (anchor_RL - new_RL) - 1
+    loss_RL = -jnp.minimum(gain_RL, clipped_RL) + np.float32(beta) * kl_RL
+    clips_RL = jnp.float32(clipped_RL < gain_RL)
+    values = {"clip_fraction": clips_RL, "kl": kl_RL, "ratio_error": jnp.abs(rho_RL - 1)}
+    return jnp.sum(share_RL * loss_RL), {k: jnp.sum(share_RL * v) for k, v in values.items()}

@@ -1,0 +1,380 @@
+"""Rewards: what they give, what they can't be made to do, and how they fail."""
+
+import importlib.util
+import pathlib
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mmada_jax.data import digits
+from mmada_jax.rl import rewards
+from mmada_jax.rl.rewards import Combined, Unscored, answer_of
+
+math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="needs math-verify"
+)
+reasoning_gym = pytest.mark.skipif(
+    importlib.util.find_spec("reasoning_gym") is None, reason="needs reasoning-gym"
+)
+
+
+def score(reward, completions, answers=None, prompts=None, images=None):
+    return reward(prompts or ["p"] * len(completions), completions, images, answers)
+
+
+# ---- Answers and format --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("12", "12"),
+        ("<think>13</think> 12\n", "12"),
+        ("<think>a</think>b</think>c", "c"),
+        (r"so \boxed{12}", "12"),
+        (r"<think>\boxed{13}</think>it is 12", "it is 12"),
+        (r"\boxed{1} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{1} or \boxed{\frac{1}{2}", "1"),
+        (r"\boxed {a{b}c} d", "a{b}c"),
+        ("<think>unfinished", "<think>unfinished"),
+        ("<think>x</think>", ""),
+        ("", ""),
+    ],
+)
+def test_the_answer_of_a_completion(completion, answer):
+    assert answer_of(completion) == answer
+
+
+def test_exact_compares_strings():
+    got = score(rewards.exact(), ["12", "<think>1</think> 12", "12.0", ""], ["12", 12, "12", "12"])
+    np.testing.assert_array_equal(got, [1, 1, 0, 0])
+    assert got.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("completion", "good"),
+    [
+        ("<think>a</think>b", True),
+        (" \n<think>\na\n</think>\nb", True),
+        ("<think></think>b", True),
+        ("<think>a</think>  ", False),
+        ("a</think>b", False),
+        ("<think>a b", False),
+        ("<think>a<think>b</think>c", False),
+        ("<think>a</think>b</think>c", False),
+        ("</think>a<think>b", False),
+        ("first <think>a</think>b", False),
+        ("b", False),
+    ],
+)
+def test_format(completion, good):
+    assert score(rewards.well_formed(), [completion])[0] == good
+
+
+@pytest.fixture(scope="module")
+def correct():
+    reward = rewards.Correct()
+    yield reward
+    reward.close()
+
+
+@math_verify
+def test_correct_compares_what_answers_mean(correct):
+    cases = [
+        ("12", "12.0", 1), ("12", "<think>13</think>The answer is 12.", 1), ("12", "13", 0), ("12", "", 0),
+        ("1/2", r"\boxed{\frac{1}{2}}", 1), ("0.5", r"$\frac12$", 1), ("1,234", "1234", 1),
+        (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt2}", 1), ("x^2+2x+1", "(x+1)^2", 1), ("50%", "0.5", 1),
+        ("$12$", "so 3 times 4 = 12", 1), ("-7", "7", 0), ("1/3", "0.33", 0), ("12", "10 11 12", 0),
+        ("yes", "Yes", 1), ("seven", "six", 0),
+    ]  # fmt: skip
+    got = score(correct, [found for _, found, _ in cases], [want for want, _, _ in cases])
+    assert got.tolist() == [want for _, _, want in cases]
+    assert got.dtype == np.float32
+
+
+def test_correct_knows_the_letters_of_choices():
+    # No process is needed for them.
+    cases = [
+        ("B", "B", 1), ("B", "(B)", 1), ("(B)", "B. 12 cm", 1), ("B", "The answer is (B).", 1),
+        ("B", r"\boxed{\text{B}}", 1), ("B", "Answer: **B**", 1), ("B", "C", 0), ("B", "A B C", 0),
+        ("B", "Both", 0), ("A", "A dog", 0), ("B", "(C) not B", 0),
+    ]  # fmt: skip
+    got = score(rewards.Correct(), [found for _, found, _ in cases], [want for want, _, _ in cases])
+    assert got.tolist() == [want for _, _, want in cases]
+
+
+@math_verify
+def test_a_comparison_that_hangs_costs_its_row_alone():
+    correct = rewards.Correct(limit=1.0, workers=1)
+    answers = ["9^{9^{8^9}}", "3", "9^{9^{8^9}}", "1/2"]
+    completions = ["9^{9^{9^9}}", "3.0", "9^{9^{9^9}}", "0.5"]
+    caught = []
+
+    def work():  # not the main thread: a limit by signals wouldn't do
+        try:
+            score(correct, completions, answers)
+        except Unscored as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    correct.close()
+    (error,) = caught
+    assert error.scores.tolist() == [0, 1, 0, 1]
+    assert error.errors.keys() == {0, 2} and "longer than 1 s" in error.errors[0]
+
+
+@math_verify
+@pytest.mark.parametrize("form", ["{}", r"\boxed{{{}}}", "${}$", "The answer is {}", r"\text{{{}}}"])
+def test_no_answer_runs_as_code(correct, form, tmp_path):
+    attack = f"__import__('os').system('touch {tmp_path}/ran')"
+    assert score(correct, [form.format(attack)], ["3"])[0] == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_math_verify_the_extra_is_named(monkeypatch, tmp_path):
+    # A Python that finds no packages at all.
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(bare))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with (
+        Combined({"correct": 2.0}) as combined,
+        pytest.raises(ValueError, match=r"'correct' failed on a probe: .*mmada_jax\[rl\]"),
+    ):
+        combined.check(["q"], ["1"])
+
+
+# ---- reasoning-gym -------------------------------------------------------------------------------
+
+
+@reasoning_gym
+def test_problems_are_functions_of_task_seed_and_index():
+    a, b, c = (rewards.ReasoningGym("list_functions", seed=seed, workers=1) for seed in (0, 0, 1))
+    made = [a.problem(i) for i in (0, 1, 2)]
+    assert [b.problem(i) for i in (2, 0, 1)] == [made[2], made[0], made[1]]
+    assert made[0] != made[1] and c.problem(0) != made[0]
+    entries = [entry for _, _, entry in made]
+    got = score(c, [f"<think>x</think>{answer}" for _, answer, _ in made], entries)
+    assert got.tolist() == [1, 1, 1]
+    for gym in (a, b, c):
+        gym.close()
+
+
+@reasoning_gym
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("spiral_matrix", "[{}]"), ("countdown", "{}"), ("polynomial_multiplication", "{}"),
+        ("n_queens", "[{}]"), ("simple_integration", "{}"),
+    ],
+)  # fmt: skip
+def test_verifiers_that_evaluate_answers_run_none_as_code(task, answer, tmp_path):
+    gym = rewards.ReasoningGym(task, workers=1)
+    _, right, entry = gym.problem(0)
+    attack = answer.format(f"__import__('os').system('touch {tmp_path}/ran')")
+    hidden = answer.format(f"(lambda: open('{tmp_path}/ran', 'w'))()")
+    got = score(gym, [right, attack, hidden], [entry] * 3)
+    gym.close()
+    assert got[0] == 1 and (got[1:] < 0.1).all()
+    assert not list(tmp_path.iterdir())
+
+
+@reasoning_gym
+def test_tasks_settings_and_entries_that_do_not_fit():
+    with pytest.raises(ValueError, match="did you mean 'reasoning_gym:chain_sum'"):
+        Combined({"reasoning_gym:chainsum": 1.0})
+    with pytest.raises(ValueError, match="no task 'codeio'"):  # it runs programs
+        Combined({"reasoning_gym:codeio": 1.0})
+    name = "reasoning_gym:chain_sum"
+    settings = {name: {"settings": {"min_terms": 2, "max_terms": 2}}}
+    with Combined({name: 1.0, "exact": 0.5, "format": 0.1}, settings) as combined:
+        question, answer, entry = combined.rewards[name].problem(0)
+        assert question.count("+") + question.count(" - ") == 1
+        combined.check([question], [entry])
+        total, parts = combined([question], [answer], None, [entry])
+        assert total.tolist() == [1.5] and parts["format"].tolist() == [0]
+        with pytest.raises(ValueError, match="row 0 is no entry of reasoning_gym:chain_sum"):
+            combined.check([question], [answer])
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+def test_the_digit_reward_reads_held_out_scans():
+    pytest.importorskip("sklearn")
+    scans = digits.load("validation")
+    canvases = np.stack([digits.canvas(scan) for scan in scans.pixels])
+    reward = rewards.digit_probability()
+    right = score(reward, [""] * len(canvases), None, [digits.caption(d) for d in scans.labels], canvases)
+    wrong = [digits.caption((d + 1) % 10) for d in scans.labels]
+    other = score(reward, [""] * len(canvases), None, wrong, canvases)
+    assert right.mean() > 0.9 and other.mean() < 0.05
+    assert right.dtype == np.float32 and ((right >= 0) & (right <= 1)).all()
+    # Pixels out of range are clamped, as where drawn digits are counted.
+    np.testing.assert_array_equal(
+        right, score(reward, [""] * len(canvases), None, [digits.caption(d) for d in scans.labels],
+                     np.where(abs(canvases) == 1, 3 * canvases, canvases)))  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", ["a cat", digits.caption(3, 5)])
+def test_the_digit_reward_refuses_other_prompts(prompt):
+    pytest.importorskip("sklearn")
+    with (
+        Combined({"digit": 1.0}) as combined,
+        pytest.raises(ValueError, match=r"reward 'digit' failed.* must name one digit"),
+    ):
+        combined.check([prompt], images=np.zeros((1, 8, 16, 1), np.float32))
+
+
+def test_clip_scores_follow_image_and_prompt_in_any_batch(tmp_path):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    from tests.test_clip import EOS, model_of, tokenizer
+
+    model = model_of(EOS, "quick_gelu")
+    model.save_pretrained(tmp_path)
+    tokenizer().save(str(tmp_path / "tokenizer.json"))
+    prompts = ["a handwritten seven", "two and three", "a handwritten seven", "a two", "three"]
+    images = np.random.default_rng(0).uniform(-1, 1, (5, 30, 24, 3)).astype(np.float32)
+    reward = rewards.ClipScore(tmp_path, batch=2)
+    got = score(reward, [""] * 5, None, prompts, images)
+    texts = tokenizer()
+    for i in range(5):
+        pixels = rewards.clip.preprocess(images[i : i + 1], 24).transpose(0, 3, 1, 2)
+        with torch.no_grad():
+            want = model(
+                input_ids=torch.tensor([texts.encode(prompts[i]).ids]), pixel_values=torch.tensor(pixels)
+            )
+        np.testing.assert_allclose(got[i], 100 * (want.image_embeds * want.text_embeds).sum(), atol=1e-4)
+    assert got.shape == (5,) and got.dtype == np.float32
+    assert reward._image._cache_size() == 1 and reward._text._cache_size() == 1
+    with pytest.raises(ValueError, match="'clip' needs a model"):
+        Combined({"clip": 0.1})
+    assert transformers
+
+
+# ---- Several, and failures -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """Lists a reward as `mine`, by its scores for (completions)."""
+
+    def put(function):
+        monkeypatch.setitem(rewards.REWARDS, "mine", lambda: lambda p, c, i, a: function(c))
+
+    return put
+
+
+def test_several_rewards_are_summed_by_weight_and_kept_apart():
+    combined = Combined({"exact": 2.0, "format": 0.5})
+    completions = ["<think>a</think>12", "12", "<think>a</think>13", "13"]
+    total, parts = combined(["q"] * 4, completions, None, ["12"] * 4)
+    assert total.tolist() == [2.5, 2.0, 0.5, 0.0] and total.dtype == np.float32
+    assert parts["exact"].tolist() == [1, 1, 0, 0] and parts["format"].tolist() == [1, 0, 1, 0]
+    assert combined.failures == {"exact": 0, "format": 0} and not combined.errors
+
+
+def _raise(completions):
+    raise RuntimeError("no luck")
+
+
+def _hang(completions):
+    time.sleep(5)
+
+
+FAILURES = {
+    "raises": (_raise, "RuntimeError: no luck", 3),
+    "hangs": (_hang, "no scores within 0.3 s", 3),
+    "nan": (lambda c: [1.0, np.nan, 1.0][: len(c)], "returned nan for row 1", 1),
+    "infinite": (lambda c: np.array([1.0, np.inf, 1.0])[: len(c)], "returned inf for row 1", 1),
+    "length": (lambda c: np.ones(len(c) + 1), r"of shape (4,) for 3 rows", 3),
+    "column": (lambda c: np.ones((len(c), 1)), r"of shape (3, 1) for 3 rows", 3),
+    "scalar": (lambda c: 1.0, "of shape () for 3 rows", 3),
+    "nothing": (lambda c: None, "returned nan for row 0|returned no numbers|of shape", 3),
+    "words": (lambda c: ["good"] * len(c), "returned no numbers", 3),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_reward_that_fails_scores_nothing_and_is_counted(kind, listed):
+    function, text, rows = FAILURES[kind]
+    listed(function)
+    combined = Combined({"mine": 1.0, "exact": 2.0}, limit=0.3)
+    for times in (1, 2):
+        total, parts = combined(["q"] * 3, ["12"] * 3, None, ["12"] * 3)
+        assert np.isfinite(total).all() and total.sum() == 6 + 3 - rows
+        assert parts["mine"].sum() == 3 - rows and parts["exact"].tolist() == [1, 1, 1]
+        assert combined.failures == {"mine": times * rows, "exact": 0}
+    assert any(part in combined.errors["mine"] for part in text.split("|"))
+    assert "exact" not in combined.errors
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_reward_that_fails_is_named_before_training(kind, listed):
+    listed(FAILURES[kind][0])
+    combined = Combined({"mine": 1.0}, limit=0.3)
+    with pytest.raises(ValueError, match="reward 'mine' failed on a probe"):
+        combined.check(["q"] * 3)
+
+
+def test_a_few_rows_are_tried(listed):
+    seen = []
+    listed(lambda completions: seen.append(len(completions)) or np.zeros(len(completions)))
+    Combined({"mine": 1.0, "exact": 1.0}).check(["q"] * 100, ["1"] * 100)
+    assert seen == [8]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({}, "no reward is named"),
+        ({"corect": 1.0}, "unknown reward 'corect'; did you mean 'correct'"),
+        ({"correct:sum": 1.0}, "unknown reward 'correct:sum'"),
+        ({"exact": "2"}, "weight of reward 'exact' is '2'"),
+        ({"exact": float("nan")}, "weight of reward 'exact' is nan"),
+    ],
+)
+def test_unknown_rewards_and_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        Combined(weights)
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"settings are given for .*correct"):
+        Combined({"exact": 1.0}, {"correct": {"limit": 1.0}})
+    with pytest.raises(ValueError, match="settings of reward 'exact' don't fit"):
+        Combined({"exact": 1.0}, {"exact": {"limit": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "message"),
+    [
+        (["q", " "], ["1", "1"], "row 1 has an empty prompt"),
+        (["q", "q"], ["1", None], "row 1 has no answer, and reward 'exact' compares"),
+        (["q", "q"], ["", "1"], "row 0 has no answer"),
+        (["q", "q"], None, "row 0 has no answer"),
+        (["q", "q"], ["1"], "2 completions and 1 answers"),
+    ],
+)
+def test_rows_that_can_not_be_scored(prompts, answers, message):
+    with pytest.raises(ValueError, match=message):
+        Combined({"exact": 1.0}).check(prompts, answers)
+
+
+@pytest.mark.parametrize("name", ["digit", "clip"])
+def test_rewards_of_images_need_images(name, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, name, rewards.exact)
+    with pytest.raises(ValueError, match=f"reward '{name}' scores images"):
+        Combined({name: 1.0}).check(["q"])
+
+
+def test_the_verifier_stands_alone():
+    # It runs as a file where this package may not be found.
+    source = pathlib.Path(rewards.verifier.__file__).read_text()
+    assert "mmada_jax" not in source

@@ -1,0 +1,495 @@
+"""Rollouts and RL training: one compilation, learning, exact resume, bad input."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmada_jax import convert, denoise, loss, metrics, optim, sharding, transformer
+from mmada_jax.api import MMaDA
+from mmada_jax.checkpoint import newest_step, open_params
+from mmada_jax.rl import rewards as rewards_lib
+from mmada_jax.rl import rollout as rollout_lib
+from mmada_jax.rl import train as rl
+from mmada_jax.rl.prompts import Prompt
+from mmada_jax.rl.rollout import Task
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def count_sevens():
+    """The share of a completion that is the digit 7."""
+
+    def score(prompts, completions, images, answers):
+        return np.array([text.count("7") / 8 for text in completions], np.float32)
+
+    return score
+
+
+def length():
+    """The number of letters."""
+
+    def score(prompts, completions, images, answers):
+        return np.array([len(text) for text in completions], np.float32)
+
+    return score
+
+
+def darkness():
+    """How dark an image is."""
+
+    def score(prompts, completions, images, answers):
+        return -np.asarray(images, np.float32).mean(axis=(1, 2, 3))
+
+    return score
+
+
+@pytest.fixture(autouse=True)
+def toy_rewards(monkeypatch):
+    monkeypatch.setitem(rewards_lib.REWARDS, "sevens", count_sevens)
+    monkeypatch.setitem(rewards_lib.REWARDS, "dark", darkness)
+    monkeypatch.setitem(rewards_lib.REWARDS, "long", length)
+
+
+@pytest.fixture
+def config(model_workdir, image_tokenizer, tmp_path):
+    """A text and an image task of a random model on one device."""
+    rows = [{"prompt": f"{a}+{b}", "answer": str(a + b)} for a in range(3) for b in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {"groups": 4, "update_groups": 4, "reward_settings": {}}
+    text = {"steps": 8, "block": 4, "temperature": 1.0, "remask": "largest"}
+    data = {"path": str(tmp_path / "prompts.jsonl"), "format": "jsonl"}
+    return {
+        "program": "rl",
+        "init": str(model_workdir),
+        "iterations": 3,
+        "tasks": {
+            "draw": common | {
+                "layout": "t2i", "data": {"path": "t2i_one", "format": "digits"}, "rewards": {"dark": 1.0},
+                "image": {"steps": 3, "guidance": 0.0},
+            },
+            "text": common | {
+                "layout": "lm_chat", "data": data, "rewards": {"sevens": 2.0, "format": 0.5}, "text": text,
+                "max_prompt": 30, "max_new": 8,
+            },
+        },
+        "objective": {"masking": "exact", "responses": 4, "mu": 2, "beta": 0.0, "kl": "old"},
+        "reference_dtype": "float32",
+        "save_every": 2,
+        "optim": {"lr": 1e-3, "warmup": 1, "weight_decay": 0.0},
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    make = sharding.make_mesh
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda *a, devices=devices, **k: make(*a, devices=devices, **k)
+    )
+
+
+@pytest.fixture(scope="module")
+def model(model_workdir):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return MMaDA.load(model_workdir, mesh)
+
+
+TEXT = Task("lm_chat", None, {}, groups=2, max_prompt=40, max_new=12, text=denoise.TextRule(
+    steps=12, block=4, temperature=1.0, remask="largest"))  # fmt: skip
+DRAW = Task("t2i", None, {}, groups=2, image=denoise.ImageRule(steps=4, guidance=1.0))
+READ = dataclasses.replace(TEXT, layout="mmu", max_prompt=60)
+PROMPTS = [Prompt("3+4", "7"), Prompt("what is 12+12?", "24")]
+
+
+def generate(model, task, prompts, responses=2, seed=0):
+    at = rollout_lib.span(task, model.vocab, model.n_image, model.max_text)
+    places = jax.tree.map(lambda x: x.sharding, model.params)
+    run = rollout_lib.make_generate(model.mesh, model.config, model.vocab, at, places)
+    job = rollout_lib.lay_out(model, task, prompts, responses)
+    rows, other = (x and (x.tokens, x.valid) for x in (job.rows, job.unconditional))
+    with jax.set_mesh(model.mesh):
+        return run, run(model.params, *rows, jax.random.key(seed), other), job
+
+
+# ---- Rollouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [TEXT, READ, DRAW], ids=lambda task: task.layout)
+def test_the_record_is_what_the_policy_gives_at_the_state_of_the_reveal(model, task):
+    prompts = PROMPTS
+    if task is READ:
+        prompts = [p._replace(image=np.zeros((*model.image_size, 1), np.float32)) for p in PROMPTS]
+    if task is DRAW:
+        prompts = [Prompt("a handwritten three", "3"), Prompt("a handwritten nine", "9")]
+    _, rollout, job = generate(model, task, prompts)
+    rollout = jax.device_get(rollout)
+    step, given = rollout.step_RL, job.rows.tokens != model.vocab.mask
+    np.testing.assert_array_equal(rollout.tokens_RL[given], job.rows.tokens[given])
+    np.testing.assert_array_equal(step < 0, given)
+    first, size = job.rule.vocabulary(model.vocab)
+
+    @jax.jit
+    def log_probs(seen):
+        h = transformer.hidden_states(model.params, model.config, seen, job.rows.valid)
+        return jax.nn.log_softmax(transformer.unembed(model.params, model.config, h, first, size), axis=-1)
+
+    for at in np.unique(step[(step >= 0) & (step < denoise.NEVER)]):
+        seen = np.where(step >= at, model.vocab.mask, rollout.tokens_RL)
+        logp = np.asarray(log_probs(seen))
+        for r, place in zip(*np.nonzero(step == at), strict=True):
+            want = logp[r, place, rollout.tokens_RL[r, place] - first]
+            np.testing.assert_allclose(rollout.logp_RL[r, place], want, atol=2e-5)
+            entropy = -np.sum(np.exp(logp[r, place]) * logp[r, place])
+            np.testing.assert_allclose(rollout.entropy_RL[r, place], entropy, rtol=1e-4)
+
+
+def test_a_response_is_scored_up_to_its_first_end(model):
+    _, rollout, job = generate(model, TEXT, PROMPTS * 4, responses=8)  # 64 rows in one call
+    rollout = jax.device_get(rollout)
+    span = slice(job.start, job.start + job.length)
+    assert not rollout.response_RL[:, : job.start].any()
+    assert len(rollout.tokens_RL) == 64
+    for ids, response in zip(rollout.tokens_RL[:, span], rollout.response_RL[:, span], strict=True):
+        ends = np.flatnonzero(ids == model.vocab.eos)
+        n = ends[0] + 1 if len(ends) else len(ids)
+        np.testing.assert_array_equal(response, np.arange(len(ids)) < n)
+
+
+def test_prompts_of_all_lengths_share_one_compilation(model):
+    run, first, _ = generate(model, TEXT, PROMPTS)
+    job = rollout_lib.lay_out(model, TEXT, [Prompt("7", "7"), Prompt("1+1+1+1", "4")], 2)
+    with jax.set_mesh(model.mesh):
+        run(model.params, job.rows.tokens, job.rows.valid, jax.random.key(1), None)
+    assert run._cache_size() == 1
+    # And a prompt's rollout doesn't depend on how far it is padded.
+    wider = dataclasses.replace(TEXT, max_prompt=55)
+    _, second, job = generate(model, wider, PROMPTS)
+    np.testing.assert_array_equal(first.tokens_RL[:, 40:], second.tokens_RL[:, 55:])
+
+
+def test_generation_stops_when_all_rows_have_ended(model):
+    eager = jax.tree.map(lambda x: x, model.params)
+    # A model that says little but the end, though not always at the end of a block.
+    head = eager["head_DV"]
+    h = transformer.hidden_states(
+        model.params, model.config, np.full((1, 4), model.vocab.mask, np.int32), np.ones((1, 4), bool)
+    )
+    eager["head_DV"] = head.at[:, model.vocab.eos].set(jnp.mean(h, axis=(0, 1)) * 0.5)
+    _, rollout, _ = generate(dataclasses.replace(model, params=eager), TEXT, PROMPTS)
+    step = np.asarray(rollout.step_RL)
+    ended = (np.asarray(rollout.tokens_RL) == model.vocab.eos)[:, 40:44].any(axis=1)
+    assert ended.all()
+    assert (step[:, 44:] == denoise.NEVER).all()
+    assert (np.asarray(rollout.tokens_RL)[:, 44:] == model.vocab.eos).all()
+
+
+# ---- Updates -------------------------------------------------------------------------------------
+
+
+def start(config, name, masking="unigrpo", **objective):
+    """All there is for one update: run, model, program, shardings, a scored rollout."""
+    values = config["objective"] | {"masking": masking} | objective
+    run, mesh, prompts, rewards = rl.check(config | {"objective": values}, "nowhere")
+    model, _ = rl.load(run, pathlib.Path("nowhere"), mesh)
+    optimizer = optim.make(run.optim, 10)
+    with jax.set_mesh(mesh):
+        _, shardings = rl.shapes_of(model, optimizer, mesh)
+        program = rl.make_program(
+            run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings
+        )
+        _, given = rl.inputs(run, model, program, 0)
+        rollout = program.generate(model.params, *given)
+    return run, model, program, rollout
+
+
+def batch_of(run, program, rollout, scored, advantage, fresh):
+    R = len(rollout.tokens_RL)
+    chosen = rl.Chosen(np.arange(R), np.asarray(advantage, np.float32), np.full(R, 1 / R, np.float32))
+    return rl.Batch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, np.full(R, fresh))
+
+
+@pytest.mark.parametrize(("name", "masking"), [("text", "unigrpo"), ("text", "exact"), ("draw", "full")])
+def test_the_first_inner_update_is_the_policy_gradient(config, name, masking):
+    run, model, program, rollout = start(config, name, masking, beta=0.1, kl="reference")
+    advantage = np.random.default_rng(0).normal(size=len(rollout.tokens_RL)).astype(np.float32)
+    with jax.set_mesh(model.mesh):
+        scored = program.score(model.params, model.params, rollout, jax.random.key(5), 0)
+        values, gradients = {}, {}
+        for fresh in (True, False):
+            batch = batch_of(run, program, rollout, scored, advantage, fresh)
+
+            @jax.jit
+            def of(params, batch):
+                return program.objective.loss(params, program.objective.prepare(None, batch))
+
+            (_, values[fresh]), gradients[fresh] = jax.value_and_grad(of, has_aux=True)(model.params, batch)
+
+        @jax.jit
+        def policy(params):
+            h = transformer.hidden_states(params, model.config, scored.seen_RL, rollout.valid_RL)
+            head, targets = rl.vocabulary(params, rollout.tokens_RL, program.at, model.vocab)
+            weight = jnp.asarray(advantage)[:, None] * jnp.where(scored.scored_RL, 1.0, 0.0)
+            count = jnp.maximum(1, scored.scored_RL.sum(axis=1, keepdims=True)).astype(jnp.float32)
+            return loss.weighted_nll(
+                h, head, targets, weight / count * scored.weight_R[:, None] / len(advantage)
+            )[0]
+
+        want = jax.grad(policy)(model.params)
+    assert float(values[True]["ratio_error"]) == 0
+    assert float(values[True]["clip_fraction"]) == 0
+    assert float(values[False]["ratio_error"]) < 1e-4  # by the scores of another program
+    assert float(values[False]["kl"]) < 1e-8
+    for fresh in (True, False):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients[fresh], want
+        )
+
+
+def test_padding_and_what_follows_the_end_have_no_gradient(config):
+    config["tasks"]["text"] |= {"groups": 2, "update_groups": 2}
+    run, model, program, rollout = start(config, "text")
+    with jax.set_mesh(model.mesh):
+        scored = program.score(model.params, None, rollout, jax.random.key(5), 0)
+        advantage = np.ones(len(rollout.tokens_RL))
+        batch = batch_of(run, program, rollout, scored, advantage, True)
+        rows, _, _ = program.objective.prepare(None, batch)
+        table = model.params["embed_VD"]
+
+        def of(x_RLD):
+            # Rows of embeddings of their own: position i of all rows looks up id i of another table.
+            R, L, D = x_RLD.shape
+            unused_D = jnp.zeros((len(table) - R * L, D))
+            params = model.params | {"embed_VD": jnp.concatenate([x_RLD.reshape(R * L, D), unused_D])}
+            ids = jnp.arange(R * L, dtype=jnp.int32).reshape(R, L)
+            moved = rows[0]._replace(seen_RL=ids), *rows[1:]
+            return program.objective.loss(params, (moved, batch.chosen, batch.fresh_S))[0]
+
+        grad = np.asarray(jax.jit(jax.grad(of))(table[scored.seen_RL]))
+        assert np.abs(grad[np.asarray(rollout.valid_RL)]).sum() > 0
+        assert not grad[~np.asarray(rollout.valid_RL)].any()
+
+        # A token after the end counts for nothing: another one there changes no gradient.
+        @jax.jit
+        def gradients(targets_RL):
+            prepared = ((rows[0], targets_RL, rows[2]), batch.chosen, batch.fresh_S)
+            return jax.grad(lambda params: program.objective.loss(params, prepared)[0])(model.params)
+
+        other = jnp.where(rollout.response_RL, rollout.tokens_RL, (rollout.tokens_RL + 1) % 50)
+        assert (other != rollout.tokens_RL).any()
+        jax.tree.map(np.testing.assert_array_equal, gradients(rollout.tokens_RL), gradients(other))
+
+
+def params(workdir):
+    return convert.in_memory(open_params(newest_step(workdir) / "params"))
+
+
+def history(workdir, metric):
+    rows = metrics.read(workdir / "metrics.jsonl")
+    return [row[metric] for row in rows if metric in row]
+
+
+def test_the_reward_of_a_toy_problem_rises(config, tmp_path):
+    # An untrained model can learn to say 7.
+    config = config | {
+        "tasks": {"text": config["tasks"]["text"] | {"groups": 6, "update_groups": None}},
+        "iterations": 25,
+        "objective": config["objective"] | {"responses": 8, "mu": 2},
+        "optim": config["optim"] | {"lr": 3e-3, "warmup": 5},
+        "save_every": 100,
+    }
+    rl.train(config, tmp_path / "run")
+    rewards = history(tmp_path / "run", "text/reward")
+    assert len(rewards) == 25
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3, rewards
+
+
+def test_each_function_compiles_once(config, tmp_path, monkeypatch):
+    made = {}
+    make = rl.make_program
+
+    def keep(run, name, *rest):
+        made[name] = make(run, name, *rest)
+        return made[name]
+
+    monkeypatch.setattr(rl, "make_program", keep)
+    rl.train(config | {"iterations": 4}, tmp_path / "run")
+    assert set(made) == {"draw", "text"}
+    for name, program in made.items():
+        counts = [f._cache_size() for f in (program.generate, program.score, program.update)]
+        assert counts == [1, 1, 1], (name, counts)
+    row = metrics.read(tmp_path / "run/metrics.jsonl")[1]
+    for metric in (
+        "reward", "reward_sevens", "reward_format", "failed_sevens", "reward_deviation",
+        "groups_that_differ",
+        "clip_fraction", "kl", "ratio_error", "response_length", "entropy", "rollout_tokens_per_second",
+        "update_tokens_per_second", "seconds_waiting_for_rewards", "grad_norm", "loss",
+    ):  # fmt: skip
+        assert np.isfinite(row[f"text/{metric}"]), metric
+    assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == [
+        "000000-draw.md", "000000-draw.png", "000001-text.md"
+    ]  # fmt: skip
+    # What was trained is a model like any other.
+    trained = MMaDA.load(tmp_path / "run")
+    assert trained.generate(["1+1"], max_new=4)[0].text is not None
+    assert trained.draw(["a handwritten one"], denoise.ImageRule(steps=2))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_resume_is_bit_exact(config, tmp_path, ahead):
+    config = config | {"iterations": 4, "ahead": ahead}
+    rl.train(config, tmp_path / "whole")
+    steps, sigterm = [], rl.train_lib.watch_sigterm
+    # SIGTERM arrives during the second iteration; then the run goes on.
+    with pytest.MonkeyPatch.context() as patch:
+
+        @contextlib.contextmanager
+        def after_two(mesh):
+            with sigterm(mesh):
+                yield lambda: steps.append(1) or len(steps) == 1
+
+        patch.setattr(rl.train_lib, "watch_sigterm", after_two)
+        state = rl.train(config, tmp_path / "broken")
+        assert int(state.step) == 2  # one iteration of mu 2
+    rl.train(config, tmp_path / "broken")
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
+    for metric in ("text/reward", "draw/reward", "text/kl", "draw/entropy"):
+        assert history(tmp_path / "whole", metric) == history(tmp_path / "broken", metric)
+
+
+# ---- Gradients, measured -------------------------------------------------------------------------
+
+
+def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that_of_ratios(
+    config, tmp_path
+):
+    text = config["tasks"]["text"] | {"groups": 8, "update_groups": None, "rewards": {"long": 1.0}}
+    config = config | {
+        "tasks": {"text": text},
+        "objective": config["objective"] | {"mu": 8, "responses": 8},
+    }
+    found = rl.diagnose(config, tmp_path, ["unigrpo", "exact"], 2)["text"]
+    assert list(found) == ["every", "unigrpo", "exact"]
+    np.testing.assert_allclose(found["every"]["with_every"], 1, rtol=1e-5)
+    assert 1 > found["exact"]["with_every"] > found["unigrpo"]["with_every"]
+    assert all(values["norm"] > 0 for values in found.values())
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(ValueError, match="maskings luck"):
+        rl.diagnose(config, tmp_path, ["luck"], 2)
+
+
+# ---- Bad input -----------------------------------------------------------------------------------
+
+
+def broken(*scores):
+    def make():
+        return lambda prompts, completions, images, answers: np.array(scores, np.float32)
+
+    return make
+
+
+def change(config, **task):
+    return config | {"tasks": {"text": config["tasks"]["text"] | task}}
+
+
+@pytest.mark.parametrize(
+    ("of_task", "of_run", "message"),
+    [
+        ({"rewards": {"sevns": 1.0}}, {}, "tasks.text: unknown reward 'sevns'; did you mean 'sevens'"),
+        ({"rewards": {}}, {}, "no reward is named"),
+        ({"rewards": {"nan": 1.0}}, {}, "reward 'nan' failed on a probe: it returned nan"),
+        ({"rewards": {"short": 1.0}}, {}, r"reward 'short' failed on a probe: .* shape \(1,\)"),
+        ({"max_prompt": 3}, {}, "max_prompt is 3; shorten it or raise max_prompt"),
+        ({"max_new": 9}, {}, "length 9 is not divisible by block 4"),
+        ({"max_new": 400, "text": {"steps": 400, "block": 4, "temperature": 1.0}}, {}, "lower max_prompt"),
+        ({"text": {"steps": 8, "block": 4, "temperature": 0.0}}, {}, "greedy rule"),
+        ({"update_groups": 5}, {}, "update_groups 5"),
+        ({"layout": "mmu"}, {}, "has no image"),
+        ({}, {"objective": {"responses": 1}}, "responses is 1; it must be at least 2"),
+        ({}, {"objective": {"masking": "luck"}}, "objective.masking is 'luck'"),
+        ({}, {"init": ""}, "config.init is empty"),
+        ({}, {"init": "nowhere"}, "nowhere"),
+        ({}, {"ahead": 2}, "ahead is 2"),
+        ({}, {"iterationz": 3}, "did you mean 'iterations'"),
+        ({}, {"model": {"d_model": 3}}, "the architecture is that of init"),
+        ({}, {"accumulate": 3}, "16 rows, which can't be split into 3 parts"),
+    ],
+)
+def test_bad_input_is_refused_before_any_compute(config, tmp_path, monkeypatch, of_task, of_run, message):
+    monkeypatch.setitem(rewards_lib.REWARDS, "nan", broken(*[np.nan] * 8))
+    monkeypatch.setitem(rewards_lib.REWARDS, "short", broken(1.0))
+    monkeypatch.setattr(rl, "make_program", None)
+    with pytest.raises((ValueError, OSError), match=message):
+        rl.train(change(config, **of_task) | of_run, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "1+1"}', "line 1: 'answer' is None"),
+        ('{"prompt": "1+1", "answer": "2"}\n{"prompt": " ", "answer": "2"}', "line 2: 'prompt' is ' '"),
+        ('{"prompt": "1+1", "answer": 2}', "line 1: 'answer' is 2"),
+        ("{", "line 1 is no JSON"),
+        ("", "holds no prompts"),
+        ('{"prompt": "1", "answer": "2", "image": "no.png"}', "no.png, which isn't there"),
+    ],
+)
+def test_bad_prompts_name_their_line(config, tmp_path, lines, message):
+    (tmp_path / "bad.jsonl").write_text(lines)
+    data = {"path": str(tmp_path / "bad.jsonl"), "format": "jsonl"}
+    with pytest.raises((ValueError, OSError), match=message):
+        rl.train(change(config, data=data), tmp_path / "run")
+
+
+def test_a_workdir_holds_one_run_and_its_reference(config, model_workdir, tmp_path):
+    workdir = tmp_path / "run"
+    config = config | {"iterations": 1, "samples_every": 0, "tasks": {"text": config["tasks"]["text"]}}
+    rl.train(config, workdir)
+    with pytest.raises(ValueError, match=r"objective\.mu is 2 there and 3 now"):
+        rl.train(config | {"objective": config["objective"] | {"mu": 3}}, workdir)
+    with pytest.raises(ValueError, match="ahead is 0 there and 1 now"):
+        rl.train(config | {"ahead": 1}, workdir)
+    known = json.loads((workdir / rl.INIT_FILE).read_text())
+    (workdir / rl.INIT_FILE).write_text(json.dumps(known | {"sha256": "another"}))
+    with pytest.raises(ValueError, match="began with another model"):
+        rl.train(config, workdir)
+
+
+@pytest.mark.parametrize("arg", ["digits", "8b", "digits,smoke", "8b,smoke"])
+def test_the_configurations_are_valid(arg):
+    from configs import unigrpo
+
+    run = rl.config_lib.from_dict(rl.RLRun, unigrpo.get_config(arg))
+    assert run.objective.masking == ("unigrpo" if "8b" in arg else "exact")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    rl.check_rows(run, mesh)
+
+
+def test_launch_trains_and_stops_at_sigterm(model_workdir, tmp_path):
+    command = [
+        sys.executable, ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
+        "--workdir", tmp_path / "run", f"--config.init={model_workdir}", "--config.iterations=40",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        out = []
+        for line in process.stdout:
+            out.append(line)
+            if line.startswith("step 3/40"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0, "".join(out)
+    assert "stopped by SIGTERM after iteration" in out[-1]
+    assert int(newest_step(tmp_path / "run").name) >= 6
