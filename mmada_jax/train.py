@@ -36,7 +36,7 @@ from mmada_jax.checkpoint import (
     write_whole,
 )
 from mmada_jax.convert.folder import open_folder
-from mmada_jax.data import digits, pipeline
+from mmada_jax.data import digits, pipeline, sources
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.metrics import Metrics
 from mmada_jax.run import (
@@ -339,7 +339,7 @@ def open_rows(
         f"config.{key}.{task}.{name}": source.info
         for task, of_task in opened.items()
         for name, source in of_task.items()
-        if layout.image_start(task, what.max_text) and getattr(source, "info", {}).get("codes")
+        if layout.image_start(task, what.max_text) and sources.codes_of(source)
     }
     if with_codes:
         path = image_tokenizer_of(run, workdir)
@@ -373,7 +373,8 @@ def model_program(
     def encode(rows):
         return rows.batch
 
-    if data.encodes:
+    vq_params = None
+    if data.encodes or run.eval_every:
         vq_params, _ = load_vq(image_tokenizer_of(run, workdir))
         encode = pipeline.make_encoder(mesh, vq_params, what.vq, what.vocab, run.max_text)
     return Program(
@@ -385,18 +386,21 @@ def model_program(
         tokenizer=what.tokenizer,
         accumulate=run.accumulate,
         start=what.start and what.start.params,
-        evaluate=evaluation(run, workdir, what, mesh) if run.eval_every else None,
+        evaluate=evaluation(run, workdir, what, mesh, vq_params, encode) if run.eval_every else None,
         data=data.description,
     )
 
 
 def evaluation(
-    run: ModelRun, workdir: pathlib.Path, what: Plan, mesh: jax.sharding.Mesh
+    run: ModelRun,
+    workdir: pathlib.Path,
+    what: Plan,
+    mesh: jax.sharding.Mesh,
+    vq_params: Any,
+    encode: Callable[[pipeline.Rows], layout.Batch],
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
     """(params, step, metrics) -> values on the held-out rows; samples are shown in the metrics."""
     rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
-    vq_params, _ = load_vq(image_tokenizer_of(run, workdir))
-    encode = pipeline.make_encoder(mesh, vq_params, what.vq, what.vocab, run.max_text)
     own = pipeline.own_rows(mesh, run.eval_rows)
 
     @functools.cache

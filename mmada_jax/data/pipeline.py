@@ -233,7 +233,7 @@ class Pipeline:
     def encodes(self) -> bool:
         """Whether any source has images without codes: then every batch has pixels."""
         return any(
-            task in ("t2i", "mmu", "r2i") and not getattr(source, "info", {}).get("codes")
+            layout.image_start(task, self.shape.max_text) and not sources.codes_of(source)
             for task, of_task in self.opened.items()
             for source in of_task.values()
         )
@@ -250,7 +250,7 @@ class Pipeline:
         for _ in range(TRIES):
             try:
                 record = source[index]
-                if record.codes is not None and not getattr(source, "info", {}).get("codes"):
+                if record.codes is not None and not sources.codes_of(source):
                     raise ValueError(
                         f"record {record.key!r} has image codes of an unknown tokenizer; name the folder "
                         "with their dataset.json, not the shards"

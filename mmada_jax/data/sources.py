@@ -106,6 +106,11 @@ def open_source(config: Config, root: str = "") -> Source:
     raise ValueError(f"no record that was tried can be read; the first: {errors[0]}") from errors[0]
 
 
+def codes_of(source: Source) -> int:
+    """The codes of each image in a source's records; 0 if they have none, or by an unknown tokenizer."""
+    return getattr(source, "info", {}).get("codes", 0)
+
+
 class _Records:
     """What the formats share. A subclass sets up what its `_key` and `_read` need, then calls this."""
 
