@@ -77,7 +77,7 @@ def of_digits() -> ConfigDict:
         "cut_long": False,
         "think_prompt": "",
         "think_draw_prompt": "",
-        "mixture": {"t2i": 3, "lm": 0, "lm_chat": 12, "mmu": 10, "r2i": 7},
+        "mixture": {"t2i": 3, "lm": 0, "lm_chat": 9, "mmu": 12, "r2i": 8},
         "data_root": "",
         "data": scans,
         "held_out": {

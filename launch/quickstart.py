@@ -21,22 +21,24 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from PIL import Image
 
-from configs import cot, pretrain, vq
+from configs import cot, pretrain, unigrpo, vq
+from launch import benchmark_rl
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
 from mmada_jax.checkpoint import write_whole
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import split_thought
 from mmada_jax.denoise import TextRule
+from mmada_jax.rl import train as rl
 from mmada_jax.train import train
 from mmada_jax.vq import to_uint8
 
-# Cases per metric, of the first stage and of the second.
-FULL, FAST = (300, 200), (100, 100)
+# Cases per metric, of each stage.
+FULL, FAST = (300, 200, 400), (100, 100, 100)
 
 
 def main() -> None:
-    """Train the image tokenizer and both stages, measure on what was held out, write the report."""
+    """Train the image tokenizer and the three stages, measure on what was held out, write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", default="runs/quickstart", help="default: %(default)s")
     parser.add_argument("--fast", action="store_true", help="fewer steps and cases, lower floors")
@@ -52,27 +54,43 @@ def main() -> None:
 
     # ---- Train: nothing that is done is done again -------------------------------------------------
     preset = "digits,fast" if args.fast else "digits"
-    say("1/4", "image tokenizer: scans -> 32 codes of 6 bits")
+    say("1/5", "image tokenizer: scans -> 32 codes of 6 bits")
     with clock(workdir, "tokenizer"):
         train_to_the_end(vq.get_config(preset), workdir / "image_tokenizer")
-    say("2/4", "stage 1: one model for reading, drawing, inpainting and arithmetic")
+    say("2/5", "stage 1: one model for reading, drawing, inpainting and arithmetic")
     config = pretrain.get_config(preset)
     config.image_tokenizer = os.path.join("..", "image_tokenizer")
     with clock(workdir, "pretrain"):
         train_to_the_end(config, workdir / "pretrain")
-    say("3/4", "stage 2: it learns to think before it answers or draws")
+    say("3/5", "stage 2: it learns to think before it answers or draws")
     with clock(workdir, "cot"):
         train_to_the_end(cot.get_config(preset), workdir / "cot")
+    say("4/5", "stage 3: UniGRPO, sums and drawing without guidance, by reward alone")
+    config = unigrpo.get_config(preset)
+    with clock(workdir, "unigrpo"):
+        state = rl.train(config, workdir / "unigrpo")
+        if int(state.step) < config.iterations * config.objective.mu:
+            sys.exit(143)
 
     # ---- Measure and report ------------------------------------------------------------------------
-    say("4/4", "held-out scans (359 that no model has seen) and sums")
-    n, n_thoughts = FAST if args.fast else FULL
+    say("5/5", "held-out scans (359 that no model has seen) and sums")
+    n, n_thoughts, n_rewarded = FAST if args.fast else FULL
     with clock(workdir, "evaluate"):
         model = MMaDA.load(workdir / "pretrain")
         result, pictures = measure(model, n)
         result["stages"]["cot_before"], pictures["before"] = measure_thoughts(model, n_thoughts, "before: ")
         model = MMaDA.load(workdir / "cot")
         result["stages"]["cot"], pictures["after"] = measure_thoughts(model, n_thoughts)
+        stages = result["stages"]
+        stages["unigrpo_before"], pictures["rl_before"] = benchmark_rl.measure(
+            model, config, n_rewarded, label="before: "
+        )
+        model = MMaDA.load(workdir / "unigrpo")
+        stages["unigrpo"], pictures["rl_after"] = benchmark_rl.measure(model, config, n_rewarded)
+        rows = metrics.read(workdir / "unigrpo" / "metrics.jsonl")
+        benchmark_rl.curves({config.objective.masking: [rows]}).savefig(
+            workdir / "rewards.png", dpi=90, bbox_inches="tight"
+        )
     result |= {"fast": args.fast, "seconds": json.loads((workdir / "seconds.json").read_text())}
     result["data_wait"] = max(map(data_wait, (workdir / run for run in ("pretrain", "cot"))))
     results(pictures).save(workdir / "results.png")
@@ -178,7 +196,7 @@ def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
 
 def finish(workdir: pathlib.Path, result: dict) -> None:
     """Prints the table and where the report is; exits with 1 if a floor is missed."""
-    print("\n" + "\n".join(f"{name:24}{value}" for name, value in table(result)))
+    print("\n" + "\n".join(f"{name:32}{value}" for name, value in table(result)))
     print(f"\nreport: {(workdir / 'report.html').absolute()}")
     floors = {"pretrain": {"vqa_one": 0.6, "t2i_one": 0.6}}
     if not result["fast"]:
@@ -216,6 +234,15 @@ def table(result: dict) -> list[tuple[str, str]]:
         for name, count in after.items()
     ]
     rows.append(("waiting for data", f"{result['data_wait']:.2%} of the training's time"))
+    before, after = result["stages"]["unigrpo_before"], result["stages"]["unigrpo"]
+    rows += [
+        (f"stage 3, {name}", f"{evaluate.Count(**before[name])} -> {evaluate.Count(**after[name])}")
+        for name in benchmark_rl.COUNTS
+    ]
+    rows += [
+        (f"stage 3, reward of {task}", f"{before['rewards'][task]:.3f} -> {reward:.3f}")
+        for task, reward in after["rewards"].items()
+    ]
     return rows + [(f"seconds, {name}", str(s)) for name, s in result["seconds"].items()]
 
 
@@ -255,6 +282,21 @@ def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:
     beside = zip(real, pictures["rebuilt"][:12], strict=True)
     drawn_one = zip(one[:20], wanted_one[:20], strict=True)
     drawn_two = zip(two[3:100:5], wanted_two[3:100:5], strict=True)
+    rewarded = [
+        f"<li>{html.escape(question)}: {html.escape(before)} before, {html.escape(after)} after"
+        + ("" if split_thought(after)[1] == want else f" <i>(is {want})</i>")
+        for (question, before, want), (_, after, _) in zip(
+            pictures["rl_before"]["sums"], pictures["rl_after"]["sums"], strict=True
+        )
+        if before != after
+    ][:20]
+    undrawn = [
+        "".join(
+            figure(p, digits.caption(*d))
+            for p, d in zip(*(x[:20] for x in pictures[when]["drawn"]), strict=True)
+        )
+        for when in ("rl_before", "rl_after")
+    ]
     sections = [
         ("Results on held-out scans", f"<table>{cells}</table>"),
         ("Loss", curves(workdir)),
@@ -270,6 +312,9 @@ def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:
             "Stage 2: thought, then drawn",
             row(figure(p, f"{q}: {t}") for p, (q, t) in zip(thought_drawn[:20], asked[:20], strict=True)),
         ),
+        ("Stage 3: rewards", inline(Image.open(workdir / "rewards.png"))),
+        ("Stage 3: sums at temperature 1 that changed", f"<ul>{''.join(rewarded)}</ul>"),
+        ("Stage 3: drawn without guidance, before and after", "<br>".join(undrawn)),
         (f"Drawing {digits.caption(3, 5)!r}", row(figure(p, "") for p in pictures["image_steps"])),
         ("Reading, step by step", f"<pre>{html.escape(chr(10).join(pictures['text_steps']))}</pre>"),
     ]

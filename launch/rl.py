@@ -18,7 +18,8 @@ from absl import app, flags, logging
 
 from launch.train import CONFIG, COORDINATOR, DISTRIBUTED, NUM_PROCESSES, PROCESS_ID, TIMEOUT, WORKDIR, fail
 from mmada_jax.config import parse_flags
-from mmada_jax.rl.train import diagnose, train
+from mmada_jax.rl.diagnose import diagnose
+from mmada_jax.rl.train import train
 from mmada_jax.rl.unigrpo import MASKINGS
 from mmada_jax.sharding import initialize_distributed
 

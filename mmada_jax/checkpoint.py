@@ -103,7 +103,7 @@ class Checkpoints:
         Raises ValueError, naming files or leaves, if all steps are damaged or if a leaf has another
         shape or dtype than asked for.
         """
-        step = self._set_damaged_aside()
+        step = self.newest_whole()
         folder = self.folder / str(step)
         _check_leaves(folder / "params", shapes.params)
         _check_leaves(folder / "opt_state", shapes.opt_state)
@@ -120,8 +120,10 @@ class Checkpoints:
         number = jax.device_put(jax.numpy.int32(step), shardings.step)
         return TrainState(number, restored["params"], restored["opt_state"])
 
-    def _set_damaged_aside(self) -> int:
-        """The newest step that is whole. Nothing is renamed if there is none."""
+    def newest_whole(self) -> int:
+        """The newest step that is whole, after damaged ones that are newer were renamed to N.damaged.
+
+        Raises ValueError, and renames nothing, if there is none."""
         self.latest()  # complete
         step, damage = int(newest_step(self.folder.parent).name), {}
         for step in sorted(self._manager.all_steps(), reverse=True):

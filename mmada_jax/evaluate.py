@@ -83,10 +83,13 @@ def read_digits(model, n_digits: int, n: int, split: str = "test", seed: int = 0
     return _count(np.array(answers) == np.array(wanted)), list(zip(canvases, answers, wanted, strict=True))
 
 
-def draw_digits(model, judge: Judge, n_digits: int, n: int, seed: int = 0) -> tuple[Count, np.ndarray, Any]:
+def draw_digits(
+    model, judge: Judge, n_digits: int, n: int, seed: int = 0, guidance: float = DRAW.guidance
+) -> tuple[Count, np.ndarray, Any]:
     """t2i_one, t2i_two: whether the judge reads what the caption asked for, all digits of it."""
     wanted = _balanced(n_digits, n)
-    drawn = model.draw([digits.caption(*row) for row in wanted], DRAW, seed=seed)
+    rule = dataclasses.replace(DRAW, guidance=guidance)
+    drawn = model.draw([digits.caption(*row) for row in wanted], rule, seed=seed)
     pixels = model.decode(np.stack([d.codes for d in drawn]))
     read = judge([scan for canvas in pixels for scan in digits.cut(canvas, n_digits)])
     return _count((read.reshape(wanted.shape) == wanted).all(axis=1)), pixels, wanted
@@ -116,13 +119,17 @@ def arithmetic(model, n: int, seed: int = 0) -> tuple[Count, list]:
     return _count(np.array([answer == want for _, answer, want in rows])), rows
 
 
-def text_cot(model, n: int, split: str = "test", seed: int = 0) -> tuple[Count, list]:
-    """text_cot: sums of three digits that were held out, with the intermediate result as a thought."""
-    triples = digits.triples(split)[:n]
-    questions = [digits.addition(*triple) for triple in triples]
-    rule = _thinking(model, model.text_job(questions))
+def text_cot(
+    model, n: int, split: str = "test", seed: int = 0, temperature: float = 0.0
+) -> tuple[Count, list]:
+    """text_cot: sums of four digits that were held out, with the intermediate results as a thought. More
+    cases than there are sums ask them again, which says something more only with a temperature."""
+    held_out = digits.chains(split)
+    chains = [held_out[i % len(held_out)] for i in range(n)]
+    questions = [digits.addition(*chain) for chain in chains]
+    rule = dataclasses.replace(_thinking(model, model.text_job(questions)), temperature=temperature)
     texts = [text.text for text in model.generate(questions, rule, seed=seed)]
-    wanted = [str(sum(triple)) for triple in triples]
+    wanted = [str(sum(chain)) for chain in chains]
     return _answered(texts, wanted), list(zip(questions, texts, wanted, strict=True))
 
 

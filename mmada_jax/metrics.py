@@ -7,7 +7,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -89,8 +89,15 @@ class Metrics:
         self._last, self._last_time = step, time.perf_counter()
         self._waited = self._paused = 0.0
 
-    def write(self, step: int, values: dict[str, float], tokens_per_step: int) -> None:
-        """Records one row and prints the progress line.
+    def write(
+        self,
+        step: int,
+        values: dict[str, float],
+        tokens_per_step: int,
+        shown: Collection[str] | None = None,
+    ) -> None:
+        """Records one row and prints the progress line, with the values named in `shown` or, if that is
+        None, with all but those of evaluations.
 
         tokens_per_second  over the steps since the last row
         data_wait          share of their time that was spent waiting for batches
@@ -106,22 +113,19 @@ class Metrics:
         wall = now - self._began
         self._productive += busy - self._waited
         row = {"step": step, **values}
-        shown = [f"step {step}/{self._steps}"]
-        shown += [
-            f"{name} {value:.3g}"
-            for name, value in values.items()
-            if name not in _UNSHOWN and not name.startswith("held_out")
-        ]
-        shown += [f"{name} {values[name]:.0f}" for name in _COUNTS if values.get(name)]
+        if shown is None:
+            shown = [n for n in values if n not in _UNSHOWN and not n.startswith("held_out")]
+        line = [f"step {step}/{self._steps}", *(f"{name} {values[name]:.3g}" for name in shown)]
+        line += [f"{name} {values[name]:.0f}" for name in _COUNTS if values.get(name)]
         if step > self._last:  # else nothing is known of the speed yet
             seconds, wait = busy / (step - self._last), self._waited / busy
             row |= {"tokens_per_second": tokens_per_step / seconds, "data_wait": wait}
-            shown.append(f"{tokens_per_step / seconds:,.0f} tokens/s")
+            line.append(f"{tokens_per_step / seconds:,.0f} tokens/s")
             if self._ideal_seconds:
                 row["mfu"] = self._ideal_seconds / seconds
-                shown.append(f"MFU {row['mfu']:.1%}")
-            shown += [f"waiting for data {wait:.0%}"] if wait > 0.02 else []
-            shown.append(f"ETA {duration(seconds * (self._steps - step))}")
+                line.append(f"MFU {row['mfu']:.1%}")
+            line += [f"waiting for data {wait:.0%}"] if wait > 0.02 else []
+            line.append(f"ETA {duration(seconds * (self._steps - step))}")
         stats = [device.memory_stats() for device in jax.local_devices()]
         if all(stats):
             row["hbm_gib"] = max(s["bytes_in_use"] for s in stats) / 2**30
@@ -136,7 +140,7 @@ class Metrics:
             for name, value in row.items():
                 if name != "step" and math.isfinite(value):
                     self._board.add_scalar(name, value, step)
-        print("  ".join(shown), flush=True)
+        print("  ".join(line), flush=True)
         self.restart_clock(step)
 
     def show(self, step: int, picture: Image.Image | None, lines: Sequence[str]) -> None:

@@ -221,6 +221,8 @@ def open_start(path: pathlib.Path) -> Start:
     if values.get("program") == "model":
         config = plan(parse(values), path).model
         params, _ = newest_params(path)
+    elif values.get("program") == "rl":
+        config, (params, _) = llada.config_from_hf(values["architecture"]), newest_params(path)
     elif (path / "params").is_dir() and values.get("model_type") in llada.MODEL_TYPES:
         verify_manifest(path / "params")
         config, params = llada.config_from_hf(values), open_params(path / "params")

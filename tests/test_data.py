@@ -74,16 +74,18 @@ def test_sentences():
     assert digits.reading(3, 5) == "three and five"
 
 
-def held_out(cases):
+def held_out(cases, *more):
     """Cases of the splits share none and lose none; how many each has."""
-    parts = {split: cases(split) for split in digits.SPLITS}
+    parts = {split: cases(split) for split in (*digits.SPLITS, *more)}
     everything = [case for part in parts.values() for case in part]
     assert len(set(everything)) == len(everything)
     return {split: len(part) for split, part in parts.items()}
 
 
 def test_additions_are_held_out():
-    assert held_out(digits.triples) == {"train": 300, "validation": 50, "test": 200}
+    sizes = {"train": 600, "validation": 200, "test": 400, "prompts": 1000}
+    assert held_out(digits.chains, "prompts") == sizes
+    assert all(sum(chain[:3]) < 10 for split in sizes for chain in digits.chains(split))
     assert held_out(digits.pairs) == {"train": 35, "validation": 5, "test": 15}
     assert {sum(pair) for pair in digits.pairs("train")} == set(range(10))
 
@@ -122,9 +124,10 @@ def test_records_show_what_they_say(kind, split):
             assert read_canvas(record.image, 1, split) == [a + b]
             assert said == f"<think>{a}+{b}={a + b}</think>"
         if kind == "text_cot":
-            a, b, c = map(int, asked.split("+"))
-            assert (a, b, c) in digits.triples(split)
-            assert said == f"<think>{a}+{b}={a + b} {a + b}+{c}={a + b + c}</think>{a + b + c}"
+            a, b, c, d = map(int, asked.split("+"))
+            assert (a, b, c, d) in digits.chains(split)
+            steps = f"{a}+{b}={a + b} {a + b}+{c}={a + b + c} {a + b + c}+{d}={a + b + c + d}"
+            assert said == f"<think>{steps}</think>{a + b + c + d}"
         if kind == "sums":
             assert (asked, said) in digits.sums(split)
         assert (record.image is None) == (kind in ("statements", "sums", "text_cot"))

@@ -14,7 +14,7 @@ LAYERS = (
     "transformer vq clip",
     "corrupt loss denoise",
     "state optim checkpoint metrics run convert.* data.pipeline rl.prompts rl.unigrpo rl.rewards",
-    "train rl.train rl.rollout evaluate api aot",
+    "train rl.train rl.rollout rl.diagnose evaluate api aot",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 NO_JAX = ("vocab", "layout", "data")  # and everything in data, but for data.pipeline

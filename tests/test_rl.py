@@ -20,6 +20,7 @@ from mmada_jax.checkpoint import newest_step, open_params
 from mmada_jax.rl import rewards as rewards_lib
 from mmada_jax.rl import rollout as rollout_lib
 from mmada_jax.rl import train as rl
+from mmada_jax.rl.diagnose import diagnose
 from mmada_jax.rl.prompts import Prompt
 from mmada_jax.rl.rollout import Task
 
@@ -367,6 +368,88 @@ def test_resume_is_bit_exact(config, tmp_path, ahead):
         assert history(tmp_path / "whole", metric) == history(tmp_path / "broken", metric)
 
 
+def test_the_next_rollout_survives_a_damaged_checkpoint_of_another_task(config, tmp_path):
+    config = config | {"iterations": 2, "ahead": 1, "save_every": 1}
+    rl.train(config, tmp_path / "whole")
+    rl.train(config, tmp_path / "broken")
+    newest = newest_step(tmp_path / "broken")
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"!")
+    rl.train(config, tmp_path / "broken")
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
+
+
+def test_sharded_training_is_the_same(config, tmp_path, monkeypatch):
+    config = config | {
+        "iterations": 2, "objective": config["objective"] | {"kl": "reference", "beta": 0.1},
+    }  # fmt: skip
+    rl.train(config, tmp_path / "one")
+    make = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda *a, **k: make(*a, devices=jax.devices()[:8], **k))
+    rl.train(config | {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, tmp_path / "eight")
+    for metric in ("draw/reward", "draw/entropy", "draw/loss", "text/reward", "text/kl", "text/loss"):
+        one, eight = (history(tmp_path / name, metric) for name in ("one", "eight"))
+        np.testing.assert_allclose(one, eight, rtol=1e-3, atol=1e-6, err_msg=metric)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        params(tmp_path / "one"),
+        params(tmp_path / "eight"),
+    )
+
+
+def test_the_reference_is_kept_in_bfloat16_where_the_policy_lies(config, tmp_path, monkeypatch):
+    values = config | {
+        "reference_dtype": "bfloat16", "iterations": 1,
+        "objective": config["objective"] | {"kl": "reference", "beta": 0.1, "masking": "unigrpo"},
+    }  # fmt: skip
+    kept, frozen = [], rl.frozen
+    monkeypatch.setattr(
+        rl, "frozen", lambda params, run: kept.append((params, frozen(params, run))) or kept[0][1]
+    )
+    make = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda *a, **k: make(*a, devices=jax.devices()[:4], **k))
+    rl.train(values | {"mesh": {"data": 1, "fsdp": 2, "tensor": 2}}, tmp_path / "run")
+    ((policy, reference),) = kept
+    for a, b in zip(jax.tree.leaves(policy), jax.tree.leaves(reference), strict=True):
+        assert b.dtype == jnp.bfloat16
+        assert b.sharding == a.sharding
+        assert not b.is_deleted()
+    # Of the policy itself but for its rounding.
+    (kl,) = history(tmp_path / "run", "draw/kl")
+    assert 0 < kl < 1e-3
+
+
+def test_a_trained_run_is_where_another_stage_can_start(config, tmp_path):
+    from mmada_jax.run import open_start
+
+    tasks = {"text": config["tasks"]["text"]}
+    rl.train(config | {"iterations": 1, "samples_every": 0, "tasks": tasks}, tmp_path / "run")
+    begin = open_start(tmp_path / "run")
+    model = MMaDA.load(tmp_path / "run")
+    assert dataclasses.replace(begin.model, dtype=model.config.dtype) == model.config
+    assert begin.tokenizer.is_file()
+
+
+def test_progress_is_a_short_line_that_names_failures(config, tmp_path, monkeypatch, capsys):
+    def failing():
+        def score(prompts, completions, images, answers):
+            if len(completions) > 8:  # the probe is shorter
+                raise RuntimeError("broken")
+            return np.zeros(len(completions), np.float32)
+
+        return score
+
+    monkeypatch.setitem(rewards_lib.REWARDS, "failing", failing)
+    task = config["tasks"]["text"] | {"rewards": {"sevens": 1.0, "failing": 1.0}}
+    rl.train(config | {"iterations": 1, "tasks": {"text": task}}, tmp_path / "run")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert "text/failed_failing 16" in line
+    assert "ETA" in line
+    assert "failed_sevens" not in line
+    assert len(line) < 250
+
+
 # ---- Gradients, measured -------------------------------------------------------------------------
 
 
@@ -378,14 +461,14 @@ def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that
         "tasks": {"text": text},
         "objective": config["objective"] | {"mu": 8, "responses": 8},
     }
-    found = rl.diagnose(config, tmp_path, ["unigrpo", "exact"], 2)["text"]
+    found = diagnose(config, tmp_path, ["unigrpo", "exact"], 2)["text"]
     assert list(found) == ["every", "unigrpo", "exact"]
     np.testing.assert_allclose(found["every"]["with_every"], 1, rtol=1e-5)
     assert 1 > found["exact"]["with_every"] > found["unigrpo"]["with_every"]
     assert all(values["norm"] > 0 for values in found.values())
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(ValueError, match="maskings luck"):
-        rl.diagnose(config, tmp_path, ["luck"], 2)
+        diagnose(config, tmp_path, ["luck"], 2)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -466,7 +549,17 @@ def test_a_workdir_holds_one_run_and_its_reference(config, model_workdir, tmp_pa
         rl.train(config, workdir)
 
 
-@pytest.mark.parametrize("arg", ["digits", "8b", "digits,smoke", "8b,smoke"])
+def test_tasks_take_their_turns(config):
+    tasks = config["tasks"]
+    config = config | {"tasks": {"draw": tasks["draw"], "text": tasks["text"] | {"turns": 3}}}
+    run = rl.config_lib.from_dict(rl.RLRun, config)
+    assert [run.turn(i) for i in range(9)] == [
+        ("draw", 0), ("text", 0), ("text", 1), ("text", 2), ("draw", 1), ("text", 3), ("text", 4),
+        ("text", 5), ("draw", 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arg", ["digits", "8b", "digits,fast", "digits,smoke", "8b,smoke"])
 def test_the_configurations_are_valid(arg):
     from configs import unigrpo
 

@@ -8,6 +8,7 @@ digit in the middle or two side by side.
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from typing import Literal
 
@@ -105,22 +106,25 @@ def sums(split: str) -> list[tuple[str, str]]:
 
 
 @functools.cache
-def triples(split: str) -> list[tuple[int, int, int]]:
-    """Digits to add in two steps, the first of which makes a digit: 300 triples, 50 for `validation` and
-    200 for `test`."""
-    return _held_out(
-        [(a, b, c) for a in range(10) for b in range(10 - a) for c in range(10)], split, 50, 200
-    )
+def chains(split: str) -> list[tuple[int, int, int, int]]:
+    """Digits to add in three steps, the first three of which make a digit: 600 chains to `train` on, 200
+    for `validation`, 400 for `test`, and 1000 `prompts` that no training explains, for reinforcement
+    learning."""
+    cases = [
+        (a, b, c, d) for a in range(10) for b in range(10 - a) for c in range(10 - a - b) for d in range(10)
+    ]
+    return _part(cases, split, {"test": 400, "validation": 200, "prompts": 1000, "train": 600})
 
 
 @functools.cache
 def pairs(split: str) -> list[tuple[int, int]]:
     """Digits whose sum is a digit: 35 ordered pairs, 5 for `validation` and 15 for `test`."""
-    return _held_out([(a, b) for a in range(10) for b in range(10 - a)], split, 5, 15)
+    cases = [(a, b) for a in range(10) for b in range(10 - a)]
+    return _part(cases, split, {"test": 15, "validation": 5, "train": 35})
 
 
 def thought(*numbers: int) -> str:
-    """How numbers are added: `3+5=8`, or `3+5=8 8+8=16`."""
+    """How numbers are added: `3+5=8`, or `3+1=4 4+4=8 8+8=16`."""
     steps, total = [], numbers[0]
     for number in numbers[1:]:
         steps.append(f"{total}+{number}={total + number}")
@@ -129,7 +133,7 @@ def thought(*numbers: int) -> str:
 
 
 def addition(*numbers: int) -> str:
-    """A question in text: `3+5+8`."""
+    """A question in text: `3+1+4+8`."""
     return "+".join(map(str, numbers))
 
 
@@ -158,7 +162,7 @@ class Records:
         statements   lm        `three plus five is 8`
         sums         lm_chat   `3+5`, answered `3+5=8`
         reading      mmu       one or two scans, and which digits they are, in words or as numbers
-        text_cot     lm_chat   `3+5+8`, answered after a thought
+        text_cot     lm_chat   `3+1+4+8`, answered after a thought
         vqa_sum      mmu       two scans, their sum after a thought
         draw_sum     r2i       `draw 3+4`, a thought, and a scan of the sum
 
@@ -169,7 +173,7 @@ class Records:
     split: str
 
     def __len__(self) -> int:
-        table = {"statements": 100, "sums": len(sums(self.split)), "text_cot": len(triples(self.split))}
+        table = {"statements": 100, "sums": len(sums(self.split)), "text_cot": len(chains(self.split))}
         return table.get(self.kind, 2**16)
 
     def __getitem__(self, i: int) -> Record:
@@ -206,7 +210,7 @@ class Records:
         return Record(key, image, turns=_turns(ask, reading(*labels)))
 
     def _text_cot(self, rng, i, key):
-        numbers = triples(self.split)[i]
+        numbers = chains(self.split)[i]
         return Record(key, turns=_turns(addition(*numbers), _think(*numbers)))
 
     def _vqa_sum(self, rng, i, key):
@@ -242,14 +246,13 @@ def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
 
 
-def _held_out(cases: list, split: str, n_validation: int, n_test: int) -> list:
+def _part(cases: list, split: str, sizes: dict[str, int]) -> list:
+    """The cases of a split, chosen at random."""
+    if split not in sizes:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(sizes)}")
+    ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))
     order = np.random.default_rng(2).permutation(len(cases))
-    first, last = {
-        "test": (0, n_test),
-        "validation": (n_test, n_test + n_validation),
-        "train": (n_test + n_validation, len(cases)),
-    }[split]
-    return [cases[i] for i in order[first:last]]
+    return [cases[i] for i in order[ends[split] - sizes[split] : ends[split]]]
 
 
 def _statement(a: int, b: int) -> str:

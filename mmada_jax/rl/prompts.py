@@ -1,6 +1,6 @@
 """What a policy is asked, and what its responses are compared with.
 
-digits          by `path`: text_cot (`3+5+8`), vqa_sum (two scans, `add them`), t2i_one (`a
+digits          by `path`: text_cot (`3+1+4+8`), vqa_sum (two scans, `add them`), t2i_one (`a
                 handwritten seven`)
 jsonl           one object a line: "prompt", "answer", and for image understanding "image", a file beside it
 reasoning_gym   `count` problems of the task `path` of that package; its reward judges them
@@ -80,8 +80,8 @@ def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prom
 
 def _of_digits(config: Config) -> list[Prompt]:
     if config.path == "text_cot":
-        triples = digits.triples(config.split)
-        return [Prompt(digits.addition(*triple), str(sum(triple))) for triple in triples]
+        chains = digits.chains(config.split)
+        return [Prompt(digits.addition(*chain), str(sum(chain))) for chain in chains]
     if config.path == "t2i_one":
         return [Prompt(digits.caption(digit), str(digit)) for digit in range(10)]
     if config.path == "vqa_sum":

@@ -20,7 +20,6 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.experimental import multihost_utils
 from PIL import Image
 
@@ -50,6 +49,9 @@ from mmada_jax.state import TrainState, start_state, state_shardings
 
 # What a workdir's run began with: its reference.
 INIT_FILE = "init.json"
+# In the progress line, and these where there are any.
+SHOWN = ("reward", "groups_that_differ", "response_length", "kl", "clip_fraction")
+COUNTS = ("failed_", "skipped")
 # Groups of the configuration that a position means something by; of the objective only mu.
 FIXED = ("program", "init", "ahead", "objective")
 FREE = tuple(f"objective.{f.name}" for f in dataclasses.fields(unigrpo.Config) if f.name != "mu")
@@ -61,8 +63,9 @@ class RLRun:
     reference (held in `reference_dtype`, and only if the objective asks for it).
 
     Paths are relative to the run's workdir, or absolute. `tasks` take turns, one each iteration, sorted
-    by name. `model` says how the model is computed (dtype, attention, remat, unroll). With `ahead` 1 the
-    next rollout is generated while rewards are computed, by a policy that is older by one iteration.
+    by name, some of them several in a row (`turns`). `model` says how the model is computed (dtype,
+    attention, remat, unroll). With `ahead` 1 the next rollout is generated while rewards are computed,
+    by a policy that is older by one iteration.
     """
 
     program: Literal["rl"]
@@ -100,9 +103,16 @@ class RLRun:
                 "dtype, attention, remat and unroll say how it is computed"
             )
 
-    def task_at(self, iteration: int) -> str:
-        """The name of the task whose turn it is."""
-        return sorted(self.tasks)[iteration % len(self.tasks)]
+    @property
+    def cycle(self) -> list[str]:
+        """Whose turn it is, over and over."""
+        return [name for name in sorted(self.tasks) for _ in range(self.tasks[name].turns)]
+
+    def turn(self, iteration: int) -> tuple[str, int]:
+        """The task of an iteration, and how many turns it had before."""
+        rounds, place = divmod(iteration, len(self.cycle))
+        name = self.cycle[place]
+        return name, rounds * self.tasks[name].turns + place - self.cycle.index(name)
 
 
 class Scored(NamedTuple):
@@ -191,8 +201,9 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         if latest is None:
             state = start_state(model.params, optimizer, shardings)
         elif run.ahead:
-            # The rollout that was in flight is part of what was saved.
-            program = programs[run.task_at(latest // mu)]
+            # The rollout that was in flight is part of what was saved; its shape is that of its task.
+            latest = checkpoints.newest_whole()
+            program = programs[run.turn(latest // mu)[0]]
             asked, given = inputs(run, model, program, latest // mu)
             rows = jax.eval_shape(program.generate, shapes.params, *given)._asdict()
             state = checkpoints.restore(
@@ -220,13 +231,13 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
         # ---- Loop: rollout and rewards ----------------------------------------------------------
         def roll(iteration):
-            program = programs[run.task_at(iteration)]
+            program = programs[run.turn(iteration)[0]]
             asked, given = inputs(run, model, program, iteration)
             return asked, program.generate(state.params, *given)
 
         with Metrics(workdir, run.iterations, first, began=began) as metrics:
             for iteration in range(first, run.iterations):
-                name = run.task_at(iteration)
+                name, _ = run.turn(iteration)
                 program = programs[name]
                 clock = Clock()
                 asked, rollout = ahead or roll(iteration)
@@ -247,11 +258,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
                 # ---- Inner updates --------------------------------------------------------------
                 chosen, values = choose(run, program.task, total_R)
-                chosen = sharding.put_batch(mesh, chosen)
                 of_updates = []
                 for n in range(mu):
-                    fresh_S = jnp.full(chosen.which_S.shape, n == 0 and not run.ahead)
-                    batch = Batch(scored[n], rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
+                    fresh_S = np.full(chosen.which_S.shape, n == 0 and not run.ahead)
+                    on_mesh = sharding.put_batch(mesh, (chosen, fresh_S))
+                    batch = Batch(scored[n], rollout.tokens_RL, rollout.valid_RL, *on_mesh)
                     state, of_update = program.update(state, root, batch)
                     of_updates.append(of_update)
                 of_updates = jax.device_get(of_updates)
@@ -264,9 +275,12 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     values = {f"{name}/{key}": float(value) for key, value in values.items()}
                     values["lr"] = optim.learning_rate(run.optim, run.iterations * mu, state.opt_state)
                     values["failed_saves"] = checkpoints.failed
-                    metrics.write(done, values, program.at.row * len(host.tokens_RL))
+                    shown = [f"{name}/{key}" for key in SHOWN] + [
+                        key for key, n in values.items() if n and key.split("/")[-1].startswith(COUNTS)
+                    ]
+                    metrics.write(done, values, program.at.row * len(host.tokens_RL), shown)
                     optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
-                if run.samples_every and iteration % run.samples_every < len(run.tasks) and first_process:
+                if run.samples_every and iteration % run.samples_every < len(run.cycle) and first_process:
                     save_samples(
                         workdir, iteration, name, asked, responses, total_R, each, run.objective.responses
                     )
@@ -281,97 +295,6 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     say(f"stopped by SIGTERM after iteration {done}; run again to resume")
                     break
     return state
-
-
-def diagnose(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, maskings: Sequence[str], batches: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Task -> masking -> how its gradient behaves at the model in `config.init`, which stays as it is.
-
-    between_batches   mean cosine between the gradients of two rollouts
-    with_every        cosine of their mean with that over every reveal of every rollout ("every")
-    norm              mean norm of the gradient of a rollout
-
-    A gradient is the mean over the masks of `mu` inner updates, none of which is made. Holds one for each
-    of `batches` rollouts and maskings. Raises ValueError for unknown maskings and less than two batches.
-    """
-    unknown = set(maskings) - set(unigrpo.MASKINGS)
-    if unknown or batches < 2:
-        raise ValueError(
-            f"maskings {', '.join(sorted(unknown)) or 'are known'}, batches {batches}; known are "
-            f"{', '.join(unigrpo.MASKINGS)}, and two batches are needed"
-        )
-    run, mesh, prompts, rewards = check(config, workdir)
-    model, _ = load(run, pathlib.Path(workdir), mesh)
-    check_model(run, model, prompts, rewards)
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
-        for combined in rewards.values():
-            stack.enter_context(combined)
-        optimizer = optim.make(run.optim, 1)
-        _, shardings = shapes_of(model, optimizer, mesh)
-        for turn, name in enumerate(sorted(run.tasks)):
-            program = make_program(
-                run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings
-            )
-            rolled = []
-            for i in range(batches):
-                asked, given = inputs(run, model, program, i * len(run.tasks) + turn)
-                rollout = program.generate(model.params, *given)
-                responses = read(model, program.task, program.at, np.asarray(rollout.tokens_RL))
-                total_R, _ = judge(program, asked, responses)
-                rolled.append((rollout, choose(run, program.task, total_R)[0]))
-            gradients = {
-                masking: gradients_of(run, model, program, masking, rolled, mesh, shardings.params)
-                for masking in ("every", *maskings)
-            }
-            mean = {masking: _mean(of_batches) for masking, of_batches in gradients.items()}
-            found[name] = {
-                masking: {
-                    "between_batches": np.mean(
-                        [_cosine(of_batches[i], of_batches[j]) for i in range(batches) for j in range(i)]
-                    ),
-                    "with_every": _cosine(mean[masking], mean["every"]),
-                    "norm": np.mean([float(optax.tree.norm(g)) for g in of_batches]),
-                }
-                for masking, of_batches in gradients.items()
-            }
-    return found
-
-
-def gradients_of(run, model, program, masking, rolled, mesh, shardings) -> list[Any]:
-    """The gradient of each rollout under a masking, the mean over its inner updates."""
-    mu = program.at.length if masking == "every" else run.objective.mu
-    settings = dataclasses.replace(run.objective, masking=masking, mu=mu, beta=0.0, kl="old")
-    run = dataclasses.replace(run, objective=settings)
-    score = make_score(run, model, program.at, mesh, shardings)
-    objective = make_objective(run, model, program.at)
-
-    @jax.jit
-    def add(sums, params, batch):
-        grads = jax.grad(lambda params: objective.loss(params, objective.prepare(None, batch))[0])(params)
-        return jax.tree.map(lambda a, b: a + b / mu, sums, grads)
-
-    out = []
-    for i, (rollout, chosen) in enumerate(rolled):
-        sums = jax.tree.map(jnp.zeros_like, model.params)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 3), i)
-        fresh_S = np.ones(len(chosen.which_S), bool)
-        longest = int(jnp.max(jnp.sum(rollout.response_RL, axis=1))) if masking == "every" else mu
-        for n in range(longest):
-            scored = score(model.params, None, rollout, key, n)
-            batch = Batch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
-            sums = add(sums, model.params, batch)
-        out.append(sums)
-    return out
-
-
-def _mean(trees):
-    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
-
-
-def _cosine(a, b):
-    return float(optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b)))
 
 
 # ---- Before the loop -----------------------------------------------------------------------------
@@ -606,7 +529,7 @@ def vocabulary(params: Any, tokens_RL: jax.Array, at: Span, vocab: Any) -> tuple
 def inputs(run: RLRun, model: MMaDA, program: Program, iteration: int) -> tuple[list[Prompt], tuple]:
     """The prompts of an iteration, one for each row, and what `generate` takes beside the params."""
     task, G = program.task, run.objective.responses
-    turn = iteration // len(run.tasks)
+    _, turn = run.turn(iteration)
     asked = [program.prompts[program.order[turn * task.groups + p]] for p in range(task.groups)]
     job = lay_out(model, task, asked, G)
     rows, other = (

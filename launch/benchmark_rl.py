@@ -1,0 +1,204 @@
+"""What UniGRPO does to a model of the digits: trained with several seeds and maskings, measured before and
+after on held-out cases.
+
+    python launch/benchmark_rl.py --init runs/quickstart/cot --workdir runs/benchmark_rl
+
+Trains configs/unigrpo.py:digits as it is, but for the masking and the seed, and writes the table
+(report.md), all counts (report.json) and the rewards over the iterations (rewards.png). What is done
+already isn't done again, so that several of these, each with seeds of its own, can share a workdir.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import jax
+import numpy as np
+
+from configs import unigrpo as config_file
+from mmada_jax import evaluate, metrics
+from mmada_jax.api import MMaDA
+from mmada_jax.checkpoint import write_whole
+from mmada_jax.data import digits
+from mmada_jax.rl.rewards import Combined
+from mmada_jax.rl.train import train
+
+# Cases of a metric that isn't sampled as in a rollout.
+MOST = 400
+TASKS = ("arithmetic", "drawing")
+COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_one")
+
+
+def main() -> None:
+    """Train and measure what isn't yet, then the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
+    parser.add_argument("--workdir", default="runs/benchmark_rl", help="default: %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--maskings", nargs="+", default=["exact", "unigrpo", "full", "random", "trace"], help="%(default)s"
+    )
+    parser.add_argument("--split", choices=digits.SPLITS, default="test", help="default: %(default)s")
+    parser.add_argument("--n", type=int, default=1200, help="cases of each sampled metric (%(default)s)")
+    args = parser.parse_args()
+    workdir = pathlib.Path(args.workdir)
+    runs = [(masking, seed) for masking in args.maskings for seed in args.seeds]
+    for masking, seed in runs:
+        config = config_file.get_config("digits")
+        config.init = str(pathlib.Path(args.init).absolute())
+        config.objective.masking, config.seed = masking, seed
+        folder = workdir / f"{masking}-{seed}"
+        name = f"{args.split}-{args.n}.json"
+        before = workdir / f"before-{seed}-{name}"
+        print(f"{masking}, seed {seed}", flush=True)
+        if not before.is_file():
+            workdir.mkdir(parents=True, exist_ok=True)
+            result, _ = measure(MMaDA.load(args.init), config, args.n, args.split, seed)
+            write_whole(before, json.dumps(result, indent=1))
+        if not (folder / name).is_file():
+            start = time.perf_counter()
+            state = train(config, folder)
+            if int(state.step) < config.iterations * config.objective.mu:
+                sys.exit(143)  # as a shell has it for the SIGTERM that stopped the training
+            seconds = time.perf_counter() - start
+            result, _ = measure(MMaDA.load(folder), config, args.n, args.split, seed)
+            write_whole(folder / name, json.dumps(result | {"seconds": round(seconds, 1)}, indent=1))
+
+    # ---- Report -------------------------------------------------------------------------------------
+    name = f"{args.split}-{args.n}.json"
+    results = {
+        masking: {
+            seed: (
+                json.loads((workdir / f"before-{seed}-{name}").read_text()),
+                json.loads((workdir / f"{masking}-{seed}" / name).read_text()),
+            )
+            for seed in args.seeds
+        }
+        for masking in args.maskings
+    }
+    write_whole(workdir / "report.json", json.dumps(results, indent=1))
+    write_whole(workdir / "report.md", "\n".join(table(results)) + "\n")
+    rewards = {
+        masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in args.seeds]
+        for masking in args.maskings
+    }
+    curves(rewards).savefig(workdir / "rewards.png", dpi=90, bbox_inches="tight")
+    print("\n".join(table(results)))
+    print(f"\n{workdir.absolute()}: report.md, report.json, rewards.png")
+
+
+def measure(
+    model: MMaDA, config, n: int, split: str = "test", seed: int = 0, label: str = ""
+) -> tuple[dict, dict]:
+    """Counts of `n` held-out cases by metric, at most MOST where nothing is sampled as in a rollout, and
+    the mean reward of each task; then what there is to look at: sampled (question, text, answer), pixels
+    of unguided drawings with the digits asked for.
+
+    text_cot           sums of four digits, greedy; text_cot_sampled at temperature 1, as in a rollout
+    vqa_sum            the sum of two scans, thought first, which the training doesn't ask for
+    t2i_one            a digit drawn with guidance; t2i_one_unguided without, as in a rollout
+    rewards            of the sampled sums and of the unguided drawings, as the training gives them
+    """
+    judge = evaluate.Judge()
+    few = min(n, MOST)
+    counts = {"text_cot": evaluate.text_cot(model, min(few, len(digits.chains(split))), split, seed)[0]}
+    counts["text_cot_sampled"], rows = evaluate.text_cot(model, n, split, seed, temperature=1.0)
+    counts["vqa_sum"] = evaluate.vqa_sum(model, few, split, seed)[0]
+    counts["t2i_one"] = evaluate.draw_digits(model, judge, 1, few, seed)[0]
+    counts["t2i_one_unguided"], pixels, wanted = evaluate.draw_digits(model, judge, 1, n, seed, guidance=0)
+    prompts, texts, answers = zip(*rows, strict=True)
+    captions = [digits.caption(*row) for row in wanted]
+    rewards = {}
+    for task, cases in (
+        ("arithmetic", (prompts, texts, None, answers)),
+        ("drawing", (captions, [""] * n, pixels)),
+    ):
+        with Combined(config.tasks[task].rewards.to_dict()) as combined:
+            rewards[task] = float(np.mean(combined(*cases)[0]))
+    for name in COUNTS:
+        print(f"  {label}{name}: {counts[name]}", flush=True)
+    result = {name: dataclasses.asdict(counts[name]) for name in COUNTS} | {"rewards": rewards}
+    return result, {"sums": rows, "drawn": (pixels, wanted)}
+
+
+def two_proportions(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
+    """(z, two-sided p) of the pooled test for two proportions, each (correct, total)."""
+    (x, n), (y, m) = before, after
+    share = (x + y) / (n + m)
+    deviation = math.sqrt(share * (1 - share) * (1 / n + 1 / m))
+    z = (y / m - x / n) / deviation if deviation else 0.0
+    return z, math.erfc(abs(z) / math.sqrt(2))
+
+
+def table(results: dict[str, dict[int, tuple[dict, dict]]]) -> list[str]:
+    """Markdown: a row for each run, before -> after, and for each masking one with all its seeds."""
+    heads = [*(f"reward, {task}" for task in TASKS), *COUNTS]
+    lines = ["| masking | seed | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
+    for masking, runs in results.items():
+        for seed, (before, after) in runs.items():
+            cells = [f"{before['rewards'][task]:.3f} -> {after['rewards'][task]:.3f}" for task in TASKS]
+            cells += [
+                f"{before[name]['correct']} -> {after[name]['correct']} of {after[name]['total']}"
+                for name in COUNTS
+            ]
+            lines.append(f"| {masking} | {seed} | " + " | ".join(cells) + " |")
+        means = np.mean([[[x["rewards"][t] for t in TASKS] for x in run] for run in runs.values()], axis=0)
+        cells = [f"{before:.3f} -> {after:.3f}" for before, after in means.T]
+        for name in COUNTS:
+            pairs = [
+                tuple(sum(run[i][name][key] for run in runs.values()) for key in ("correct", "total"))
+                for i in (0, 1)
+            ]
+            z, p = two_proportions(*pairs)
+            shares = [f"{100 * x / n:.1f}" for x, n in pairs]
+            cells.append(f"{shares[0]} -> {shares[1]} % (z {z:+.1f}, p {p:.1g})")
+        lines.append(f"| **{masking}** | all | " + " | ".join(cells) + " |")
+    return lines
+
+
+def curves(rewards: dict[str, list[list[dict]]]):
+    """A figure: the reward of each task over the iterations, a thin line for each run, a thick one for the
+    mean of a masking over its seeds and over five of the task's iterations."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(TASKS), figsize=(6.5 * len(TASKS), 4))
+    for axis, task in zip(axes, TASKS, strict=True):
+        for i, (masking, runs) in enumerate(rewards.items()):
+            points = [
+                [(r["step"], r[f"{task}/reward"]) for r in run if f"{task}/reward" in r] for run in runs
+            ]
+            for of_run in points:
+                axis.plot(*zip(*of_run, strict=True), color=f"C{i}", lw=0.4, alpha=0.5)
+            if not all(points):
+                continue
+            shortest = min(map(len, points))
+            mean = np.mean([[reward for _, reward in of_run[:shortest]] for of_run in points], axis=0)
+            width = min(5, len(mean))
+            smooth = np.convolve(mean, np.ones(width) / width, "valid")
+            steps = [step for step, _ in points[0]][width // 2 :][: len(smooth)]
+            axis.plot(steps, smooth, color=f"C{i}", lw=2, label=masking)
+        axis.set(title=f"{task}: mean reward of the rollouts", xlabel="iteration")
+        axis.legend(fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("MMADA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

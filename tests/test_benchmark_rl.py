@@ -1,0 +1,48 @@
+"""What the measurement of UniGRPO on digits reports."""
+
+import numpy as np
+import pytest
+
+from configs import unigrpo
+from launch import benchmark_rl
+from mmada_jax.api import MMaDA
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((310, 400), (338, 400)), ((5, 9), (2, 8)), ((4, 4), (4, 4))]
+)
+def test_the_test_for_two_proportions_is_that_of_the_chi_square(before, after):
+    from scipy.stats import chi2_contingency
+
+    z, p = benchmark_rl.two_proportions(before, after)
+    if before[0] == before[1] and after[0] == after[1]:
+        assert (z, p) == (0, 1)
+        return
+    counts = [[x, n - x] for x, n in (before, after)]
+    want = chi2_contingency(counts, correction=False)
+    np.testing.assert_allclose([z**2, p], [want.statistic, want.pvalue], rtol=1e-9)
+    assert np.sign(z) == np.sign(after[0] / after[1] - before[0] / before[1])
+
+
+def test_measures_are_counts_and_mean_rewards(model_workdir):
+    config = unigrpo.get_config("digits")
+    result, pictures = benchmark_rl.measure(MMaDA.load(model_workdir), config, 10)
+    assert set(result) == {*benchmark_rl.COUNTS, "rewards"}
+    assert all(result[name]["total"] == 10 for name in benchmark_rl.COUNTS)
+    assert 0 <= result["rewards"]["drawing"] <= 1
+    assert 0 <= result["rewards"]["arithmetic"] <= 2.5
+    assert len(pictures["sums"]) == len(pictures["drawn"][0]) == 10
+    lines = benchmark_rl.table({"exact": {3: (result, result), 5: (result, result)}})
+    assert len(lines) == 5
+    assert lines[2].startswith("| exact | 3 |")
+    assert "z +0.0, p 1" in lines[4]
+
+
+def test_curves_leave_out_the_rows_of_the_other_task():
+    run = [{"step": 2 * i + 1 + t, f"{task}/reward": float(i)} for i in range(8)
+           for t, task in enumerate(benchmark_rl.TASKS)]  # fmt: skip
+    figure = benchmark_rl.curves({"exact": [run, run[:8]]})
+    for axis in figure.axes:
+        thick = axis.lines[-1]
+        assert len(thick.get_xdata()) == len(thick.get_ydata())
+        np.testing.assert_allclose(thick.get_ydata(), np.mean([0, 1, 2, 3]))
