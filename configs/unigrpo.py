@@ -1,6 +1,6 @@
 """Stage 3: UniGRPO, reinforcement learning on text and images.
 
-    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --config.init=../cot
+    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --config.init=../quickstart/cot
     python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --diagnose
     python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
 

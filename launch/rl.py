@@ -1,8 +1,8 @@
 """Reinforcement learning of a model by a config; run again to resume.
 
-    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --config.init=../cot
+    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --config.init=../quickstart/cot
     python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --diagnose \
-        --config.init=../cot --maskings unigrpo,trace,exact --batches 6
+        --config.init=../quickstart/cot --maskings unigrpo,trace,exact --batches 6
 
 --diagnose trains nothing and writes nothing: it measures, at the model in config.init, how well the
 gradient under each masking repeats itself from batch to batch, and how well it agrees with the gradient

@@ -273,11 +273,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 if done % run.log_every == 0 or done == run.iterations:
                     values |= measures(program, host, each, of_updates, clock)
                     values = {f"{name}/{key}": float(value) for key, value in values.items()}
-                    values["lr"] = optim.learning_rate(run.optim, run.iterations * mu, state.opt_state)
-                    values["failed_saves"] = checkpoints.failed
                     shown = [f"{name}/{key}" for key in SHOWN] + [
                         key for key, n in values.items() if n and key.split("/")[-1].startswith(COUNTS)
                     ]
+                    values["lr"] = optim.learning_rate(run.optim, run.iterations * mu, state.opt_state)
+                    values["failed_saves"] = checkpoints.failed
                     metrics.write(done, values, program.at.row * len(host.tokens_RL), shown)
                     optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
                 if run.samples_every and iteration % run.samples_every < len(run.cycle) and first_process:
