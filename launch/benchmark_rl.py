@@ -10,6 +10,7 @@ already isn't done again, so that several of these, each with seeds of its own, 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -51,13 +52,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1200, help="cases of each sampled metric (%(default)s)")
     args = parser.parse_args()
     workdir = pathlib.Path(args.workdir)
-    runs = [(masking, seed) for masking in args.maskings for seed in args.seeds]
-    for masking, seed in runs:
+    name = f"{args.split}-{args.n}.json"
+    for masking, seed in itertools.product(args.maskings, args.seeds):
         config = config_file.get_config("digits")
         config.init = str(pathlib.Path(args.init).absolute())
         config.objective.masking, config.seed = masking, seed
         folder = workdir / f"{masking}-{seed}"
-        name = f"{args.split}-{args.n}.json"
         before = workdir / f"before-{seed}-{name}"
         print(f"{masking}, seed {seed}", flush=True)
         if not before.is_file():
@@ -66,15 +66,12 @@ def main() -> None:
             write_whole(before, json.dumps(result, indent=1))
         if not (folder / name).is_file():
             start = time.perf_counter()
-            state = train(config, folder)
-            if int(state.step) < config.iterations * config.objective.mu:
-                sys.exit(143)  # as a shell has it for the SIGTERM that stopped the training
+            train_to_the_end(config, folder)
             seconds = time.perf_counter() - start
             result, _ = measure(MMaDA.load(folder), config, args.n, args.split, seed)
             write_whole(folder / name, json.dumps(result | {"seconds": round(seconds, 1)}, indent=1))
 
     # ---- Report -------------------------------------------------------------------------------------
-    name = f"{args.split}-{args.n}.json"
     results = {
         masking: {
             seed: (
@@ -94,6 +91,12 @@ def main() -> None:
     curves(rewards).savefig(workdir / "rewards.png", dpi=90, bbox_inches="tight")
     print("\n".join(table(results)))
     print(f"\n{workdir.absolute()}: report.md, report.json, rewards.png")
+
+
+def train_to_the_end(config, workdir) -> None:
+    """Trains; a SIGTERM on the way ends the program when that is saved."""
+    if int(train(config, workdir).step) < config.iterations * config.objective.mu:
+        sys.exit(143)  # as a shell has it for SIGTERM
 
 
 def measure(

@@ -29,7 +29,6 @@ from mmada_jax.checkpoint import write_whole
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import split_thought
 from mmada_jax.denoise import TextRule
-from mmada_jax.rl import train as rl
 from mmada_jax.train import train
 from mmada_jax.vq import to_uint8
 
@@ -68,9 +67,7 @@ def main() -> None:
     say("4/5", "stage 3: UniGRPO, sums and drawing without guidance, by reward alone")
     config = unigrpo.get_config(preset)
     with clock(workdir, "unigrpo"):
-        state = rl.train(config, workdir / "unigrpo")
-        if int(state.step) < config.iterations * config.objective.mu:
-            sys.exit(143)
+        benchmark_rl.train_to_the_end(config, workdir / "unigrpo")
 
     # ---- Measure and report ------------------------------------------------------------------------
     say("5/5", "held-out scans (359 that no model has seen) and sums")
