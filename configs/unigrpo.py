@@ -4,9 +4,10 @@
     python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --diagnose
     python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
 
-`digits`: sums of four digits in text, thought first, and drawing a digit without guidance, in turns; it
-starts from the run of configs/cot.py:digits. Its masks are those of the rollout itself ("exact"). What
-it reaches, and what it doesn't, is in README.md. `,fast`: a few iterations for a model of its `fast`.
+`digits`: two turns of sums of four digits in text, thought first, then one of drawing a digit without
+guidance in four steps; it starts from the run of configs/cot.py:digits. Its masks are those of the
+rollout itself ("exact"). What it reaches, and what it doesn't, is in README.md. `,fast`: a few iterations
+for a model of its `fast`.
 
 `8b`: the paper's masks, rewards and tasks (eps, beta and the learning rate, which it doesn't give, are
 those of dLLM-RL). It reads DATA/math.jsonl, DATA/geometry.jsonl and DATA/drawing.jsonl, one {"prompt",
@@ -27,7 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError("8b has no fast form; the digits have")
     config = of_digits() if arg["preset"] == "digits" else of_8b()
     if arg["fast"]:
-        config.iterations, config.objective.mu = 4, 2
+        config.iterations, config.objective.mu, config.optim.warmup = 4, 2, 2
     return smoke(config, of_digits()) if arg["smoke"] else config
 
 
@@ -39,7 +40,7 @@ def of_digits() -> ConfigDict:
         "image_tokenizer": "",
         "data_root": "",
         "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "iterations": 64,
+        "iterations": 60,
         "tasks": {
             "arithmetic": {
                 "layout": "lm_chat",
@@ -47,7 +48,7 @@ def of_digits() -> ConfigDict:
                 "rewards": {"exact": 2.0, "format": 0.5},
                 "groups": 24,
                 "update_groups": 12,
-                "turns": 3,
+                "turns": 2,
                 "max_prompt": 18,
                 "max_new": 24,
                 "text": {"steps": 24, "block": 1, "temperature": 1.0, "remask": "largest"},
@@ -58,7 +59,7 @@ def of_digits() -> ConfigDict:
                 "rewards": {"digit": 1.0},
                 "groups": 10,
                 "update_groups": 10,
-                "image": {"steps": 12, "guidance": 0.0},
+                "image": {"steps": 4, "guidance": 0.0},
             },
         },
         "objective": {

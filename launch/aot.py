@@ -56,14 +56,18 @@ def main(argv):
         "overrides": config_flags.get_override_values(flag),
     }
     steps = [STEP.value] if STEP.value else aot.RL if is_rl else ["train"]
-    reports = [named | aot.report(run, topology, step, PROGRAM.value, TASK.value) for step in steps]
-    if JSON.value:
-        print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
-    for report in reports:
+    if PROGRAM.value and len(steps) > 1:
+        raise ValueError(f"--program is one file; name one of {', '.join(steps)} with --step")
+    reports = []
+    for step in steps:
+        report = named | aot.report(run, topology, step, PROGRAM.value, TASK.value)
+        reports.append(report)
         if not JSON.value:
-            print(as_text(report))
+            print(as_text(report), flush=True)
         if not report["fits"]:
             print(what_to_change(report), file=sys.stderr)
+    if JSON.value:
+        print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
     if not all(report["fits"] for report in reports):
         sys.exit(1)
 

@@ -5,7 +5,8 @@ after on held-out cases.
 
 Trains configs/unigrpo.py:digits as it is, but for the masking and the seed, and writes the table
 (report.md), all counts (report.json) and the rewards over the iterations (rewards.png). What is done
-already isn't done again, so that several of these, each with seeds of its own, can share a workdir.
+already isn't done again, so that several of these, each with seeds of its own, can share a workdir; the
+report is of the seeds and maskings that were asked for, so ask for all of them in the end.
 """
 
 import argparse
@@ -26,14 +27,20 @@ import numpy as np
 from configs import unigrpo as config_file
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import write_whole
+from mmada_jax.checkpoint import check_workdir, claim_workdir, write_whole
 from mmada_jax.data import digits
+from mmada_jax.denoise import ImageRule
 from mmada_jax.rl.rewards import Combined
-from mmada_jax.rl.train import train
+from mmada_jax.rl.train import origin_of, train
+from mmada_jax.rl.unigrpo import MASKINGS
 
 # Cases of a metric that isn't sampled as in a rollout.
 MOST = 400
 TASKS = ("arithmetic", "drawing")
+CAVEAT = (
+    "p is two-sided, of the pooled test for two proportions, as if all cases were independent: the seeds "
+    "share their questions, and the greedy answers of the model before are counted once for each of them."
+)
 COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_one")
 
 
@@ -46,12 +53,25 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/benchmark_rl", help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--maskings", nargs="+", default=["exact", "unigrpo", "full", "random", "trace"], help="%(default)s"
+        "--maskings",
+        nargs="+",
+        choices=MASKINGS,
+        default=["exact", "unigrpo", "full", "random", "trace"],
+        metavar="MASKING",
+        help=f"of {', '.join(MASKINGS)} (all but coupled)",
     )
     parser.add_argument("--split", choices=digits.SPLITS, default="test", help="default: %(default)s")
     parser.add_argument("--n", type=int, default=1200, help="cases of each sampled metric (%(default)s)")
     args = parser.parse_args()
-    workdir = pathlib.Path(args.workdir)
+    if args.n < 1:
+        parser.error(f"--n is {args.n}; it must be at least 1")
+    workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
+    made_of = {
+        "model": origin_of(pathlib.Path(args.init))["sha256"],
+        "config": config_file.get_config("digits").to_dict(),
+    }
+    check_workdir(workdir, made_of, ("model", "config"))
+    claim_workdir(workdir, made_of)
     name = f"{args.split}-{args.n}.json"
     for masking, seed in itertools.product(args.maskings, args.seeds):
         config = config_file.get_config("digits")
@@ -61,13 +81,12 @@ def main() -> None:
         before = workdir / f"before-{seed}-{name}"
         print(f"{masking}, seed {seed}", flush=True)
         if not before.is_file():
-            workdir.mkdir(parents=True, exist_ok=True)
-            result, _ = measure(MMaDA.load(args.init), config, args.n, args.split, seed)
+            result, _ = measure(start, config, args.n, args.split, seed)
             write_whole(before, json.dumps(result, indent=1))
         if not (folder / name).is_file():
-            start = time.perf_counter()
+            began = time.perf_counter()
             train_to_the_end(config, folder)
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - began
             result, _ = measure(MMaDA.load(folder), config, args.n, args.split, seed)
             write_whole(folder / name, json.dumps(result | {"seconds": round(seconds, 1)}, indent=1))
 
@@ -83,7 +102,7 @@ def main() -> None:
         for masking in args.maskings
     }
     write_whole(workdir / "report.json", json.dumps(results, indent=1))
-    write_whole(workdir / "report.md", "\n".join(table(results)) + "\n")
+    write_whole(workdir / "report.md", "\n".join([*table(results), "", CAVEAT]) + "\n")
     rewards = {
         masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in args.seeds]
         for masking in args.maskings
@@ -108,7 +127,8 @@ def measure(
 
     text_cot           sums of four digits, greedy; text_cot_sampled at temperature 1, as in a rollout
     vqa_sum            the sum of two scans, thought first, which the training doesn't ask for
-    t2i_one            a digit drawn with guidance; t2i_one_unguided without, as in a rollout
+    t2i_one            a digit drawn with guidance, in as many steps as elsewhere
+    t2i_one_unguided   without guidance, in as few steps as in a rollout
     rewards            of the sampled sums and of the unguided drawings, as the training gives them
     """
     judge = evaluate.Judge()
@@ -117,7 +137,8 @@ def measure(
     counts["text_cot_sampled"], rows = evaluate.text_cot(model, n, split, seed, temperature=1.0)
     counts["vqa_sum"] = evaluate.vqa_sum(model, few, split, seed)[0]
     counts["t2i_one"] = evaluate.draw_digits(model, judge, 1, few, seed)[0]
-    counts["t2i_one_unguided"], pixels, wanted = evaluate.draw_digits(model, judge, 1, n, seed, guidance=0)
+    rule = ImageRule(**config.tasks.drawing.image)
+    counts["t2i_one_unguided"], pixels, wanted = evaluate.draw_digits(model, judge, 1, n, seed, rule)
     prompts, texts, answers = zip(*rows, strict=True)
     captions = [digits.caption(*row) for row in wanted]
     rewards = {}
@@ -171,13 +192,10 @@ def table(results: dict[str, dict[int, tuple[dict, dict]]]) -> list[str]:
 def curves(rewards: dict[str, list[list[dict]]]):
     """A figure: the reward of each task over the iterations, a thin line for each run, a thick one for the
     mean of a masking over its seeds and over five of the task's iterations."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(TASKS), figsize=(6.5 * len(TASKS), 4))
-    for axis, task in zip(axes, TASKS, strict=True):
+    figure = Figure(figsize=(6.5 * len(TASKS), 4))
+    for axis, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for i, (masking, runs) in enumerate(rewards.items()):
             points = [
                 [(r["step"], r[f"{task}/reward"]) for r in run if f"{task}/reward" in r] for run in runs

@@ -46,7 +46,7 @@ def main() -> None:
     report = workdir / "report.json"
     if report.is_file():
         result = json.loads(report.read_text())
-        if result["fast"] == args.fast:
+        if result["fast"] == args.fast and "unigrpo" in result["stages"]:  # not one of before stage 3
             print(f"{workdir}: everything is done already")
             finish(workdir, result)
             return
@@ -201,6 +201,7 @@ def finish(workdir: pathlib.Path, result: dict) -> None:
             "tokenizer": {"reconstructed_digit": 0.97},
             "pretrain": {"vqa_one": 0.85, "vqa_two": 0.6, "t2i_one": 0.95, "t2i_two": 0.7, "inpaint": 0.75},
             "cot": {"vqa_sum": 0.5, "text_cot": 0.8, "r2i_image": 0.75, "t2i_one": 0.95},
+            "unigrpo": {"text_cot_sampled": 0.7, "t2i_one_unguided": 0.9},
         }
     shares = {
         (stage, name): (
@@ -230,7 +231,6 @@ def table(result: dict) -> list[tuple[str, str]]:
         (f"stage 2, {name}", f"{evaluate.Count(**before[name])} -> {evaluate.Count(**count)}")
         for name, count in after.items()
     ]
-    rows.append(("waiting for data", f"{result['data_wait']:.2%} of the training's time"))
     before, after = result["stages"]["unigrpo_before"], result["stages"]["unigrpo"]
     rows += [
         (f"stage 3, {name}", f"{evaluate.Count(**before[name])} -> {evaluate.Count(**after[name])}")
@@ -240,6 +240,7 @@ def table(result: dict) -> list[tuple[str, str]]:
         (f"stage 3, reward of {task}", f"{before['rewards'][task]:.3f} -> {reward:.3f}")
         for task, reward in after["rewards"].items()
     ]
+    rows.append(("waiting for data", f"{result['data_wait']:.2%} of the time of stages 1 and 2"))
     return rows + [(f"seconds, {name}", str(s)) for name, s in result["seconds"].items()]
 
 

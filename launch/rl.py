@@ -6,7 +6,8 @@
 
 --diagnose trains nothing and writes nothing: it measures, at the model in config.init, how well the
 gradient under each masking repeats itself from batch to batch, and how well it agrees with the gradient
-over every reveal of every rollout. Several processes find each other as those of launch/train.py do.
+over every reveal of every rollout. That takes one process; where several train, they find each other as
+those of launch/train.py do.
 """
 
 import os

@@ -96,14 +96,15 @@ class Checkpoints:
         )
         self._attempt(lambda: self._manager.save(step, args=args))
 
-    def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
-        """The newest step that is as its manifest says, as arrays of these shapes laid out by these
-        shardings. Damaged steps that are newer are renamed to N.damaged: the run writes them anew.
+    def restore(self, shapes: TrainState, shardings: TrainState, step: int | None = None) -> TrainState:
+        """The newest step that is as its manifest says, or `step` where that is known to be it, as arrays
+        of these shapes laid out by these shardings. Damaged steps that are newer are renamed to N.damaged:
+        the run writes them anew.
 
         Raises ValueError, naming files or leaves, if all steps are damaged or if a leaf has another
         shape or dtype than asked for.
         """
-        step = self.newest_whole()
+        step = self.newest_whole() if step is None else step
         folder = self.folder / str(step)
         _check_leaves(folder / "params", shapes.params)
         _check_leaves(folder / "opt_state", shapes.opt_state)
@@ -478,7 +479,7 @@ def claim_workdir(workdir: str | pathlib.Path, config: dict[str, Any]) -> None:
 
 def write_whole(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several programs may write the same
     temporary.write_text(text)
     temporary.replace(path)
 

@@ -84,11 +84,10 @@ def read_digits(model, n_digits: int, n: int, split: str = "test", seed: int = 0
 
 
 def draw_digits(
-    model, judge: Judge, n_digits: int, n: int, seed: int = 0, guidance: float = DRAW.guidance
+    model, judge: Judge, n_digits: int, n: int, seed: int = 0, rule: ImageRule = DRAW
 ) -> tuple[Count, np.ndarray, Any]:
     """t2i_one, t2i_two: whether the judge reads what the caption asked for, all digits of it."""
     wanted = _balanced(n_digits, n)
-    rule = dataclasses.replace(DRAW, guidance=guidance)
     drawn = model.draw([digits.caption(*row) for row in wanted], rule, seed=seed)
     pixels = model.decode(np.stack([d.codes for d in drawn]))
     read = judge([scan for canvas in pixels for scan in digits.cut(canvas, n_digits)])

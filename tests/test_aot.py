@@ -138,6 +138,13 @@ def test_bad_config_arguments_are_one_line(arg, message):
     assert "Traceback" not in run.stderr
 
 
+def test_one_file_takes_the_program_of_one_step(tmp_path):
+    flags = ("--topology", "v5p:2x2x1", "--program", tmp_path / "hlo.txt")
+    run = launch("--config", "configs/unigrpo.py:8b", *flags)
+    assert run.returncode == 1
+    assert "name one of rollout, score, update with --step" in run.stderr
+
+
 def test_training_on_it_says_what_is_missing(tmp_path):
     command = [sys.executable, ROOT / "launch/train.py", "--config", "configs/pretrain.py:8b,phase=2"]
     run = subprocess.run(

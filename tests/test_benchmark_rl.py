@@ -38,6 +38,49 @@ def test_measures_are_counts_and_mean_rewards(model_workdir):
     assert "z +0.0, p 1" in lines[4]
 
 
+def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(*args):
+        measured.append(args)
+        raise InterruptedError
+
+    monkeypatch.setattr(benchmark_rl, "measure", measure)
+    flags = ["benchmark_rl", "--init", str(model_workdir), "--workdir", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", flags)
+    with pytest.raises(InterruptedError):
+        benchmark_rl.main()
+    digits = unigrpo.get_config("digits")
+    digits.optim.lr = 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unigrpo, "get_config", lambda _: digits)
+        with pytest.raises(ValueError, match=r"lr is 0\.0001 there and 1"):
+            benchmark_rl.main()
+    monkeypatch.setattr(benchmark_rl, "origin_of", lambda _: {"sha256": "another"})
+    with pytest.raises(ValueError, match="holds another model"):
+        benchmark_rl.main()
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--maskings", "exact", "luck"], "invalid choice: 'luck'"),
+        (["--n", "0"], "--n is 0"),
+        (["--init", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_at_once(model_workdir, tmp_path, monkeypatch, capsys, flags, message):
+    workdir = tmp_path / "run"
+    monkeypatch.setattr(
+        "sys.argv", ["benchmark_rl", "--init", str(model_workdir), "--workdir", str(workdir), *flags]
+    )
+    with pytest.raises((SystemExit, OSError)) as error:
+        benchmark_rl.main()
+    assert message in capsys.readouterr().err + str(error.value)
+    assert not workdir.exists()
+
+
 def test_curves_leave_out_the_rows_of_the_other_task():
     run = [{"step": 2 * i + 1 + t, f"{task}/reward": float(i)} for i in range(8)
            for t, task in enumerate(benchmark_rl.TASKS)]  # fmt: skip

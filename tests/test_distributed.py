@@ -24,15 +24,15 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 @contextlib.contextmanager
-def launch(workdir, *flags, devices=1):
-    """launch/train.py as a user runs it, on so many devices; dead at the end of the block."""
+def launch(workdir, *flags, devices=1, program="train", config="pretrain"):
+    """A program as a user runs it, on so many devices; dead at the end of the block."""
     # Most of the time goes into compiling, once in each process.
     xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     command = [
         sys.executable,
-        ROOT / "launch/train.py",
+        ROOT / f"launch/{program}.py",
         "--config",
-        ROOT / "configs/pretrain.py:digits,smoke",
+        ROOT / f"configs/{config}.py:digits,smoke",
     ]
     command += ["--workdir", workdir, *flags]
     process = subprocess.Popen(
@@ -47,10 +47,10 @@ def launch(workdir, *flags, devices=1):
 
 
 @contextlib.contextmanager
-def launch_two(port, *args):
+def launch_two(port, *args, **what):
     """Two processes of one device each."""
     who = ("--coordinator", f"127.0.0.1:{port}", "--num_processes", "2", "--process_id")
-    with launch(*args, *who, "0") as first, launch(*args, *who, "1") as second:
+    with launch(*args, *who, "0", **what) as first, launch(*args, *who, "1", **what) as second:
         yield first, second
 
 
@@ -106,6 +106,25 @@ def test_two_processes_train_as_one_does_and_stop_and_resume_together(
     states = [restore(tmp_path / name, smoke_config, image_tokenizer) for name in ("one", "two")]
     assert int(states[1].step) == 20
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
+
+
+def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, tmp_path):
+    what = {"program": "rl", "config": "unigrpo"}
+    flags = [f"--config.init={model_workdir}", "--config.optim.eps=1e-3"]
+    with launch_two(free_port, tmp_path / "two", *flags, **what) as (first, second):
+        other, out = second.communicate()[0], first.communicate()[0]
+        assert (first.returncode, second.returncode) == (0, 0), out + other
+    assert "step" not in other
+    with launch(tmp_path / "one", *flags, devices=2, **what) as process:
+        out = process.communicate()[0]
+        assert process.returncode == 0, out
+    one, two = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["step"] for row in two] == [1, 2]
+    for a, b in zip(one, two, strict=True):
+        assert set(a) == set(b)
+        for name in (n for n in a if n.endswith(("/reward", "/entropy", "/loss", "/groups_that_differ"))):
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert list((tmp_path / "two/samples").glob("*.png"))
 
 
 def test_processes_that_do_not_meet_end_with_one_line(free_port, tmp_path):

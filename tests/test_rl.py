@@ -380,6 +380,19 @@ def test_the_next_rollout_survives_a_damaged_checkpoint_of_another_task(config, 
     jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
 
 
+@pytest.mark.parametrize("changed", ["seed", "prompts"])
+def test_the_next_rollout_is_judged_by_its_own_prompts(config, tmp_path, changed):
+    config = config | {"iterations": 1, "ahead": 1, "tasks": {"text": config["tasks"]["text"]}}
+    rl.train(config, tmp_path)
+    other = {"path": "vqa_sum", "format": "digits"}
+    new, name = {
+        "seed": (config | {"seed": 5}, "seed is 0 there and 5 now"),
+        "prompts": (change(config, data=other), "tasks.text.data"),
+    }[changed]
+    with pytest.raises(ValueError, match=name):
+        rl.train(new | {"iterations": 2}, tmp_path)
+
+
 def test_sharded_training_is_the_same(config, tmp_path, monkeypatch):
     config = config | {
         "iterations": 2, "objective": config["objective"] | {"kl": "reference", "beta": 0.1},
@@ -469,6 +482,10 @@ def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that
     assert not (tmp_path / "checkpoints").exists()
     with pytest.raises(ValueError, match="maskings luck"):
         diagnose(config, tmp_path, ["luck"], 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 4)
+        with pytest.raises(ValueError, match="4 processes; gradients"):
+            diagnose(config, tmp_path, ["exact"], 2)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
@@ -543,6 +560,7 @@ def test_a_workdir_holds_one_run_and_its_reference(config, model_workdir, tmp_pa
         rl.train(config | {"objective": config["objective"] | {"mu": 3}}, workdir)
     with pytest.raises(ValueError, match="ahead is 0 there and 1 now"):
         rl.train(config | {"ahead": 1}, workdir)
+    rl.train(config | {"seed": 5}, workdir)  # from here on
     known = json.loads((workdir / rl.INIT_FILE).read_text())
     (workdir / rl.INIT_FILE).write_text(json.dumps(known | {"sha256": "another"}))
     with pytest.raises(ValueError, match="began with another model"):

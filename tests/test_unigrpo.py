@@ -151,6 +151,8 @@ def test_reveal_masks_are_states_of_the_rollout(masking):
                 # The next tokens in the order of the rollout, fewer only where it ends.
                 rest = (response[r] & (step[r] > step[r][masked.scored_RL[r]].max())).sum()
                 assert masked.scored_RL[r].sum() == 3 or rest == 0
+            elif masking == "exact":
+                np.testing.assert_array_equal(masked.scored_RL[r], response[r] & (step[r] == cut))
             else:
                 assert masked.scored_RL[r].sum() == 1
 
@@ -164,7 +166,8 @@ def test_exact_is_unbiased_for_the_mean_over_the_rollout():
     def estimate(seed):
         def one(n):
             masked = hide(jax.random.key(seed), ROLLOUT, n, MASK, "exact", CONFIG)
-            return masked.weight_R * jnp.sum(jnp.where(masked.scored_RL, value, 0), axis=1), masked.weight_R
+            sum_R, n_R = (jnp.sum(jnp.where(masked.scored_RL, x, 0), axis=1) for x in (value, 1.0))
+            return masked.weight_R * sum_R / n_R, masked.weight_R
 
         return jax.vmap(one)(jnp.arange(4))
 
@@ -174,13 +177,14 @@ def test_exact_is_unbiased_for_the_mean_over_the_rollout():
     error = got.mean(axis=(0, 1)) - want
     deviation = got.mean(axis=1).std(axis=0) / np.sqrt(1500) + 1e-6
     assert np.abs(error / deviation).max() < 4.5
-    # And what was uncertain is drawn more often.
+    # And steps that were uncertain are drawn more often.
     often = np.asarray(jax.lax.map(lambda s: hide_jit(s, 0, "exact").scored_RL, jnp.arange(500))).mean(
         axis=0
     )
-    entropy = np.asarray(ROLLOUT.entropy_RL)
-    r = R - 2
-    assert np.corrcoef(often[r][response[r]], entropy[r][response[r]])[0, 1] > 0.8
+    r, step, entropy = R - 2, np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.entropy_RL)
+    together = (step[r][:, None] == step[r][None]) & response[r]
+    of_step = np.sum(together * entropy[r], axis=1)
+    assert np.corrcoef(often[r][response[r]], of_step[response[r]])[0, 1] > 0.8
 
 
 def test_every_reveal_counts_once():

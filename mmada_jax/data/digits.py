@@ -247,7 +247,7 @@ def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
 
 
 def _part(cases: list, split: str, sizes: dict[str, int]) -> list:
-    """The cases of a split, chosen at random."""
+    """The cases of a split, chosen at random. Raises ValueError for an unknown one."""
     if split not in sizes:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(sizes)}")
     ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))

@@ -40,8 +40,11 @@ def diagnose(
     norm              mean norm of the gradient of a rollout
 
     A gradient is the mean over the masks of `mu` inner updates, none of which is made. Holds one for each
-    of `batches` rollouts and maskings. Raises ValueError for unknown maskings and less than two batches.
+    of `batches` rollouts and maskings. Raises ValueError for unknown maskings, less than two batches, and
+    in more than one process.
     """
+    if jax.process_count() > 1:
+        raise ValueError(f"{jax.process_count()} processes; gradients are compared in one, start one alone")
     unknown = set(maskings) - set(unigrpo.MASKINGS)
     if unknown or batches < 2:
         raise ValueError(

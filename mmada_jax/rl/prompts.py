@@ -22,7 +22,8 @@ DIGITS = ("text_cot", "vqa_sum", "t2i_one")
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Where prompts come from: `path` is a file, or what is asked about the digits of `split`."""
+    """Where prompts come from: `path` is a file, the name of a task, or what is asked about the digits of
+    `split` (train, validation or test; of text_cot also prompts, sums that nothing explains)."""
 
     path: str
     format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"

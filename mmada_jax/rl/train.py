@@ -214,6 +214,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                         "rollout": jax.tree.map(lambda _: sharding.batch_sharding(mesh), rows),
                     }
                 ),
+                latest,
             )
             ahead = asked, Rollout(**state.opt_state["rollout"])
             state = state._replace(opt_state=state.opt_state["optimizer"])
@@ -307,7 +308,9 @@ def check(
     run, workdir = config_lib.from_dict(RLRun, config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
-    check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)
+    # A rollout in flight is judged by the prompts of its iteration.
+    fixed = (*FIXED, "tasks", "seed") if run.ahead else FIXED
+    check_workdir(workdir, config_lib.to_dict(run), fixed, FREE)
     prompts, rewards = {}, {}
     for name, task in run.tasks.items():
         try:
@@ -381,20 +384,22 @@ def load(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[MM
     vision = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
     model = MMaDA.load(path, mesh, "float32", image_tokenizer=vision)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, **run.model))
+    origin, known = origin_of(path), workdir / INIT_FILE
+    if known.is_file() and json.loads(known.read_text())["sha256"] != origin["sha256"]:
+        raise ValueError(
+            f"{workdir} began with another model than {origin['path']} holds now, which is its reference; "
+            f"restore that ({json.loads(known.read_text())['path']}), or choose an empty workdir"
+        )
+    return model, origin
+
+
+def origin_of(path: pathlib.Path) -> dict[str, str]:
+    """The folder of a workdir or checkpoint that its weights lie in, and the SHA-256 of their manifest."""
     folder = path / "params" if (path / "params").is_dir() else path
     folder = newest_step(path) if (path / "checkpoints").is_dir() else folder
     manifest = folder / MANIFEST
-    origin = {
-        "path": str(folder),
-        "sha256": hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else "",
-    }
-    known = workdir / INIT_FILE
-    if known.is_file() and json.loads(known.read_text())["sha256"] != origin["sha256"]:
-        raise ValueError(
-            f"{workdir} began with another model than {folder} holds now, which is its reference; restore "
-            f"that ({json.loads(known.read_text())['path']}), or choose an empty workdir"
-        )
-    return model, origin
+    sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
+    return {"path": str(folder), "sha256": sha256}
 
 
 def description(run: RLRun, model: MMaDA) -> dict[str, Any]:

@@ -38,15 +38,10 @@ class Config:
     trace_next: int = 3
 
     def __post_init__(self):
-        pairs = self.masking == "coupled"
+        odd = self.masking == "coupled" and self.mu % 2
         for name, value, fits, needed in (
             ("responses", self.responses, self.responses > 1, "at least 2: each is judged by the others"),
-            (
-                "mu",
-                self.mu,
-                self.mu > 0 and not (pairs and self.mu % 2),
-                "positive, for coupled masks even",
-            ),
+            ("mu", self.mu, self.mu > 0 and not odd, "positive, for coupled masks even"),
             ("clip", self.clip, self.clip > 0, "positive"),
             ("beta", self.beta, self.beta >= 0, "at least 0"),
             ("prompt_mask", self.prompt_mask, 0 <= self.prompt_mask < 1, "a share below 1"),
@@ -108,9 +103,9 @@ def hide(
         random   each token with its row's probability, uniform in [0.1, 0.9] (dLLM-RL)
         coupled  as unigrpo, p spaced over pairs of updates; the second hides the rest (DiffuCoder)
         trace    all from a random step of the rollout on, the next trace_next scored (after TraceRL)
-        exact    all that was hidden when a token was revealed, and that token is scored; it is drawn in
-                 proportion to the entropy that it had, with the inverse probability as weight: unbiased
-                 for the mean over the whole rollout
+        exact    all that was hidden when a token was revealed, and that token is scored, with those that
+                 were revealed in the same step; it is drawn in proportion to the entropy that it had, the
+                 step's inverse probability is the weight: unbiased for the mean over the whole rollout
         every    the same for the n-th revealed token of each row, which counts mu / T: all of them
     """
     tokens_RL, valid_RL, response_RL, step_RL, _, entropy_RL = rollout
@@ -138,11 +133,13 @@ def hide(
             point_R1 = spaced(place, R, n, config.mu)[:, None] * sums_RL[:, -1:]
             cut_R1 = jnp.minimum(jnp.sum(sums_RL < point_R1, axis=1, keepdims=True), size_R1 - 1)
         at_R1 = jnp.take_along_axis(order_RL, cut_R1, axis=1)
-        if masking == "exact":
-            weight_R1 = 1 / (length_R1 * jnp.take_along_axis(share_RL, at_R1, axis=1))
+        at_R1 = jnp.take_along_axis(step_RL, at_R1, axis=1)
         width = config.trace_next if masking == "trace" else 1
         scored_RL = response_RL & (rank_RL >= cut_R1) & (rank_RL < cut_R1 + width)
-        hidden_RL = (step_RL >= 0) & (step_RL >= jnp.take_along_axis(step_RL, at_R1, axis=1))
+        if masking == "exact":
+            scored_RL = response_RL & (step_RL == at_R1)
+            weight_R1 = 1 / (length_R1 * jnp.mean(share_RL, axis=1, keepdims=True, where=scored_RL))
+        hidden_RL = (step_RL >= 0) & (step_RL >= at_R1)
         return Masked(jnp.where(hidden_RL, jnp.int32(mask), tokens_RL), scored_RL, weight_R1[:, 0])
 
     turns, turn = (config.mu // 2, n // 2) if masking == "coupled" else (config.mu, n)
