@@ -1,10 +1,10 @@
-"""Stage 3: UniGRPO, reinforcement learning on text and images.
+r"""Stage 3: UniGRPO, reinforcement learning on text and images.
 
-    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --config.init=../quickstart/cot
-    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl --diagnose
+    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl \
+        --config.init=../quickstart/cot  # and to measure only: --diagnose
     python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
 
-`digits`: two turns of sums of four digits in text, thought first, then one of drawing a digit without
+`digits`: three turns of sums of four digits in text, thought first, then one of drawing a digit without
 guidance in four steps; it starts from the run of configs/cot.py:digits. Its masks are those of the
 rollout itself ("exact"). What it reaches, and what it doesn't, is in README.md. `,fast`: a few iterations
 for a model of its `fast`.
@@ -40,7 +40,7 @@ def of_digits() -> ConfigDict:
         "image_tokenizer": "",
         "data_root": "",
         "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "iterations": 60,
+        "iterations": 72,
         "tasks": {
             "arithmetic": {
                 "layout": "lm_chat",
@@ -48,7 +48,7 @@ def of_digits() -> ConfigDict:
                 "rewards": {"exact": 2.0, "format": 0.5},
                 "groups": 24,
                 "update_groups": 12,
-                "turns": 2,
+                "turns": 3,
                 "max_prompt": 18,
                 "max_new": 24,
                 "text": {"steps": 24, "block": 1, "temperature": 1.0, "remask": "largest"},

@@ -219,7 +219,7 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("MMADA_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

@@ -158,6 +158,8 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "") -> Subject:
     mesh = dataclasses.asdict(run.mesh)
     if isinstance(run, RLRun):
         model = rl_model(run, None)
+        if any(task.data.format == "digits" for task in run.tasks.values()):
+            raise ValueError("this is compiled for the model of 8 billion parameters; use unigrpo.py:8b")
         spans = {n: span(t, VOCAB, model.n_image, model.max_text) for n, t in sorted(run.tasks.items())}
         task = task or max(spans, key=lambda name: spans[name].row)
         if task not in spans:

@@ -6,6 +6,7 @@ model.draw(["a handwritten seven"])[0].image.save("seven.png")
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from mmada_jax.data.tokenizer import TextTokenizer, chat, conversation_end
 from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.vocab import Vocab
 
+# Of images that the tokenizer has at a time.
+MOST_PIXELS = 2**22
 Direction = Literal["left", "right", "up", "down"]
 Conversation = Sequence[Mapping[str, str]]
 # A question of the user, a conversation, or token ids as they are.
@@ -378,11 +381,23 @@ class MMaDA:
 
     def decode(self, codes_Bij: np.ndarray) -> np.ndarray:
         """Codes [B, i, j] -> pixels [B, I, J, C] around [-1, 1]."""
-        return np.asarray(_vq_decode(self.vq_params, np.asarray(codes_Bij), self._vision()))
+        config = self._vision()
+        return self._in_parts(lambda part: _vq_decode(self.vq_params, part, config), np.asarray(codes_Bij))
 
     def encode(self, images: Sequence[Any]) -> np.ndarray:
         """Images as `pixels` takes them -> codes [B, i, j]."""
-        return np.asarray(_vq_encode(self.vq_params, self.pixels(images), self._vision()))
+        config = self._vision()
+        return self._in_parts(lambda part: _vq_encode(self.vq_params, part, config), self.pixels(images))
+
+    def _in_parts(self, function: Callable[[np.ndarray], jax.Array], x_B: np.ndarray) -> np.ndarray:
+        """`function` of so many images at a time as the memory takes; the last part is filled up, so that
+        one compilation serves all."""
+        size = max(1, MOST_PIXELS // math.prod(self.image_size))
+        if len(x_B) <= size:
+            return np.asarray(function(x_B))
+        parts = [x_B[i : i + size] for i in range(0, len(x_B), size)]
+        parts[-1] = np.concatenate([parts[-1], np.repeat(x_B[:1], size - len(parts[-1]), axis=0)])
+        return np.concatenate([np.asarray(function(part)) for part in parts])[: len(x_B)]
 
     def _vision(self) -> vq.Config:
         if self.vq_config is None:

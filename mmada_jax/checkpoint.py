@@ -405,6 +405,18 @@ def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
     return wrong
 
 
+def fingerprint(folder: str | pathlib.Path) -> str:
+    """A SHA-256 of what a folder of weights holds: of its manifest or, where there is none as in a folder
+    from Hugging Face, of the hashes of all its files."""
+    folder = pathlib.Path(folder)
+    if (folder / MANIFEST).is_file():
+        return _hash(folder / MANIFEST)
+    names = _files_below(folder)
+    with ThreadPoolExecutor(_threads()) as pool:
+        hashes = list(pool.map(lambda name: _hash(folder / name), names))
+    return hashlib.sha256(json.dumps([names, hashes]).encode()).hexdigest()
+
+
 def _files_below(folder: pathlib.Path) -> list[str]:
     skip = (MANIFEST, f"{MANIFEST}.tmp", "_CHECKPOINT_METADATA")  # the last: time stamps, set at the commit
     return sorted(

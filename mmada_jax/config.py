@@ -98,8 +98,12 @@ def _literal(text: str) -> Any:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
+    if kind is Any:  # plain all the way down: it goes into JSON
+        return (
+            {k: _convert(Any, v, f"{path}.{k}") for k, v in value.items()}
+            if hasattr(value, "items")
+            else value
+        )
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None

@@ -49,7 +49,7 @@ class TextRule:
 
     def check(self, length: int) -> None:
         """Raises ValueError if this rule can't fill a span of `length` tokens."""
-        if self.block < 1 or length % self.block:
+        if length < 1 or self.block < 1 or length % self.block:
             raise ValueError(
                 f"length {length} is not divisible by block {self.block}; "
                 f"choose a block that divides it, as {divisor(length, self.block)}"
@@ -310,6 +310,9 @@ def _program(
         now_BN = rule.reveal(step_key, logits_BNV, now_BN, given_BN, state.step, blocks, vocab)
         tokens_BL = jax.lax.dynamic_update_slice_in_dim(state.tokens_BL, now_BN, first, axis=1)
         done = ~jnp.any(now_BN == vocab.mask)
+        if isinstance(rule, TextRule):
+            # A model may draw the mask itself, which reveals nothing; no block waits for it for ever.
+            done |= state.step + 1 >= 2 * max(size, rule.steps)
         block = state.block + done.astype(jnp.int32)
         if isinstance(rule, TextRule) and rule.stop is not None:
             ended_B = jnp.any(in_span_1L & (tokens_BL == rule.stop), axis=1)

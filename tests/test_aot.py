@@ -145,6 +145,12 @@ def test_one_file_takes_the_program_of_one_step(tmp_path):
     assert "name one of rollout, score, update with --step" in run.stderr
 
 
+def test_reinforcement_learning_is_compiled_for_the_8b_alone():
+    run = launch("--config", "configs/unigrpo.py:digits", "--topology", "v5p:2x2x1")
+    assert run.returncode == 1
+    assert "use unigrpo.py:8b" in run.stderr
+
+
 def test_training_on_it_says_what_is_missing(tmp_path):
     command = [sys.executable, ROOT / "launch/train.py", "--config", "configs/pretrain.py:8b,phase=2"]
     run = subprocess.run(

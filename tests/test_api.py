@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmada_jax import api
 from mmada_jax.api import MMaDA
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import chat
@@ -86,6 +87,15 @@ def test_inpaint_keeps_what_is_not_covered(model, canvases):
     np.testing.assert_array_equal(after[0, :, :4], before[0, :, :4])
     assert (after[0, :, 4:] != before[0, :, 4:]).any()
     np.testing.assert_array_equal(after[1], before[1])
+
+
+def test_images_go_through_the_tokenizer_in_parts(model, monkeypatch):
+    pixels = np.random.default_rng(0).uniform(-1, 1, (5, 8, 16, 1)).astype(np.float32)
+    codes = model.encode(pixels)
+    decoded = model.decode(codes)
+    monkeypatch.setattr(api, "MOST_PIXELS", 2 * 8 * 16)
+    np.testing.assert_array_equal(model.encode(pixels), codes)
+    np.testing.assert_allclose(model.decode(codes), decoded, atol=1e-5)
 
 
 def test_pictures_in_every_form_are_the_same_picture(model, canvases):

@@ -20,6 +20,7 @@ from mmada_jax.checkpoint import (
     Checkpoints,
     check_workdir,
     claim_workdir,
+    fingerprint,
     newest_params,
     newest_step,
     open_params,
@@ -209,6 +210,18 @@ def test_a_checkpoint_of_another_model_is_no_damage(tmp_path):
         with pytest.raises(ValueError, match=r"/2/params doesn't fit this run .* not \(3,\)"):
             checkpoints.restore(shapes, shapes)
     assert steps_in(tmp_path) == ["1", "2"]
+
+
+def test_folders_of_weights_are_told_apart(saved, tmp_path):
+    folder = tmp_path / "from_elsewhere"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    first = fingerprint(folder)
+    assert first == fingerprint(folder)
+    (folder / "model.safetensors").write_bytes(b"weighty")
+    assert fingerprint(folder) != first
+    step = newest_step(saved[0])
+    assert fingerprint(step) == fingerprint(shutil.copytree(step, tmp_path / "copy"))
 
 
 def test_every_file_is_in_the_manifest_but_what_the_commit_writes(saved):

@@ -52,6 +52,15 @@ def test_there_and_back_through_json():
     assert config.from_dict(Outer, json.loads(json.dumps(config.to_dict(read)))) == read
 
 
+def test_what_may_be_anything_is_plain():
+    @dataclasses.dataclass(frozen=True)
+    class Free:
+        settings: dict[str, Any]
+
+    made = config.from_dict(Free, ConfigDict({"settings": {"a": {"b": {"c": 1}}}}))
+    assert json.loads(json.dumps(made.settings)) == {"a": {"b": {"c": 1}}}
+
+
 def test_defaults_are_those_of_the_dataclass():
     assert config.from_dict(Outer, {"steps": 1}) == Outer(1)
 

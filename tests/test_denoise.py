@@ -82,6 +82,18 @@ def run(rule, tokens_valid=None, seed=0):
     return np.asarray(call(*(tokens_valid or rows())))
 
 
+def test_a_model_that_draws_the_mask_comes_to_an_end():
+    def unembed_mask(h_BLD, first=0, size=None):
+        return unembed(h_BLD).at[..., VOCAB.mask].set(99.0)
+
+    for stop, left in ((None, VOCAB.mask), (11, 11)):
+        rule = TextRule(steps=24, block=3, stop=stop)
+        out = jax.jit(lambda t, v, rule=rule: denoise(hidden, unembed_mask, t, v, **settings(rule)))(
+            *rows()
+        )
+        assert (np.asarray(out)[:, START : START + LENGTH] == left).all()
+
+
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("known", [(), (0, 5, 11)], ids=["all hidden", "inpainting"])
 def test_the_prompt_never_changes_and_less_and_less_is_hidden(name, known):

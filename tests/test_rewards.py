@@ -1,5 +1,6 @@
 """Rewards: what they give, what they can't be made to do, and how they fail."""
 
+import dataclasses
 import importlib.util
 import pathlib
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmada_jax.data import digits
+from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl import rewards
 from mmada_jax.rl.rewards import Combined, Unscored, answer_of
 
@@ -129,6 +131,20 @@ def test_a_comparison_that_hangs_costs_its_row_alone():
 
 
 @math_verify
+def test_a_batch_that_is_too_slow_keeps_the_rows_that_it_has():
+    settings = {"correct": {"limit": 1.0, "workers": 1}}
+    answers = ["3", *["9^{9^{8^9}}"] * 9, "2"]
+    completions = ["3.0", *(f"9^{{9^{{9^{{9{i}}}}}}}" for i in range(9)), "2.0"]
+    with Combined({"correct": 1.0}, settings, limit=5.0) as combined:
+        combined(["p"], ["0.5"], None, ["1/2"])  # its process has started
+        scores, _ = combined(["p"] * 11, completions, None, answers)
+        assert scores[0] == 1
+        assert combined.failures["correct"] >= 9
+        scores, _ = combined(["p"], ["0.5"], None, ["1/2"])  # and the next batch is a new one
+        assert scores.tolist() == [1]
+
+
+@math_verify
 @pytest.mark.parametrize("form", ["{}", r"\boxed{{{}}}", "${}$", "The answer is {}", r"\text{{{}}}"])
 def test_no_answer_runs_as_code(correct, form, tmp_path):
     attack = f"__import__('os').system('touch {tmp_path}/ran')"
@@ -204,6 +220,22 @@ def test_tasks_settings_and_entries_that_do_not_fit():
 
 
 # ---- Images --------------------------------------------------------------------------------------
+
+
+@reasoning_gym
+def test_problems_are_judged_by_the_settings_that_they_were_made_with():
+    config = prompts_lib.Config(
+        "chain_sum", "reasoning_gym", count=3, seed=7, settings={"min_terms": 2, "max_terms": 2}
+    )
+    prompts = prompts_lib.open_prompts(config)
+    assert all(prompt.text.count("+") + prompt.text.count("-") <= 3 for prompt in prompts)
+    answers = [prompt.answer for prompt in prompts]
+    with Combined({"reasoning_gym:chain_sum": 1.0}) as combined:
+        right = [f"<think>.</think>{answer['answer']}" for answer in answers]
+        scores, _ = combined([p.text for p in prompts], right, None, answers)
+    assert scores.tolist() == [1, 1, 1]
+    other = prompts_lib.open_prompts(dataclasses.replace(config, seed=8))
+    assert [p.text for p in other] != [p.text for p in prompts]
 
 
 def test_the_digit_reward_reads_held_out_scans():

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmada_jax import convert, denoise, loss, metrics, optim, sharding, transformer
 from mmada_jax.api import MMaDA
 from mmada_jax.checkpoint import newest_step, open_params
+from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl import rewards as rewards_lib
 from mmada_jax.rl import rollout as rollout_lib
 from mmada_jax.rl import train as rl
@@ -380,6 +382,39 @@ def test_the_next_rollout_survives_a_damaged_checkpoint_of_another_task(config, 
     jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_old_scores_are_those_of_the_rollouts_policy(config, tmp_path, ahead):
+    objective = config["objective"] | {"masking": "unigrpo", "mu": 1}
+    tasks = {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}}
+    config = config | {"ahead": ahead, "objective": objective, "tasks": tasks, "iterations": 3}
+    config["optim"] = config["optim"] | {"lr": 1e-2, "warmup": 0}
+    rl.train(config, tmp_path / "run")
+    moved = history(tmp_path / "run", "text/ratio_error")
+    # The first rollout is always the policy's own, later ones with `ahead` those of the one before.
+    assert moved[0] < 1e-4
+    assert all(error > 1e-3 if ahead else error < 1e-4 for error in moved[1:]), moved
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"masking": "random", "normalise": False},
+        {"masking": "coupled", "kl": "reference", "beta": 0.1},
+        {"masking": "trace", "kl": "old", "beta": 0.1},
+        {"masking": "full", "prompt_mask": 0.3},
+    ],
+)
+def test_every_way_of_masking_trains(config, tmp_path, objective):
+    tasks = {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}}
+    config = config | {"objective": config["objective"] | objective, "tasks": tasks, "iterations": 1}
+    before = rl.load(rl.config_lib.from_dict(rl.RLRun, config), tmp_path, sharding.make_mesh())[0].params
+    rl.train(config, tmp_path / "run")
+    after = params(tmp_path / "run")
+    change = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), before, after)
+    assert 1e-4 < max(jax.tree.leaves(change)) < 1e-2
+    assert history(tmp_path / "run", "text/skipped")[-1] == 0
+
+
 @pytest.mark.parametrize("changed", ["seed", "prompts"])
 def test_the_next_rollout_is_judged_by_its_own_prompts(config, tmp_path, changed):
     config = config | {"iterations": 1, "ahead": 1, "tasks": {"text": config["tasks"]["text"]}}
@@ -542,14 +577,54 @@ def test_bad_input_is_refused_before_any_compute(config, tmp_path, monkeypatch, 
         ('{"prompt": "1+1", "answer": 2}', "line 1: 'answer' is 2"),
         ("{", "line 1 is no JSON"),
         ("", "holds no prompts"),
+        ('{"prompt": "1", "answer": "2", "image": 5}', "line 1: 'image' is 5"),
+        ('{"prompt": "1", "answer": "2", "image": "bad.jsonl"}', "line 1: .*cannot identify image file"),
+        (b'{"prompt": "\xe9", "answer": "2"}', "is no UTF-8"),
         ('{"prompt": "1", "answer": "2", "image": "no.png"}', "no.png, which isn't there"),
     ],
 )
 def test_bad_prompts_name_their_line(config, tmp_path, lines, message):
-    (tmp_path / "bad.jsonl").write_text(lines)
+    (tmp_path / "bad.jsonl").write_bytes(lines if isinstance(lines, bytes) else lines.encode())
     data = {"path": str(tmp_path / "bad.jsonl"), "format": "jsonl"}
     with pytest.raises((ValueError, OSError), match=message):
         rl.train(change(config, data=data), tmp_path / "run")
+
+
+def test_a_line_of_prompts_ends_where_json_says_so(tmp_path):
+    rows = [{"prompt": "a\u2028b\x0c", "answer": "\u0085c"}, {"prompt": "d", "answer": "e"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    found = prompts_lib.open_prompts(prompts_lib.Config("rows.jsonl"), tmp_path)
+    assert [(p.text, p.answer) for p in found] == [(r["prompt"], r["answer"]) for r in rows]
+
+
+def test_images_that_are_asked_about_may_have_any_size(model, tmp_path):
+    Image.fromarray(np.arange(48 * 64, dtype=np.uint8).reshape(48, 64)).save(tmp_path / "wide.png")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "what?", "answer": "it", "image": "wide.png"}')
+    asked = prompts_lib.open_prompts(prompts_lib.Config("rows.jsonl"), tmp_path)
+    task = dataclasses.replace(TEXT, layout="mmu")
+    job = rollout_lib.lay_out(model, task, list(asked), 2)
+    assert job.rows.tokens.shape == (2, 40 + model.n_image + 3 + 12)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"path": "t2i_one", "format": "digits", "split": "prompts"}, "unknown split 'prompts'"),
+        ({"path": "text_cot", "format": "digits", "split": "luck"}, "unknown split 'luck'"),
+        ({"path": "chain_sum", "format": "reasoning_gym", "count": 0}, "count is 0"),
+    ],
+)
+def test_prompts_that_are_not_there(values, message):
+    with pytest.raises(ValueError, match=message):
+        prompts_lib.open_prompts(prompts_lib.Config(**values))
+
+
+def test_the_folder_of_a_reward_is_relative_to_the_workdir(config, tmp_path):
+    settings = {"clip": {"folder": "../clip"}}
+    draw = config["tasks"]["draw"] | {"rewards": {"clip": 0.1}, "reward_settings": settings}
+    with pytest.raises((ValueError, OSError), match=str(tmp_path / "clip")):
+        rl.train(config | {"tasks": {"draw": draw}}, tmp_path / "run")
 
 
 def test_a_workdir_holds_one_run_and_its_reference(config, model_workdir, tmp_path):

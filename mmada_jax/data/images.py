@@ -31,19 +31,16 @@ def open_image(data: bytes | str | pathlib.Path) -> Image.Image:
     stays as it is stored: a rotation in EXIF isn't applied. Raises ValueError for anything else,
     damaged files, and more than MAX_PIXELS (from the header alone).
     """
-    name = "the image" if isinstance(data, bytes) else str(data)
-    data = data if isinstance(data, bytes) else pathlib.Path(data).read_bytes()
-    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
-    if reader is None:
-        raise ValueError(f"{name}: cannot identify image file; JPEG, PNG, WebP, GIF and BMP are known")
+    image, name = _read_header(data)
     try:
-        image = reader(io.BytesIO(data))
-        size = image.size
-        if size[0] * size[1] <= MAX_PIXELS:
-            return _rgb(image)
+        return _rgb(image)
     except Exception as error:  # decoders of damaged files raise nearly everything
         raise ValueError(f"{name} can't be decoded: {error}") from error
-    raise ValueError(f"{name} has {size[0]}x{size[1]} pixels; the limit is {MAX_PIXELS}")
+
+
+def check_image(data: bytes | str | pathlib.Path) -> None:
+    """Raises ValueError for what `open_image` refuses by the header of a file."""
+    _read_header(data)
 
 
 def resize(image: Image.Image, size: tuple[int, int] | int, how: Resize = "crop") -> np.ndarray:
@@ -86,6 +83,23 @@ def to_image(pixels: np.ndarray) -> Image.Image:
     if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] != 3):
         raise ValueError(f"pixels have shape {pixels.shape}; [I, J, 3], [I, J, 1] or [I, J] make an image")
     return Image.fromarray(pixels).convert("RGB")
+
+
+def _read_header(data: bytes | str | pathlib.Path) -> tuple[Image.Image, str]:
+    """The image, its pixels not decoded yet, and what to call it."""
+    name = "the image" if isinstance(data, bytes) else str(data)
+    data = data if isinstance(data, bytes) else pathlib.Path(data).read_bytes()
+    reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
+    if reader is None:
+        raise ValueError(f"{name}: cannot identify image file; JPEG, PNG, WebP, GIF and BMP are known")
+    try:
+        image = reader(io.BytesIO(data))
+        size = image.size
+    except Exception as error:
+        raise ValueError(f"{name} can't be decoded: {error}") from error
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(f"{name} has {size[0]}x{size[1]} pixels; the limit is {MAX_PIXELS}")
+    return image, name
 
 
 def _rgb(image: Image.Image) -> Image.Image:

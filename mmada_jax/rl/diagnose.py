@@ -52,6 +52,8 @@ def diagnose(
             f"{', '.join(unigrpo.MASKINGS)}, and two batches are needed"
         )
     run, mesh, prompts, rewards = check(config, workdir)
+    for masking in maskings:  # raises for a mu that doesn't fit
+        dataclasses.replace(run.objective, masking=masking)
     model, _ = load(run, pathlib.Path(workdir), mesh)
     check_model(run, model, prompts, rewards)
     found: dict[str, dict[str, dict[str, float]]] = {}
@@ -72,6 +74,11 @@ def diagnose(
                 responses = read(model, program.task, program.at, np.asarray(rollout.tokens_RL))
                 total_R, _ = judge(program, asked, responses)
                 rolled.append((rollout, choose(run, program.task, total_R)[0]))
+            if not any(chosen.advantage_S.any() for _, chosen in rolled):
+                raise ValueError(
+                    f"task {name}: no group of {batches} rollouts has rewards that differ, so all "
+                    "gradients are 0; take more batches, or a model that is neither perfect nor hopeless"
+                )
             gradients = {
                 masking: gradients_of(run, model, program, masking, rolled, mesh, shardings.params)
                 for masking in ("every", *maskings)

@@ -3,7 +3,8 @@
 digits          by `path`: text_cot (`3+1+4+8`), vqa_sum (two scans, `add them`), t2i_one (`a
                 handwritten seven`)
 jsonl           one object a line: "prompt", "answer", and for image understanding "image", a file beside it
-reasoning_gym   `count` problems of the task `path` of that package; its reward judges them
+reasoning_gym   `count` problems of the task `path` of that package, by `seed` and with the task's own
+                `settings`; its reward judges them
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mmada_jax.data import digits
+from mmada_jax.data import digits, images
 from mmada_jax.rl.rewards import ReasoningGym
 
 DIGITS = ("text_cot", "vqa_sum", "t2i_one")
@@ -29,6 +30,12 @@ class Config:
     format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"
     split: str = "train"
     count: int = 1000
+    seed: int = 0
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"count is {self.count}; it must be at least 1")
 
 
 class Prompt(NamedTuple):
@@ -48,7 +55,7 @@ def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prom
     if config.format == "digits":
         return _of_digits(config)
     if config.format == "reasoning_gym":
-        task = ReasoningGym(config.path)
+        task = ReasoningGym(config.path, config.seed, config.settings)
         problems = [task.problem(i) for i in range(config.count)]
         task.close()
         return [Prompt(question, entry) for question, _, entry in problems]
@@ -56,7 +63,11 @@ def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prom
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}; name a file with a JSON object a line")
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # only these end a line of JSON
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -70,9 +81,17 @@ def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prom
                     f"{path}, line {number}: {name!r} is {value!r}; every row needs a prompt and an answer "
                     "that are texts with something in them"
                 )
-        image = path.parent / row["image"] if row.get("image") else None
-        if image and not image.is_file():
-            raise FileNotFoundError(f"{path}, line {number} names the image {image}, which isn't there")
+        image = row.get("image") or None
+        if image is not None:
+            if not isinstance(image, str):
+                raise ValueError(f"{path}, line {number}: 'image' is {image!r}; name a file")
+            image = path.parent / image
+            if not image.is_file():
+                raise FileNotFoundError(f"{path}, line {number} names the image {image}, which isn't there")
+            try:
+                images.check_image(image)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
         prompts.append(Prompt(row["prompt"], row["answer"], image))
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
@@ -84,6 +103,7 @@ def _of_digits(config: Config) -> list[Prompt]:
         chains = digits.chains(config.split)
         return [Prompt(digits.addition(*chain), str(sum(chain))) for chain in chains]
     if config.path == "t2i_one":
+        digits.load(config.split)  # of which nothing is needed but that there is such a split
         return [Prompt(digits.caption(digit), str(digit)) for digit in range(10)]
     if config.path == "vqa_sum":
         scans = digits.load(config.split)

@@ -35,6 +35,8 @@ Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | Non
 
 # Seconds that a verifier's process may take to start.
 _START = 120.0
+# Seconds that a reward which is told to stop may take for it.
+_STOP = 30.0
 # Rows that `Combined.check` tries.
 _PROBE = 8
 
@@ -115,8 +117,14 @@ class Combined:
         for name, outcome in self._run(prompts, completions, images, answers).items():
             scores, errors = _settle(outcome, n)
             self.failures[name] += len(errors)
-            if errors:
-                self.errors.setdefault(name, next(iter(errors.values())))
+            if errors and name not in self.errors:
+                self.errors[name] = next(iter(errors.values()))
+                print(
+                    f"warning: reward {name!r} failed for {len(errors)} of {n} rows, which score 0: "
+                    f"{self.errors[name]} (further ones are only counted)",
+                    file=sys.stderr,
+                    flush=True,
+                )
             parts[name] = scores
         total = sum(np.float32(self.weights[name]) * scores for name, scores in parts.items())
         return total, parts
@@ -171,6 +179,11 @@ class Combined:
                 outcomes[name] = box.get(timeout=self._limit)
             except queue.Empty:
                 outcomes[name] = TimeoutError(f"no scores within {self._limit:g} s")
+                # One that can stop keeps the rows that it has, and isn't in the way of the next batch.
+                if hasattr(self.rewards[name], "stop"):
+                    self.rewards[name].stop()
+                    with contextlib.suppress(queue.Empty):
+                        outcomes[name] = box.get(timeout=_STOP)
         return outcomes
 
 
@@ -216,7 +229,7 @@ class Correct:
 
     def __init__(self, limit: float = 5.0, workers: int = 2):
         self._verify = _Verifiers("math_verify", limit, workers)
-        self.close = self._verify.close
+        self.close, self.stop = self._verify.close, self._verify.stop
 
     def __call__(self, prompts, completions, images, answers):
         """Raises Unscored where a comparison fails."""
@@ -252,7 +265,7 @@ class ReasoningGym:
         workers: int = 2,
     ):
         self._verify = _Verifiers("reasoning_gym", limit, workers)
-        self.close = self._verify.close
+        self.close, self.stop = self._verify.close, self._verify.stop
         self.task, self._seed, self._settings = task, seed, dict(settings or {})
         known = self._verify.ask("tasks")
         if task not in known:
@@ -266,7 +279,8 @@ class ReasoningGym:
         # Tasks take their seeds one after the other; mixing keeps two runs apart.
         seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
         question, answer = self._verify.ask("problem", self.task, seed, self._settings)
-        return question, answer, {"task": self.task, "seed": seed, "answer": answer}
+        entry = {"task": self.task, "seed": seed, "settings": self._settings, "answer": answer}
+        return question, answer, entry
 
     def __call__(self, prompts, completions, images, answers):
         """The task's own scores in [0, 1]; `answers` are entries. Raises Unscored where it fails."""
@@ -274,7 +288,7 @@ class ReasoningGym:
         for row, (entry, completion) in enumerate(zip(answers or (), completions, strict=True)):
             if not isinstance(entry, Mapping) or entry.get("task") != self.task:
                 raise ValueError(f"the answer of row {row} is no entry of reasoning_gym:{self.task}")
-            rows.append(("score", self.task, entry["seed"], self._settings, answer_of(completion)))
+            rows.append(("score", self.task, entry["seed"], entry["settings"], answer_of(completion)))
         return self._verify.scores(rows)
 
 
@@ -340,7 +354,7 @@ class ClipScore:
 
 def digit_probability() -> Reward:
     """The probability of the prompted digit for the scan in the middle of a canvas [8, 16, 1], by the
-    nearest training scans. It shares nothing with the judge that counts drawn digits."""
+    nearest training scans. It isn't the judge that counts drawn digits, though both know these scans."""
     neighbours = _neighbours()
 
     def score(prompts, completions, images, answers):
@@ -432,13 +446,21 @@ class _Verifiers:
         self._free: queue.LifoQueue = queue.LifoQueue()
         for _ in range(workers):
             self._free.put(None)
+        self._stopped = threading.Event()
         self.close = weakref.finalize(self, _end, self._children)
+
+    def stop(self) -> None:
+        """Lets `scores` that runs now return soon, with what it has."""
+        self._stopped.set()
 
     def scores(self, rows: Sequence[float | tuple]) -> np.ndarray:
         """float32 [N]: a number as it is, a request's value. Raises Unscored if any request fails."""
         requests = list(dict.fromkeys(json.dumps(row) for row in rows if isinstance(row, tuple)))
+        stopped = self._stopped = threading.Event()
 
         def attempt(request):
+            if stopped.is_set():
+                return TimeoutError("no time was left for it")
             try:
                 return self.ask(*json.loads(request))
             except (RuntimeError, TimeoutError) as error:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from mmada_jax import denoise, layout, sharding, transformer
 from mmada_jax.api import Job, MMaDA
+from mmada_jax.data import images
 from mmada_jax.data.tokenizer import chat
 from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.rl import prompts as prompts_lib
@@ -52,8 +52,9 @@ class Task:
                 f"groups is {self.groups} and update_groups {self.update_groups}; the latter must be from "
                 "1 to groups, or None for all"
             )
-        if self.turns < 1:
-            raise ValueError(f"turns is {self.turns}; it must be at least 1")
+        for name in ("turns", "max_prompt", "max_new"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         greedy = self.image.draw == "argmax" if self.layout == "t2i" else not self.text.temperature
         if greedy:
             raise ValueError("a greedy rule gives the same response every time; raise its temperature")
@@ -111,7 +112,7 @@ def lay_out(model: MMaDA, task: Task, prompts: Sequence[Prompt], responses: int)
             other = layout.stack([layout.drop_condition(model.vocab, r, model.max_text) for r in rows])
     else:
         if task.layout == "mmu":
-            codes_Bij = model.encode([_read(prompt.image) for prompt in prompts])
+            codes_Bij = model.encode([_read(prompt.image, model.image_size) for prompt in prompts])
             images_BN = model.vocab.image_ids(codes_Bij.reshape(len(ids), -1))
             v = model.vocab
             ids = [[v.mmu, v.soi, *image, v.eoi, *i] for image, i in zip(images_BN, ids, strict=True)]
@@ -166,8 +167,9 @@ def read(model: MMaDA, task: Task, at: Span, tokens_RL: np.ndarray) -> tuple[lis
     return [""] * len(ids_RN), np.clip(model.decode(codes_Rij), -1, 1)
 
 
-def _read(image: Any) -> Any:
+def _read(image: Any, size: tuple[int, int]) -> Any:
+    """Pixels as they are; a file brought to its size whole, as stage 2 does with images that are asked
+    about."""
     if isinstance(image, np.ndarray):
         return image
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
+    return images.to_image(images.resize(images.open_image(image), size, "squash"))

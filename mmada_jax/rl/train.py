@@ -28,10 +28,10 @@ from mmada_jax import loss, optim, sharding, transformer, vq
 from mmada_jax import train as train_lib
 from mmada_jax.api import MMaDA
 from mmada_jax.checkpoint import (
-    MANIFEST,
     Checkpoints,
     check_workdir,
     claim_workdir,
+    fingerprint,
     newest_step,
     write_whole,
 )
@@ -205,18 +205,19 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
             latest = checkpoints.newest_whole()
             program = programs[run.turn(latest // mu)[0]]
             asked, given = inputs(run, model, program, latest // mu)
-            rows = jax.eval_shape(program.generate, shapes.params, *given)._asdict()
+            rollout = jax.eval_shape(program.generate, shapes.params, *given)
+            scored = jax.eval_shape(program.score, shapes.params, reference, rollout, root, 0)
+            rows = saved_rows(rollout, [scored] * mu)
             state = checkpoints.restore(
-                shapes._replace(opt_state={"optimizer": shapes.opt_state, "rollout": rows}),
+                shapes._replace(opt_state={"optimizer": shapes.opt_state} | rows),
                 shardings._replace(
-                    opt_state={
-                        "optimizer": shardings.opt_state,
-                        "rollout": jax.tree.map(lambda _: sharding.batch_sharding(mesh), rows),
-                    }
+                    opt_state={"optimizer": shardings.opt_state}
+                    | jax.tree.map(lambda _: sharding.batch_sharding(mesh), rows)
                 ),
                 latest,
             )
-            ahead = asked, Rollout(**state.opt_state["rollout"])
+            scored = [Scored(**state.opt_state["scored"][str(n)]) for n in range(mu)]
+            ahead = asked, Rollout(**state.opt_state["rollout"]), scored
             state = state._replace(opt_state=state.opt_state["optimizer"])
         else:
             state = checkpoints.restore(shapes, shardings)
@@ -236,20 +237,27 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
             asked, given = inputs(run, model, program, iteration)
             return asked, program.generate(state.params, *given)
 
+        def score(iteration, rollout):
+            program = programs[run.turn(iteration)[0]]
+            key = jax.random.fold_in(jax.random.fold_in(root, 3), iteration)
+            return [program.score(state.params, reference, rollout, key, n) for n in range(mu)]
+
         with Metrics(workdir, run.iterations, first, began=began) as metrics:
             for iteration in range(first, run.iterations):
                 name, _ = run.turn(iteration)
                 program = programs[name]
                 clock = Clock()
-                asked, rollout = ahead or roll(iteration)
+                asked, rollout, scored = ahead or (*roll(iteration), None)
                 host = multihost_utils.process_allgather(rollout, tiled=True)
                 clock.lap("rollout")
                 responses = read(model, program.task, program.at, host.tokens_RL)
                 judged = pool.submit(judge, program, asked, responses)
-                # Before the first update, and while the rewards are computed.
-                key = jax.random.fold_in(jax.random.fold_in(root, 3), iteration)
-                scored = [program.score(state.params, reference, rollout, key, n) for n in range(mu)]
-                ahead = roll(iteration + 1) if run.ahead else None
+                # By the policy that made the rollout, and while the rewards are computed.
+                scored = scored or score(iteration, rollout)
+                if run.ahead:
+                    next_asked, next_rollout = roll(iteration + 1)
+                    ahead = next_asked, next_rollout, score(iteration + 1, next_rollout)
+                jax.block_until_ready(scored)
                 clock.lap("scores")
                 with metrics.waiting():
                     total_R, each = judged.result()
@@ -272,7 +280,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 # ---- What there is to see -------------------------------------------------------
                 done, stop = iteration + 1, bool(sigterm())
                 if done % run.log_every == 0 or done == run.iterations:
-                    values |= measures(program, host, each, of_updates, clock)
+                    values |= measures(program, host, each, of_updates, None if run.ahead else clock)
+                    values["seconds_waiting_for_rewards"] = clock.seconds["rewards"]
                     values = {f"{name}/{key}": float(value) for key, value in values.items()}
                     shown = [f"{name}/{key}" for key in SHOWN] + [
                         key for key, n in values.items() if n and key.split("/")[-1].startswith(COUNTS)
@@ -288,8 +297,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 if done % run.save_every == 0 or done == run.iterations or stop:
                     saved = state
                     if ahead:
-                        both = {"optimizer": state.opt_state, "rollout": ahead[1]._asdict()}
-                        saved = state._replace(opt_state=both)
+                        rows = saved_rows(*ahead[1:])
+                        saved = state._replace(opt_state={"optimizer": state.opt_state} | rows)
                     with metrics.pausing():
                         checkpoints.save(saved)
                 if stop:
@@ -308,16 +317,24 @@ def check(
     run, workdir = config_lib.from_dict(RLRun, config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
-    # A rollout in flight is judged by the prompts of its iteration.
-    fixed = (*FIXED, "tasks", "seed") if run.ahead else FIXED
-    check_workdir(workdir, config_lib.to_dict(run), fixed, FREE)
+    # A rollout in flight is that of its prompts, and scored under its masks.
+    fixed, free = ((*FIXED, "tasks", "seed"), ()) if run.ahead else (FIXED, FREE)
+    check_workdir(workdir, config_lib.to_dict(run), fixed, free)
     prompts, rewards = {}, {}
     for name, task in run.tasks.items():
         try:
-            rewards[name] = Combined(task.rewards, task.reward_settings, task.reward_limit)
+            settings = {
+                reward: {
+                    key: str(relative(value, workdir)) if key == "folder" else value
+                    for key, value in of_reward.items()
+                }
+                for reward, of_reward in task.reward_settings.items()
+            }
+            rewards[name] = Combined(task.rewards, settings, task.reward_limit)
             prompts[name] = prompts_lib.open_prompts(task.data, relative(run.data_root, workdir))
         except (ValueError, OSError, ImportError) as error:
-            raise type(error)(f"config.tasks.{name}: {error}") from error
+            kind = next(kind for kind in (ValueError, OSError, ImportError) if isinstance(error, kind))
+            raise kind(f"config.tasks.{name}: {error}") from error
     return run, mesh, prompts, rewards
 
 
@@ -394,12 +411,11 @@ def load(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[MM
 
 
 def origin_of(path: pathlib.Path) -> dict[str, str]:
-    """The folder of a workdir or checkpoint that its weights lie in, and the SHA-256 of their manifest."""
+    """The folder that the weights of a workdir, a checkpoint or a Hugging Face folder lie in, and a hash of
+    what it holds."""
     folder = path / "params" if (path / "params").is_dir() else path
     folder = newest_step(path) if (path / "checkpoints").is_dir() else folder
-    manifest = folder / MANIFEST
-    sha256 = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else ""
-    return {"path": str(folder), "sha256": sha256}
+    return {"path": str(folder), "sha256": fingerprint(folder)}
 
 
 def description(run: RLRun, model: MMaDA) -> dict[str, Any]:
@@ -577,6 +593,14 @@ def choose(run: RLRun, task: Task, total_R: np.ndarray) -> tuple[Chosen, dict[st
     return Chosen(rows_S, advantage_PG[kept_K].ravel(), np.repeat(weight_K, G).astype(np.float32)), values
 
 
+def saved_rows(rollout: Rollout, scored: Sequence[Scored]) -> dict[str, Any]:
+    """A rollout in flight and its scores as a checkpoint holds them."""
+    return {
+        "rollout": rollout._asdict(),
+        "scored": {str(n): of_update._asdict() for n, of_update in enumerate(scored)},
+    }
+
+
 # ---- What there is to see ------------------------------------------------------------------------
 
 
@@ -597,26 +621,21 @@ def measures(
     host: Rollout,
     each: Mapping[str, np.ndarray],
     updates: list[dict[str, Any]],
-    clock: Clock,
+    clock: Clock | None,
 ) -> dict[str, float]:
-    """Metrics of a rollout and its updates."""
-    response_RL, seconds = host.response_RL, clock.seconds
+    """Metrics of a rollout and its updates; without a clock no speeds, where they overlap."""
+    response_RL = host.response_RL
     length_R = response_RL.sum(axis=1)
     out = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
     out |= {f"reward_{reward}": np.mean(value_R) for reward, value_R in each.items()}
     out |= {f"failed_{reward}": n for reward, n in program.rewards.failures.items()}
+    out |= {"response_length": length_R.mean(), "entropy": host.entropy_RL[response_RL].mean()}
+    if clock is None:
+        return out
+    seen = len(updates) * host.valid_RL.sum() * program.task.kept / program.task.groups
     return out | {
-        "response_length": length_R.mean(),
-        "entropy": host.entropy_RL[response_RL].mean(),
-        "rollout_tokens_per_second": length_R.sum() / seconds["rollout"],
-        "update_tokens_per_second": (
-            len(updates)
-            * program.task.kept
-            / program.task.groups
-            * host.valid_RL.sum()
-            / seconds["updates"]
-        ),
-        "seconds_waiting_for_rewards": seconds["rewards"],
+        "rollout_tokens_per_second": length_R.sum() / clock.seconds["rollout"],
+        "update_tokens_per_second": seen / clock.seconds["updates"],
     }
 
 
@@ -633,7 +652,7 @@ def save_samples(workdir, iteration, name, asked, responses, total_R, each, G) -
         lines.append(f"- {total_R[i]:.3g} ({parts}) {text!r}\n")
     path.with_suffix(".md").write_text("".join(lines))
     if images is not None:
-        grid = vq.to_uint8(images)
+        grid = vq.to_uint8(images[:n])
         grid = np.concatenate(
             [np.concatenate(list(grid[i : i + G]), axis=1) for i in range(0, len(grid), G)]
         )

@@ -103,9 +103,9 @@ def hide(
         random   each token with its row's probability, uniform in [0.1, 0.9] (dLLM-RL)
         coupled  as unigrpo, p spaced over pairs of updates; the second hides the rest (DiffuCoder)
         trace    all from a random step of the rollout on, the next trace_next scored (after TraceRL)
-        exact    all that was hidden when a token was revealed, and that token is scored, with those that
-                 were revealed in the same step; it is drawn in proportion to the entropy that it had, the
-                 step's inverse probability is the weight: unbiased for the mean over the whole rollout
+        exact    all that was hidden when a step revealed its tokens, and these are scored; the step is
+                 drawn by their share of the rollout's entropy (a part UNIFORM by their number), and the
+                 weight, their share of T over that probability, makes it unbiased for the whole rollout
         every    the same for the n-th revealed token of each row, which counts mu / T: all of them
     """
     tokens_RL, valid_RL, response_RL, step_RL, _, entropy_RL = rollout
