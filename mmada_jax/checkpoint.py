@@ -357,13 +357,10 @@ def _check_leaves(folder: pathlib.Path, shapes: Any) -> None:
 def write_manifest(folder: str | pathlib.Path) -> None:
     """Writes the size and the sha256 of every file below `folder` into its manifest."""
     folder = pathlib.Path(folder)
-    names = _files_below(folder)
-    with ThreadPoolExecutor(_threads()) as pool:
-        hashes = pool.map(lambda name: _hash(folder / name), names)
-        files = {
-            name: {"size": (folder / name).stat().st_size, "sha256": digest}
-            for name, digest in zip(names, hashes, strict=True)
-        }
+    files = {
+        name: {"size": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in _hashes_below(folder).items()
+    }
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps({"files": files}, indent=1))
     temporary.replace(folder / MANIFEST)
@@ -411,10 +408,13 @@ def fingerprint(folder: str | pathlib.Path) -> str:
     folder = pathlib.Path(folder)
     if (folder / MANIFEST).is_file():
         return _hash(folder / MANIFEST)
+    return hashlib.sha256(json.dumps(_hashes_below(folder)).encode()).hexdigest()
+
+
+def _hashes_below(folder: pathlib.Path) -> dict[str, str]:
     names = _files_below(folder)
     with ThreadPoolExecutor(_threads()) as pool:
-        hashes = list(pool.map(lambda name: _hash(folder / name), names))
-    return hashlib.sha256(json.dumps([names, hashes]).encode()).hexdigest()
+        return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
 
 
 def _files_below(folder: pathlib.Path) -> list[str]:
