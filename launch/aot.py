@@ -22,6 +22,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays
 from absl import app, flags
 from ml_collections import config_flags
 
+from launch import fail
 from mmada_jax import chips
 from mmada_jax.config import from_dict, parse_flags
 from mmada_jax.run import ModelRun, parse
@@ -139,7 +140,5 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
     try:
         app.run(main, flags_parser=parse_flags)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

@@ -25,13 +25,21 @@ import jax
 import numpy as np
 
 from configs import unigrpo as config_file
+from launch import fail
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import check_workdir, claim_workdir, write_whole
+from mmada_jax.checkpoint import (
+    check_workdir,
+    claim_workdir,
+    fingerprint,
+    has_step,
+    newest_step,
+    write_whole,
+)
 from mmada_jax.data import digits
 from mmada_jax.denoise import ImageRule
 from mmada_jax.rl.rewards import Combined
-from mmada_jax.rl.train import origin_of, train
+from mmada_jax.rl.train import train
 from mmada_jax.rl.unigrpo import MASKINGS
 
 # Cases of a metric that isn't sampled as in a rollout.
@@ -67,7 +75,7 @@ def main() -> None:
         parser.error(f"--n is {args.n}; it must be at least 1")
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
-        "model": origin_of(pathlib.Path(args.init))["sha256"],
+        "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
         "config": config_file.get_config("digits").to_dict(),
     }
     check_workdir(workdir, made_of, ("model", "config"))
@@ -219,7 +227,5 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import logging
 
+from launch import fail
 from mmada_jax.convert import DTYPES
 from mmada_jax.convert.folder import from_torch, inspect, to_torch
 
@@ -93,7 +94,5 @@ if __name__ == "__main__":
     try:
         keep_freed_memory()
         main()
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

@@ -32,6 +32,7 @@ import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from launch import fail
 from mmada_jax import convert, sharding, vq
 from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import images, sources
@@ -398,7 +399,5 @@ def write_json(path: pathlib.Path, values: dict) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

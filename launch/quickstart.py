@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from configs import cot, pretrain, unigrpo, vq
-from launch import benchmark_rl
+from launch import benchmark_rl, fail
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
 from mmada_jax.checkpoint import write_whole
@@ -392,7 +392,5 @@ def say(part: str, what: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

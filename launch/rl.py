@@ -17,7 +17,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import app, flags, logging
 
-from launch.train import CONFIG, COORDINATOR, DISTRIBUTED, NUM_PROCESSES, PROCESS_ID, TIMEOUT, WORKDIR, fail
+from launch import fail
+from launch.train import CONFIG, COORDINATOR, DISTRIBUTED, NUM_PROCESSES, PROCESS_ID, TIMEOUT, WORKDIR
 from mmada_jax.config import parse_flags
 from mmada_jax.rl.diagnose import diagnose
 from mmada_jax.rl.train import train

@@ -20,6 +20,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 from PIL import Image
 
+from launch import fail
 from mmada_jax.api import MMaDA
 from mmada_jax.data.images import open_image
 from mmada_jax.denoise import ImageRule, TextRule
@@ -172,7 +173,5 @@ def read_mask(args: argparse.Namespace, size: tuple[int, int]) -> np.ndarray:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

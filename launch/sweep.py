@@ -48,6 +48,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import app, flags
 from ml_collections import config_flags
 
+from launch import fail
 from mmada_jax import metrics
 from mmada_jax.checkpoint import write_whole
 from mmada_jax.config import parse_flags, unknown_key
@@ -399,7 +400,5 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     try:
         app.run(main, flags_parser=parse_flags)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MMADA_TRACEBACK"):
-            raise
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        fail(error)

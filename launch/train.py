@@ -12,15 +12,14 @@ All need the same workdir, on a file system that they share.
 
 import os
 import sys
-import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import vq
+from launch import fail
 from mmada_jax.config import parse_flags
 from mmada_jax.sharding import initialize_distributed
 from mmada_jax.train import check, train
@@ -56,21 +55,6 @@ def main(argv):
         if int(state.step) < tokenizer.steps:
             return  # SIGTERM
     train(config, workdir)
-
-
-def fail(error):
-    """Ends with one line for errors that users can mend, with a traceback for others."""
-    expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
-    try:
-        if expected and not os.environ.get("MMADA_TRACEBACK"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
-    finally:
-        if jax.distributed.is_initialized():
-            # Python's own exit waits minutes for the other processes, which wait for this one.
-            os._exit(1)
-    sys.exit(1)
 
 
 if __name__ == "__main__":

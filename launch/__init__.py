@@ -1,0 +1,23 @@
+"""The programs, and how they end when something is wrong."""
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+
+def fail(error: Exception) -> NoReturn:
+    """Ends with one line for errors that users can mend, with a traceback for others."""
+    import jax
+
+    expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
+    try:
+        if expected and not os.environ.get("MMADA_TRACEBACK"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exception(error)
+    finally:
+        if jax.distributed.is_initialized():
+            # Python's own exit waits minutes for the other processes, which wait for this one.
+            os._exit(1)
+    sys.exit(1)
