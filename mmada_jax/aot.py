@@ -106,11 +106,7 @@ def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.
         if step == "rollout":
             return generate.lower(*given)
         rollout = jax.eval_shape(generate, *given)
-        reference = None
-        if run.objective.kl == "reference":
-            reference = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, run.reference_dtype), shapes.params
-            )
+        reference = jax.eval_shape(functools.partial(rl_train.frozen, run=run), shapes.params)
         score = rl_train.make_score(run, model, at, mesh, shardings.params)
         scored = shapes.params, reference, rollout, _key(), 0
         if step == "score":

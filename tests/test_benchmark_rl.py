@@ -56,7 +56,7 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
         patch.setattr(unigrpo, "get_config", lambda _: digits)
         with pytest.raises(ValueError, match=r"lr is 0\.0001 there and 1"):
             benchmark_rl.main()
-    monkeypatch.setattr(benchmark_rl, "origin_of", lambda _: {"sha256": "another"})
+    monkeypatch.setattr(benchmark_rl, "fingerprint", lambda _: "another")
     with pytest.raises(ValueError, match="holds another model"):
         benchmark_rl.main()
     assert len(measured) == 1

@@ -54,7 +54,7 @@ def diagnose(
     run, mesh, prompts, rewards = check(config, workdir)
     for masking in maskings:  # raises for a mu that doesn't fit
         dataclasses.replace(run.objective, masking=masking)
-    model, _ = load(run, pathlib.Path(workdir), mesh)
+    model = load(run, pathlib.Path(workdir), mesh)
     check_model(run, model, prompts, rewards)
     found: dict[str, dict[str, dict[str, float]]] = {}
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):

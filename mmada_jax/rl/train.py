@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,14 +26,7 @@ from mmada_jax import config as config_lib
 from mmada_jax import loss, optim, sharding, transformer, vq
 from mmada_jax import train as train_lib
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import (
-    Checkpoints,
-    check_workdir,
-    claim_workdir,
-    fingerprint,
-    newest_step,
-    write_whole,
-)
+from mmada_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
 from mmada_jax.convert import llada
 from mmada_jax.metrics import Metrics
 from mmada_jax.optim import Config as OptimConfig
@@ -47,20 +39,21 @@ from mmada_jax.rl.unigrpo import Rollout
 from mmada_jax.run import Mesh, relative
 from mmada_jax.state import TrainState, start_state, state_shardings
 
-# What a workdir's run began with: its reference.
-INIT_FILE = "init.json"
 # In the progress line, and these where there are any.
 SHOWN = ("reward", "groups_that_differ", "response_length", "kl", "clip_fraction")
 COUNTS = ("failed_", "skipped")
-# Groups of the configuration that a position means something by; of the objective only mu.
-FIXED = ("program", "init", "ahead", "objective")
-FREE = tuple(f"objective.{f.name}" for f in dataclasses.fields(unigrpo.Config) if f.name != "mu")
+# Groups of the configuration by which a checkpoint means something; of the objective only these.
+FIXED = ("program", "init", "ahead", "reference_dtype", "objective")
+OF_OBJECTIVE = ("mu", "kl")
+FREE = tuple(
+    f"objective.{f.name}" for f in dataclasses.fields(unigrpo.Config) if f.name not in OF_OBJECTIVE
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class RLRun:
     """Reinforcement learning of the model in `init`, a workdir or a checkpoint, which is also the frozen
-    reference (held in `reference_dtype`, and only if the objective asks for it).
+    reference (held in `reference_dtype`, and only if the objective asks for it; checkpoints have it).
 
     Paths are relative to the run's workdir, or absolute. `tasks` take turns, one each iteration, sorted
     by name, some of them several in a row (`turns`). `model` says how the model is computed (dtype,
@@ -171,12 +164,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     run, mesh, prompts, rewards = check(config, workdir)
     workdir, first_process = pathlib.Path(workdir), jax.process_index() == 0
     say = functools.partial(print, flush=True) if first_process else lambda *_: None
-    model, origin = load(run, workdir, mesh)
+    model = load(run, workdir, mesh)
     check_model(run, model, prompts, rewards)
     claim_workdir(workdir, description(run, model))
     if first_process:
         model.tokenizer.save(workdir / "tokenizer.json")
-        write_whole(workdir / INIT_FILE, json.dumps(origin, indent=1))
 
     # ---- State ----------------------------------------------------------------------------------
     mu = run.objective.mu
@@ -196,31 +188,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
             name: make_program(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
             for name in run.tasks
         }
-        reference = frozen(model.params, run) if run.objective.kl == "reference" else None
-        latest, ahead = checkpoints.latest(), None
-        if latest is None:
+        if checkpoints.latest() is None:
+            reference, ahead = frozen(model.params, run), None
             state = start_state(model.params, optimizer, shardings)
-        elif run.ahead:
-            # The rollout that was in flight is part of what was saved; its shape is that of its task.
-            latest = checkpoints.newest_whole()
-            program = programs[run.turn(latest // mu)[0]]
-            asked, given = inputs(run, model, program, latest // mu)
-            rollout = jax.eval_shape(program.generate, shapes.params, *given)
-            scored = jax.eval_shape(program.score, shapes.params, reference, rollout, root, 0)
-            rows = saved_rows(rollout, [scored] * mu)
-            state = checkpoints.restore(
-                shapes._replace(opt_state={"optimizer": shapes.opt_state} | rows),
-                shardings._replace(
-                    opt_state={"optimizer": shardings.opt_state}
-                    | jax.tree.map(lambda _: sharding.batch_sharding(mesh), rows)
-                ),
-                latest,
-            )
-            scored = [Scored(**state.opt_state["scored"][str(n)]) for n in range(mu)]
-            ahead = asked, Rollout(**state.opt_state["rollout"]), scored
-            state = state._replace(opt_state=state.opt_state["optimizer"])
         else:
-            state = checkpoints.restore(shapes, shardings)
+            state, reference, ahead = resume(run, model, programs, checkpoints, shapes, shardings)
         first = int(state.step) // mu
         model = dataclasses.replace(model, params=None)  # the updates take this memory
         if first >= run.iterations:
@@ -228,7 +200,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
             return state
         say(
             f"{workdir}: {run.objective.masking}, mesh {dict(mesh.shape)}, "
-            + (f"resuming at iteration {first}" if first else f"starting from {origin['path']}")
+            + (f"resuming at iteration {first}" if first else f"starting from {run.init}")
         )
 
         # ---- Loop: rollout and rewards ----------------------------------------------------------
@@ -295,12 +267,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                         workdir, iteration, name, asked, responses, total_R, each, run.objective.responses
                     )
                 if done % run.save_every == 0 or done == run.iterations or stop:
-                    saved = state
-                    if ahead:
-                        rows = saved_rows(*ahead[1:])
-                        saved = state._replace(opt_state={"optimizer": state.opt_state} | rows)
                     with metrics.pausing():
-                        checkpoints.save(saved)
+                        checkpoints.save(bundle(state, reference, ahead and ahead[1:]))
                 if stop:
                     say(f"stopped by SIGTERM after iteration {done}; run again to resume")
                     break
@@ -389,33 +357,15 @@ def check_model(
             raise ValueError(f"config.tasks.{name}: {error}") from error
 
 
-def load(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[MMaDA, dict[str, str]]:
-    """The model that the run starts from, float32 on the mesh, and where it comes from.
-
-    Raises FileNotFoundError or ValueError if there is none, or if it isn't that with which the run in the
-    workdir began: that is its reference.
-    """
+def load(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> MMaDA:
+    """The model that the run starts from, float32 on the mesh. Raises FileNotFoundError or ValueError if
+    there is none."""
     if not run.init:
         raise ValueError("config.init is empty; name the workdir of a model, as that of configs/cot.py")
     path = relative(run.init, workdir)
     vision = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
     model = MMaDA.load(path, mesh, "float32", image_tokenizer=vision)
-    model = dataclasses.replace(model, config=dataclasses.replace(model.config, **run.model))
-    origin, known = origin_of(path), workdir / INIT_FILE
-    if known.is_file() and json.loads(known.read_text())["sha256"] != origin["sha256"]:
-        raise ValueError(
-            f"{workdir} began with another model than {origin['path']} holds now, which is its reference; "
-            f"restore that ({json.loads(known.read_text())['path']}), or choose an empty workdir"
-        )
-    return model, origin
-
-
-def origin_of(path: pathlib.Path) -> dict[str, str]:
-    """The folder that the weights of a workdir, a checkpoint or a Hugging Face folder lie in, and a hash of
-    what it holds."""
-    folder = path / "params" if (path / "params").is_dir() else path
-    folder = newest_step(path) if (path / "checkpoints").is_dir() else folder
-    return {"path": str(folder), "sha256": fingerprint(folder)}
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **run.model))
 
 
 def description(run: RLRun, model: MMaDA) -> dict[str, Any]:
@@ -431,8 +381,52 @@ def shapes_of(model: MMaDA, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[Tr
 
 
 def frozen(params: Any, run: RLRun) -> Any:
-    """A copy of the params that lies as they do: the updates donate what they are given."""
+    """The reference, a copy of the params that lies as they do (the updates donate what they are given);
+    None if the objective asks for none."""
+    if run.objective.kl != "reference":
+        return None
     return jax.tree.map(lambda x: jnp.array(x, run.reference_dtype, copy=True), params)
+
+
+def bundle(state: TrainState, reference: Any, flight: tuple[Rollout, list[Scored]] | None) -> TrainState:
+    """The state as a checkpoint holds it: with the reference, and a rollout in flight with its scores."""
+    more = {} if reference is None else {"reference": reference}
+    if flight:
+        rollout, scored = flight
+        more["rollout"] = rollout._asdict()
+        more["scored"] = {str(n): of_update._asdict() for n, of_update in enumerate(scored)}
+    return state._replace(opt_state={"optimizer": state.opt_state} | more)
+
+
+def resume(
+    run: RLRun,
+    model: MMaDA,
+    programs: Mapping[str, Program],
+    checkpoints: Checkpoints,
+    shapes: TrainState,
+    shardings: TrainState,
+) -> tuple[TrainState, Any, tuple[list[Prompt], Rollout, list[Scored]] | None]:
+    """What the newest whole checkpoint holds: the state, the reference, and with `ahead` the rollout that
+    was in flight, with its prompts and scores."""
+    step, mu, asked, flight = checkpoints.newest_whole(), run.objective.mu, None, None
+    reference = jax.eval_shape(functools.partial(frozen, run=run), shapes.params)
+    if run.ahead:  # its shape is that of its task
+        program = programs[run.turn(step // mu)[0]]
+        asked, given = inputs(run, model, program, step // mu)
+        rollout = jax.eval_shape(program.generate, shapes.params, *given)
+        scored = jax.eval_shape(program.score, shapes.params, reference, rollout, jax.random.key(0), 0)
+        flight = rollout, [scored] * mu
+    rows = jax.tree.map(lambda _: sharding.batch_sharding(model.mesh), flight)
+    state = checkpoints.restore(
+        bundle(shapes, reference, flight),
+        bundle(shardings, reference and shardings.params, rows),
+        step,
+    )
+    held = state.opt_state
+    if run.ahead:
+        flight = Rollout(**held["rollout"]), [Scored(**held["scored"][str(n)]) for n in range(mu)]
+    state = state._replace(opt_state=held["optimizer"])
+    return state, held.get("reference"), flight and (asked, *flight)
 
 
 # ---- The three functions -------------------------------------------------------------------------
@@ -587,18 +581,11 @@ def choose(run: RLRun, task: Task, total_R: np.ndarray) -> tuple[Chosen, dict[st
     values = {
         "reward": np.mean(total_R),
         "reward_deviation": np.mean(np.std(rewards_PG, axis=1)),
+        "advantage_deviation": np.std(advantage_PG),
         "groups_that_differ": np.mean(differ_P),
     }
     rows_S = (kept_K[:, None] * G + np.arange(G)[None]).ravel().astype(np.int32)
     return Chosen(rows_S, advantage_PG[kept_K].ravel(), np.repeat(weight_K, G).astype(np.float32)), values
-
-
-def saved_rows(rollout: Rollout, scored: Sequence[Scored]) -> dict[str, Any]:
-    """A rollout in flight and its scores as a checkpoint holds them."""
-    return {
-        "rollout": rollout._asdict(),
-        "scored": {str(n): of_update._asdict() for n, of_update in enumerate(scored)},
-    }
 
 
 # ---- What there is to see ------------------------------------------------------------------------
