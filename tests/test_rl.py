@@ -622,6 +622,27 @@ def test_images_that_are_asked_about_may_have_any_size(model, tmp_path):
     assert job.rows.tokens.shape == (2, 40 + model.n_image + 3 + 12)
 
 
+def test_another_prompt_stands_in_where_a_picture_is_damaged(config, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(255, size=(16, 16), dtype=np.uint8)
+    rows = [{"prompt": "what?", "answer": str(i), "image": f"{i}.png"} for i in range(3)]
+    for row in rows:
+        Image.fromarray(pixels).save(tmp_path / row["image"])
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])  # its header is as it was
+    (tmp_path / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "seen.jsonl"), "format": "jsonl"}
+    config = change(config, data=data, layout="mmu")
+    run, model, program, _ = start(config, "text", "exact")
+    asked = [prompt for i in range(6) for prompt in rl.inputs(run, model, program, i)[0][::4]]
+    assert {prompt.answer for prompt in asked} == {"0", "2"}
+    assert program.unreadable == {tmp_path / "1.png"}
+    assert capsys.readouterr().err.count("1.png can't be decoded") == 1
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(ValueError, match="none of the images of 3 prompts"):
+        rl.inputs(run, model, program, 6)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

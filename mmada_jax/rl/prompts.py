@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from mmada_jax.data import digits, images
 from mmada_jax.rl.rewards import ReasoningGym
@@ -40,11 +41,11 @@ class Config:
 
 class Prompt(NamedTuple):
     """What is asked, the answer that rewards know (of reasoning-gym its entry), and the image that is
-    asked about: pixels [I, J, C] or a file."""
+    asked about: pixels [I, J, C], an image or its file."""
 
     text: str
     answer: str | Mapping[str, Any]
-    image: np.ndarray | pathlib.Path | None = None
+    image: np.ndarray | Image.Image | pathlib.Path | None = None
 
 
 def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prompt]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -112,7 +113,7 @@ def lay_out(model: MMaDA, task: Task, prompts: Sequence[Prompt], responses: int)
             other = layout.stack([layout.drop_condition(model.vocab, r, model.max_text) for r in rows])
     else:
         if task.layout == "mmu":
-            codes_Bij = model.encode([_read(prompt.image, model.image_size) for prompt in prompts])
+            codes_Bij = model.encode([read_image(prompt.image, model.image_size) for prompt in prompts])
             images_BN = model.vocab.image_ids(codes_Bij.reshape(len(ids), -1))
             v = model.vocab
             ids = [[v.mmu, v.soi, *image, v.eoi, *i] for image, i in zip(images_BN, ids, strict=True)]
@@ -167,9 +168,9 @@ def read(model: MMaDA, task: Task, at: Span, tokens_RL: np.ndarray) -> tuple[lis
     return [""] * len(ids_RN), np.clip(model.decode(codes_Rij), -1, 1)
 
 
-def _read(image: Any, size: tuple[int, int]) -> Any:
-    """Pixels as they are; a file brought to its size whole, as stage 2 does with images that are asked
-    about."""
-    if isinstance(image, np.ndarray):
+def read_image(image: Any, size: tuple[int, int]) -> Any:
+    """Pixels as they are; a file brought to `size` whole, as stage 2 does with images that are asked about.
+    Raises ValueError or OSError for a file that can't be read."""
+    if not isinstance(image, pathlib.Path):
         return image
     return images.to_image(images.resize(images.open_image(image), size, "squash"))

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +35,7 @@ from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl import unigrpo
 from mmada_jax.rl.prompts import Prompt
 from mmada_jax.rl.rewards import Combined
-from mmada_jax.rl.rollout import Span, Task, lay_out, make_generate, prompt_ids, read, span
+from mmada_jax.rl.rollout import Span, Task, lay_out, make_generate, prompt_ids, read, read_image, span
 from mmada_jax.rl.unigrpo import Rollout
 from mmada_jax.run import Mesh, relative
 from mmada_jax.state import TrainState, start_state, state_shardings
@@ -150,6 +151,7 @@ class Program:
     generate: Callable[..., Rollout]
     score: Callable[..., Scored]
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    unreadable: set[pathlib.Path] = dataclasses.field(default_factory=set)  # images that others replaced
 
 
 def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
@@ -545,13 +547,30 @@ def inputs(run: RLRun, model: MMaDA, program: Program, iteration: int) -> tuple[
     """The prompts of an iteration, one for each row, and what `generate` takes beside the params."""
     task, G = program.task, run.objective.responses
     _, turn = run.turn(iteration)
-    asked = [program.prompts[program.order[turn * task.groups + p]] for p in range(task.groups)]
+    asked = [readable(model, program, turn * task.groups + p) for p in range(task.groups)]
     job = lay_out(model, task, asked, G)
     rows, other = (
         x and sharding.put_batch(model.mesh, (x.tokens, x.valid)) for x in (job.rows, job.unconditional)
     )
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 2), iteration)
     return [prompt for prompt in asked for _ in range(G)], (*rows, key, other)
+
+
+def readable(model: MMaDA, program: Program, position: int) -> Prompt:
+    """The prompt at a position, with the pixels that it asks about. Where its file can't be read, that is
+    reported and the next prompt stands in. Raises ValueError if there is none."""
+    first, n = program.order[position], len(program.prompts)
+    for i in range(n):
+        prompt = program.prompts[(first + i) % n]
+        if program.task.layout != "mmu":
+            return prompt
+        try:
+            return prompt._replace(image=read_image(prompt.image, model.image_size))
+        except (ValueError, OSError) as error:
+            if prompt.image not in program.unreadable and jax.process_index() == 0:
+                print(f"warning: {error}; another prompt stands in", file=sys.stderr, flush=True)
+            program.unreadable.add(prompt.image)
+    raise ValueError(f"none of the images of {n} prompts can be read; the last is {prompt.image}")
 
 
 def judge(
@@ -616,6 +635,8 @@ def measures(
     out = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
     out |= {f"reward_{reward}": np.mean(value_R) for reward, value_R in each.items()}
     out |= {f"failed_{reward}": n for reward, n in program.rewards.failures.items()}
+    if program.task.layout == "mmu":
+        out["failed_images"] = len(program.unreadable)
     out |= {"response_length": length_R.mean(), "entropy": host.entropy_RL[response_RL].mean()}
     if clock is None:
         return out
