@@ -123,7 +123,9 @@ class ImageRule:
     `temperature` is the one of the noise in the order of certainty, annealed over the steps: by the
     running product of (1 - k/steps), as the reference has it, or `linear`. `quota` counts what stays
     hidden from all positions of the span (the reference; few known tokens change nothing) or from
-    those hidden at the start, which spreads an inpainting over all steps.
+    those hidden at the start, which spreads an inpainting over all steps. With `remask` "largest" a
+    position is as certain as its most likely code, whichever was drawn: the order doesn't depend on
+    the draw.
     """
 
     steps: int = 15
@@ -133,6 +135,7 @@ class ImageRule:
     draw: Literal["sample", "argmax"] = "sample"
     anneal: Literal["product", "linear"] = "product"
     quota: Literal["total", "hidden"] = "total"
+    remask: Literal["low_confidence", "largest"] = "low_confidence"
 
     def check(self, length: int) -> None:
         """Raises ValueError if this rule can't fill a span of `length` tokens."""
@@ -152,7 +155,8 @@ class ImageRule:
         if self.draw == "sample":
             drawn_BNV = drawn_BNV + jax.random.gumbel(noise_key, logits_BNV.shape)
         x0_BN = jnp.argmax(drawn_BNV, axis=-1)
-        sure_BN = _pick(jax.nn.softmax(logits_BNV, axis=-1), x0_BN)
+        p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
+        sure_BN = jnp.max(p_BNV, axis=-1) if self.remask == "largest" else _pick(p_BNV, x0_BN)
         x0_BN = (x0_BN + vocab.image_offset).astype(now_BN.dtype)
 
         ratio_T = np.arange(1, self.steps + 1) / self.steps

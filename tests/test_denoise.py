@@ -44,6 +44,7 @@ IMAGE_RULES = {
     "linear": ImageRule(steps=5, guidance=0.0, schedule="linear", anneal="linear"),
     "hidden": ImageRule(steps=4, guidance=0.0, quota="hidden"),
     "one step": ImageRule(steps=1, guidance=0.0),
+    "largest": ImageRule(steps=5, guidance=0.0, remask="largest"),
 }
 RULES = {f"text {k}": r for k, r in TEXT_RULES.items()} | {f"image {k}": r for k, r in IMAGE_RULES.items()}
 
@@ -109,6 +110,23 @@ def test_the_prompt_never_changes_and_less_and_less_is_hidden(name, known):
         np.testing.assert_array_equal(after[revealed], before[revealed])
     # The same, jitted whole.
     np.testing.assert_array_equal(run(RULES[name], (tokens, valid)), steps[-1])
+
+
+@pytest.mark.parametrize(
+    ("rule", "greedy"),
+    [
+        (TextRule(steps=4, block=12, temperature=1.0), {"temperature": 0.0}),
+        (ImageRule(steps=4, guidance=0.0, temperature=0.1), {"draw": "argmax"}),
+    ],
+)
+def test_by_the_largest_probability_the_order_does_not_depend_on_the_draw(rule, greedy):
+    def revealed(**values):
+        changed = dataclasses.replace(rule, **values)
+        first = next(denoise_steps(hidden, unembed, *rows(), **settings(changed)))
+        return np.asarray(first)[:, START : START + LENGTH] != VOCAB.mask
+
+    np.testing.assert_array_equal(revealed(remask="largest"), revealed(remask="largest", **greedy))
+    assert (revealed() != revealed(**greedy)).any()
 
 
 @pytest.mark.parametrize("name", IMAGE_RULES)
