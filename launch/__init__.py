@@ -11,13 +11,16 @@ def fail(error: Exception) -> NoReturn:
     import jax
 
     expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
-    try:
-        if expected and not os.environ.get("MMADA_TRACEBACK"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
-    finally:
-        if jax.distributed.is_initialized():
+    in_short = expected and not os.environ.get("MMADA_TRACEBACK")
+    if jax.distributed.is_initialized():
+        try:
+            if in_short:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exception(error)
+        finally:
             # Python's own exit waits minutes for the other processes, which wait for this one.
             os._exit(1)
-    sys.exit(1)
+    if in_short:
+        sys.exit(f"error: {error}")
+    raise error
