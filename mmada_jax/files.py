@@ -1,0 +1,112 @@
+"""Files as people have them: bytes, text and JSON, whole or refused by an error that names the file.
+
+Every reader refuses what would block or never end (a pipe, a device), and a pointer of git LFS, which
+lies where a file should be after a clone without git-lfs.
+"""
+
+import io
+import json
+import os
+import re
+import stat
+from typing import Any
+
+# How pointers begin (github.com/git-lfs/git-lfs, docs/spec.md), the two names before today's included.
+_POINTERS = (
+    b"version https://git-lfs.github.com/spec/",
+    b"version https://hawser.github.com/spec/",
+    b"version http://git-media.io/v/",
+)
+
+Path = str | os.PathLike[str]
+
+
+def refuse_pointer(source: bytes | Path, name: str = "") -> None:
+    """Raises ValueError if `source`, the bytes of a file or its path, is a pointer of git LFS.
+
+    `name` is what the error calls it, by default the path. Nothing that isn't a regular file is opened.
+    """
+    if not isinstance(source, bytes):
+        name = name or os.fspath(source)
+        if not os.path.isfile(source):
+            return
+        with open(source, "rb") as file:
+            source = file.read(1024)  # a pointer is shorter, by its specification
+    if source.startswith(_POINTERS):
+        size = re.search(rb"^size (\d+)", source[:1024], re.MULTILINE)
+        stands_for = f" that stands for {int(size[1])} bytes" if size and len(size[1]) < 20 else ""
+        raise ValueError(
+            f"{name or 'the file'} is a pointer of git LFS{stands_for}, not the file itself; fetch it: "
+            "git lfs pull"
+        )
+
+
+def read_bytes(path: Path, limit: int | None = None) -> bytes:
+    """All bytes of a regular file. Raises OSError if there is none, ValueError for anything else than a
+    file, for a pointer of git LFS, and for more than `limit` bytes."""
+    name, found = os.fspath(path), os.stat(path)
+    # A pipe that nobody writes to would block where it is opened.
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{name} is {_kind(found.st_mode)}; name a file")
+    if limit is not None and found.st_size > limit:
+        raise ValueError(f"{name} has {found.st_size} bytes; the limit is {limit}")
+    with open(path, "rb") as file:
+        data = file.read()
+    refuse_pointer(data, name)
+    return data
+
+
+def read_text(path: Path, limit: int | None = None) -> str:
+    r"""A file of UTF-8, with a byte order mark or without; lines end with \n as Python's own reading has
+    it. Raises like `read_bytes`, and ValueError naming the place where it is no UTF-8."""
+    return decode(read_bytes(path, limit), os.fspath(path))
+
+
+def decode(data: bytes, name: str) -> str:
+    r"""Bytes of UTF-8 -> text, without a byte order mark, lines ended by \n. Raises ValueError naming
+    `name` and the place of the first byte that is no UTF-8."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{name}, line {line}: byte {data[error.start]:#04x} is no UTF-8 ({error.reason}); save the "
+            "file as UTF-8"
+        ) from error
+    return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
+
+
+def read_json(path: Path, kind: type = object, limit: int | None = None) -> Any:
+    """The value that a file of JSON holds. Raises like `read_text`, and like `parse_json`."""
+    return parse_json(read_text(path, limit), os.fspath(path), kind)
+
+
+def parse_json(text: str | bytes, name: str, kind: type = object) -> Any:
+    """Text of JSON -> its value, of the Python type `kind`.
+
+    Raises ValueError naming `name` and the place if it is damaged, nested too deeply, or another type.
+    """
+    text = decode(text, name) if isinstance(text, bytes) else text.removeprefix("\ufeff")
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{name} is JSON that is nested too deeply to be read") from error
+    except ValueError as error:  # damaged, or a number of too many digits
+        raise ValueError(f"{name} is no JSON: {error}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} holds {_JSON[type(value)]}, expected {_JSON[kind]}")
+    return value
+
+
+_JSON = {
+    dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number",
+    bool: "true or false", type(None): "null",
+}  # fmt: skip
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device", stat.S_ISBLK: "a device",
+    }  # fmt: skip
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "no regular file")
