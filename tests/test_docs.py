@@ -1,0 +1,98 @@
+"""The pages for users: links lead somewhere, commands name programs, options and configurations that exist."""
+
+import ast
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch/tpu/README.md",
+         ROOT / "mmada_jax/kernels/README.md"]  # fmt: skip
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def blocks(page, language):
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M)
+
+
+def commands(page):
+    """The calls of Python programs on a page, as lists of words without comments."""
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["python"]:
+                yield words[1:]
+
+
+def options(program):
+    """The options that a program, or a program that it imports, declares in its text."""
+    text = (ROOT / program).read_text()
+    for name in re.findall(r"^from launch\.(\w+) import", text, re.M):
+        text += (ROOT / "launch" / f"{name}.py").read_text()
+    return {
+        name.replace("_", "-")
+        for pattern in (r'"--([\w-]+)"', r'DEFINE_\w+\(\s*"(\w+)"')
+        for name in re.findall(pattern, text)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        if re.match(r"\w+:", path):
+            continue
+        there = (page.parent / path) if path else page
+        if not there.exists():
+            wrong.append(target)
+        elif anchor:
+            heads = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+            known = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            wrong += [target] * (anchor not in known)
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_name_what_exists(page):
+    wrong = []
+    for program, *words in commands(page):
+        if not (ROOT / program).is_file():
+            wrong.append(program)
+            continue
+        known = options(program) | {"help"}
+        for word, after in zip(words, [*words[1:], ""], strict=True):
+            name = word[2:].partition("=")[0]
+            if word.startswith("--config."):
+                continue
+            if word == "--config":
+                file, _, arg = after.partition(":")
+                module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+                module.get_config(arg)
+            if word.startswith("--") and name.replace("_", "-") not in known:
+                wrong.append(f"{program} --{name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_python_names_what_exists(page):
+    import mmada_jax.api
+
+    for block in blocks(page, "python"):
+        if block.lstrip().startswith('"'):
+            block = "{" + block + "}"
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("mmada_jax"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names)
+            of_model = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+            if of_model and node.value.id == "model":
+                assert hasattr(mmada_jax.api.MMaDA, node.attr), f"there is no model.{node.attr}"
+
+
+def test_readme_is_read_in_ten_minutes():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
