@@ -1,4 +1,4 @@
-"""The pages for users: links lead somewhere, commands name programs, options and configurations that exist."""
+"""Pages for users: links lead somewhere; commands name programs, options, configurations that exist."""
 
 import ast
 import importlib
