@@ -190,7 +190,7 @@ def phase_of_8b(phase: int) -> ConfigDict:
 
 
 def source(path: str, format: str = "arrayrecord") -> dict:
-    """One source; mmada_jax/data/sources.py says what else it may have."""
+    """One source; mmada_jax/data/sources/source.py says what else it may have."""
     return {"path": path, "format": format, "weight": 1.0}
 
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
     "files vocab schedule config chips hlo kernels.* rl.verifier",
-    "attention sharding layout data.records data.tokenizer data.images data.sources data.digits",
+    "attention sharding layout data.records data.tokenizer data.images data.sources.* data.digits",
     "transformer vq clip",
     "corrupt loss denoise",
     "state optim checkpoint metrics run convert.* data.pipeline rl.prompts rl.unigrpo rl.rewards",
@@ -58,7 +58,8 @@ PACKAGES = {"data", "rl"}  # whose __init__ is empty; kernels and convert have c
 
 
 def layer(module):
-    return LAYER.get(module, LAYER.get(f"{module.split('.')[0]}.*"))
+    package = module if f"{module}.*" in LAYER else module.rpartition(".")[0]
+    return LAYER.get(module, LAYER.get(f"{package}.*"))
 
 
 def ours(module):

@@ -207,7 +207,7 @@ def test_records_come_back(formats, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_threads_read_what_one_reads(formats, name, monkeypatch):
-    monkeypatch.setattr(sources, "CACHED", 12_000)  # so that row groups come and go
+    monkeypatch.setattr(sources.parquet, "CACHED", 12_000)  # so that row groups come and go
     source = open_source(formats[name][0])
     expect = [digest(source[i]) for i in range(N)]
     order = np.random.default_rng(0).integers(N, size=20 * N).tolist()
@@ -635,7 +635,7 @@ def test_truncated_tars_are_refused_wherever_they_end(tmp_path):
 def test_tars_without_samples_and_with_too_many_members_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has no record that can be used \(no image: 1; no caption: 1\)"):
         open_tar(tmp_path / "x.tar", [("a.txt", b"t"), ("b.png", picture(0))])
-    monkeypatch.setattr(sources, "MAX_MEMBERS", 3)
+    monkeypatch.setattr(sources.webdataset, "MAX_MEMBERS", 3)
     with pytest.raises(ValueError, match="refused after 4 members"):
         open_tar(tmp_path / "x.tar", [(f"{i}.txt", b"t") for i in range(4)])
 
@@ -715,7 +715,7 @@ def test_parquet_reads_only_what_it_needs_and_keeps_what_fits(tmp_path, monkeypa
     assert read == [(group, ("text",)) for group in range(1, 10)]  # the first was tried at the opening
     source[0]
     assert len(read) == 9
-    monkeypatch.setattr(sources, "CACHED", 10_000)
+    monkeypatch.setattr(sources.parquet, "CACHED", 10_000)
     source = pickle.loads(pickle.dumps(source))
     for i in (0, 39, 0, 39, 20, 0, 39):
         source[i]

@@ -1,0 +1,64 @@
+"""Where records come from: files in the formats that MMaDA's data has, each by random access.
+
+A source knows where its records are when it is open, and reads one when it is asked for it: no file
+stays open between two reads (ArrayRecords aside, whose reader is made for that), so that threads may
+share a source and processes may copy it. Images stay encoded, and what a folder, an archive or a row
+names is read only where it lies below its own folder.
+"""
+
+import numpy as np
+
+from mmada_jax.data import digits
+from mmada_jax.data.sources.arrayrecord import ArrayRecords
+from mmada_jax.data.sources.imagefolder import ImageFolder
+from mmada_jax.data.sources.jsonl import JsonLines
+from mmada_jax.data.sources.llava import Llava
+from mmada_jax.data.sources.parquet import Parquet
+from mmada_jax.data.sources.source import FORMATS, Config, Source
+from mmada_jax.data.sources.tfds import Tfds
+from mmada_jax.data.sources.webdataset import Tars
+
+__all__ = ["FORMATS", "Config", "Source", "codes_of", "open_source"]
+
+# The class of each format, and the fields of Config that it uses.
+_FIELDS = ("image", "text", "turns", "short", "captions", "image_root", "labels")
+_OPEN = {
+    "arrayrecord": (ArrayRecords, ()),
+    "tfds": (Tfds, ("image", "text", "turns", "short", "labels")),
+    "webdataset": (Tars, ("text", "turns", "short", "captions")),
+    "parquet": (Parquet, ("image", "text", "turns", "short", "image_root")),
+    "jsonl": (JsonLines, ("image", "text", "turns", "short", "image_root")),
+    "llava": (Llava, ("image_root",)),
+    "imagefolder": (ImageFolder, ("labels",)),
+    "digits": (None, ()),
+}
+
+
+def open_source(config: Config, root: str = "") -> Source:
+    """Opens a source; relative paths are below `root`.
+
+    Raises FileNotFoundError or ValueError naming the path, what is wrong with it and the remedy; also
+    if none of a few records that are tried can be read.
+    """
+    if config.format not in _OPEN:
+        raise ValueError(f"unknown format {config.format!r} of {config.path}; known: {', '.join(FORMATS)}")
+    make, uses = _OPEN[config.format]
+    unused = [name for name in _FIELDS if getattr(config, name) and name not in uses]
+    if unused:
+        raise ValueError(f"{config.path}: format {config.format!r} has no use for {', '.join(unused)}")
+    if config.format == "digits":
+        return digits.open_records(config.path, config.split)
+    source = make(config, root)
+    errors = []
+    for index in np.linspace(0, len(source) - 1, 16).astype(int):
+        try:
+            source[index]
+            return source
+        except ValueError as error:
+            errors.append(error)
+    raise ValueError(f"no record that was tried can be read; the first: {errors[0]}") from errors[0]
+
+
+def codes_of(source: Source) -> int:
+    """The codes of each image in a source's records; 0 if they have none, or by an unknown tokenizer."""
+    return getattr(source, "info", {}).get("codes", 0)

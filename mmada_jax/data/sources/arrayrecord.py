@@ -1,0 +1,69 @@
+"""Our own records: shards of ArrayRecord that launch/prepare.py wrote."""
+
+import json
+import os
+
+import numpy as np
+
+from mmada_jax.data.records import Record, unpack
+from mmada_jax.data.sources.paths import below, find_inputs, locate, read_json, relative_names, stamp_of
+from mmada_jax.data.sources.source import Config, Records
+
+
+class ArrayRecords(Records):
+    """Records of all shards, in the order of dataset.json or of the paths that are named."""
+
+    def __init__(self, config: Config, root: str):
+        paths, info, counts = find_inputs(config, root), {}, {}
+        remedy = "fetch or write it again"
+        if len(paths) == 1 and os.path.isdir(paths[0]):
+            folder = paths[0]
+            info = read_json(
+                os.path.join(folder, "dataset.json"),
+                "launch/prepare.py writes it at its end; name shards that lack one by a glob",
+            )
+            counts = info.get("shards")
+            if (
+                not isinstance(counts, dict)
+                or not all(isinstance(n, int) for n in counts.values())
+                or sum(counts.values()) != info.get("records")
+            ):
+                raise ValueError(f"{folder}/dataset.json doesn't add up; prepare the records again")
+            paths = [below(folder, name) for name in counts]
+            remedy = "delete it and run launch/prepare.py again"
+        for path in paths:
+            if os.path.isdir(path):
+                raise ValueError(f"{path} is a folder among several paths; make it a source of its own")
+        self._names = relative_names(paths)
+        self._shards = [open_shard(p, counts.get(os.path.basename(p)), remedy) for p in paths]
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
+        stamp = stamp_of(paths, json.dumps(info, sort_keys=True).encode())
+        super().__init__(config, sum(map(len, self._shards)), stamp, info=info)
+
+    def _key(self, index: int) -> str:
+        shard, row = locate(self._ends, index)
+        return f"{self._names[shard]}:{row}"
+
+    def _read(self, index: int) -> Record:
+        shard, row = locate(self._ends, index)
+        return unpack(self._shards[shard][row])
+
+
+def open_shard(path: str, count: int | None, remedy: str):
+    """A reader of one shard. Raises ValueError if it isn't whole or hasn't `count` records."""
+    import grain
+
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the shard {path} is missing; {remedy}")
+    try:
+        shard = grain.sources.ArrayRecordDataSource(path)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is no whole ArrayRecord ({str(error) or 'truncated'}); {remedy}"
+        ) from error
+    # A truncated file may open as an empty one.
+    if count is None and not len(shard):
+        raise ValueError(f"{path} has no records: it is empty or truncated; {remedy}")
+    if count is not None and len(shard) != count:
+        raise ValueError(f"{path} has {len(shard)} records instead of {count}: it is truncated; {remedy}")
+    return shard

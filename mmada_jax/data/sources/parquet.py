@@ -1,0 +1,84 @@
+"""Rows of Parquet, a row group at a time; the groups that were read last are kept."""
+
+import collections
+import threading
+
+import numpy as np
+
+from mmada_jax.data.records import Record
+from mmada_jax.data.sources.paths import find_image_root, find_inputs, locate, relative_names, stamp_of
+from mmada_jax.data.sources.rows import choose, make_record
+from mmada_jax.data.sources.source import Config, Records
+
+CACHED = 256 << 20  # bytes of row groups that a source keeps
+
+
+class Parquet(Records):
+    """A record from each row of the files, which follow each other."""
+
+    def __init__(self, config: Config, root: str):
+        import pyarrow.parquet
+
+        self._paths = find_inputs(config, root, "*.parquet")
+        self._names = relative_names(self._paths)
+        self._folders = [find_image_root(config, root, path) for path in self._paths]
+        self._files, self._groups = [], []
+        for number, path in enumerate(self._paths):
+            try:
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    footer, known = file.metadata, file.schema_arrow.names
+            except (pyarrow.ArrowException, OSError) as error:
+                raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
+            columns = choose(config, known, path, text="" if config.turns else "content text")
+            self._files.append((footer, columns))
+            self._groups += [(number, i) for i in range(footer.num_row_groups)]
+        sizes = [self._files[number][0].row_group(i).num_rows for number, i in self._groups]
+        self._ends = np.cumsum(sizes)
+        self._firsts = np.cumsum([0, *(footer.num_rows for footer, _ in self._files)])
+        self._fresh()
+        super().__init__(config, sum(sizes), stamp_of(self._paths))
+
+    def _fresh(self) -> None:
+        # Each group is read under one of these locks: once, though several threads want it.
+        self._locks = [threading.Lock() for _ in range(16)]
+        self._lock, self._cache, self._cached = threading.Lock(), collections.OrderedDict(), 0
+
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k not in ("_locks", "_lock", "_cache", "_cached")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._fresh()
+
+    def _key(self, index: int) -> str:
+        number, _ = self._groups[locate(self._ends, index)[0]]
+        return f"{self._names[number]}:{index - self._firsts[number]}"
+
+    def _read(self, index: int) -> Record:
+        group, row = locate(self._ends, index)
+        (values,) = self._table(group).slice(row, 1).to_pylist()
+        number, _ = self._groups[group]
+        return make_record(self._key(index), values, self._files[number][1], self._folders[number])
+
+    def _table(self, group: int):
+        with self._locks[group % len(self._locks)]:
+            with self._lock:
+                if group in self._cache:
+                    self._cache.move_to_end(group)
+                    return self._cache[group]
+            table = self._read_group(group)
+            with self._lock:
+                self._cache[group] = table
+                self._cached += table.nbytes
+                while self._cached > CACHED and len(self._cache) > 1:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+            return table
+
+    def _read_group(self, group: int):
+        import pyarrow.parquet
+
+        number, part = self._groups[group]
+        footer, columns = self._files[number]
+        names = [*columns.image, *columns.text, *columns.turns, *columns.short]
+        with pyarrow.parquet.ParquetFile(self._paths[number], metadata=footer) as file:
+            return file.read_row_group(part, columns=names, use_threads=False)

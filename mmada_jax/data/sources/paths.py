@@ -1,0 +1,172 @@
+"""The files of a source: how they are found, told from others, and read."""
+
+import glob
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmada_jax.data.sources.source import Config
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+MAX_IMAGE, MAX_TEXT = 64 << 20, 1 << 20  # bytes of one image file, of one caption or side file's line
+
+# Offset and bytes by which a file is known, and its format.
+_SIGNATURES = (
+    (0, b"PAR1", "parquet"),
+    (257, b"ustar", "webdataset"),
+    (0, b"\x1f\x8b", "gzip"),
+    (0, b"[", "llava"),
+    (0, b"{", "jsonl"),
+)
+
+
+def find_inputs(config: Config, root: str, pattern: str = "") -> list[str]:
+    """The files of a source. Raises ValueError if the first is plainly of another format."""
+    paths = find_files(config.path, root, pattern)
+    if os.path.isfile(paths[0]):
+        with open(paths[0], "rb") as file:
+            start = file.read(512)
+        looks = next((name for at, mark, name in _SIGNATURES if start[at:].startswith(mark)), config.format)
+        if looks == "gzip":
+            raise ValueError(f"{paths[0]} is compressed, which has no random access; decompress it first")
+        if looks != config.format:
+            raise ValueError(f"{paths[0]} is not of format {config.format!r}; it looks like {looks!r}")
+    return paths
+
+
+def find_files(words: str, root: str, pattern: str = "") -> list[str]:
+    """The absolute paths that are named, in order; with a pattern, a folder is all such files below it."""
+    found: list[str] = []
+    if "://" in words:
+        raise ValueError(f"{words} is no local path; mount the bucket (Cloud Storage FUSE) and name that")
+    for word in shlex.split(words):
+        for name in _braces(word):
+            path = os.path.abspath(os.path.join(root, name))
+            inside = [path]
+            if not os.path.exists(path) and re.search(r"[*?\[]", name):
+                inside = glob.glob(os.path.join(glob.escape(os.path.abspath(root)), name), recursive=True)
+                inside = sorted(file for file in inside if os.path.isfile(file))
+            elif pattern and os.path.isdir(path):
+                files = pathlib.Path(path).rglob(pattern)
+                inside = sorted(str(p) for p in files if p.is_file() and p.name[0] != ".")
+                path = os.path.join(path, pattern)
+            elif not os.path.exists(path):
+                parent = next(p for p in pathlib.Path(path).parents if p.exists())
+                raise FileNotFoundError(f"{path} doesn't exist; the nearest folder that does is {parent}")
+            if not inside:
+                raise FileNotFoundError(f"no file matches {path}")
+            found += inside
+    if not found:
+        raise ValueError("a source has an empty path; name its files")
+    return list(dict.fromkeys(found))
+
+
+def find_folder(config: Config, root: str) -> str:
+    """The one folder that a source is. Raises ValueError if it is something else."""
+    paths = find_files(config.path, root)
+    if len(paths) != 1 or not os.path.isdir(paths[0]):
+        raise ValueError(f"{config.path} isn't one folder, which format {config.format!r} expects")
+    return paths[0]
+
+
+def _braces(word: str) -> Iterator[str]:
+    """{00000..00099} and {a,b} -> all words that they stand for."""
+    found = re.search(r"\{([^{}]*)\}", word)
+    if not found:
+        yield word
+        return
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    options: Iterable[str] = found[1].split(",")
+    if numbers:
+        first, last = numbers.groups()
+        options = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
+    if (not numbers and "," not in found[1]) or (numbers and int(last) < int(first)):
+        raise ValueError(
+            f"{found[0]} in {word} is neither a range like {{000..099}} nor a list like {{a,b}}"
+        )
+    for option in options:
+        yield from _braces(word[: found.start()] + option + word[found.end() :])
+
+
+def relative_names(paths: Sequence[str]) -> list[str]:
+    """Paths relative to the folder that has them all."""
+    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+    return [os.path.relpath(path, common) for path in paths]
+
+
+def stamp_of(paths: Sequence[str], more: bytes = b"") -> bytes:
+    """What tells files from others, cheaply: names, sizes, and both ends of what they hold."""
+    seen = hashlib.sha256(more)
+    for path, name in zip(paths, relative_names(paths), strict=True):
+        size = os.path.getsize(path)
+        seen.update(f"{name}:{size}\n".encode(errors="replace"))
+        with open(path, "rb") as file:
+            seen.update(file.read(256 << 10))
+            file.seek(max(file.tell(), size - (256 << 10)))
+            seen.update(file.read(256 << 10))
+    return seen.digest()
+
+
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Of parts that end before these indices: which one has `index`, and where in it."""
+    part = int(np.searchsorted(ends, index, side="right"))
+    return part, index - (int(ends[part - 1]) if part else 0)
+
+
+def find_image_root(config: Config, root: str, path: str) -> str:
+    """The folder below which the images lie that the file at `path` names."""
+    if not config.image_root:
+        return os.path.dirname(path)
+    return find_files(config.image_root, root)[0]
+
+
+def below(folder: str, name: str) -> str:
+    """The path of `name` in `folder`. Raises ValueError for one that leads out of it."""
+    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+        raise ValueError(f"path {name!r} leads out of {folder}")
+    return os.path.join(folder, name)
+
+
+def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_IMAGE) -> bytes:
+    """`size` bytes of a file from byte `at`, or all of it. Raises ValueError for too many or none."""
+    # Opened for each read: microseconds, and no handle that threads or processes would share.
+    file = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(file).st_size if size is None else size
+        if not 0 < size <= limit:
+            raise ValueError(f"{size} bytes in {path}, expected 1 to {limit}")
+        data = os.pread(file, size, at)
+    finally:
+        os.close(file)
+    if len(data) != size:
+        raise ValueError(f"{path} ends before byte {at + size}; it has changed since it was opened")
+    return data
+
+
+def read_json(path: str, remedy: str, kind: type = dict) -> Any:
+    """What a JSON file holds. Raises FileNotFoundError or ValueError with the remedy."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path} doesn't exist; {remedy}")
+    try:
+        with open(path, "rb") as file:
+            value = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); {remedy}") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path} holds a {type(value).__name__}; {remedy}")
+    return value
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """A JSON object from its bytes. Raises ValueError for anything else."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, found {data[:40]!r}")
+    return value

@@ -1,0 +1,199 @@
+"""Tars as WebDataset has them: an image and what is said about it are members with one stem."""
+
+import collections
+import csv
+import os
+import pathlib
+import re
+import tarfile
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mmada_jax.data.records import Record
+from mmada_jax.data.sources.paths import (
+    IMAGES,
+    MAX_IMAGE,
+    MAX_TEXT,
+    find_files,
+    find_inputs,
+    parse_object,
+    read_file,
+    read_json,
+    relative_names,
+    stamp_of,
+)
+from mmada_jax.data.sources.rows import Columns, check_columns, choose, make_record
+from mmada_jax.data.sources.source import Config, Records
+
+CAPTIONS = ("txt", "text", "caption", "json")
+MAX_MEMBERS = 2_000_000  # of one tar
+
+
+class _Sample(NamedTuple):
+    """A sample of a tar: where its parts are. `row` counts the questions about one image."""
+
+    tar: int
+    image_at: int
+    image_size: int
+    text_at: int
+    text_size: int
+    is_json: int
+    row: int
+    key_at: int
+    key_end: int
+
+
+class Tars(Records):
+    """A record for each image that has a text, or for each question of a side file about it."""
+
+    def __init__(self, config: Config, root: str):
+        self._tars = find_inputs(config, root, "*.tar")
+        self._names = [name.removesuffix(".tar") for name in relative_names(self._tars)]
+        self._columns = choose(config, None, config.path, text="" if config.turns else "caption prompt")
+        if config.captions and self._columns.asked:
+            raise ValueError(f"{config.path}: captions replace the keys {', '.join(self._columns.asked)}")
+        suffixes = ("json",) if self._columns.asked else CAPTIONS
+        self._root, self._template, self._about, files = os.path.abspath(root), "", None, []
+        if "{" in config.captions:
+            self._template = config.captions
+        elif config.captions:
+            files = find_files(config.captions, root)[:1]
+            self._columns = Columns(text=("captions",), turns=("turns",))
+            self._about = _read_captions(files[0])
+        ignored, tables, keys = collections.Counter(), [], bytearray()
+        for number, path in enumerate(self._tars):
+            table = []
+            for key, members in _scan(path, ignored).items():
+                image = next((members[s] for s in IMAGES if s in members), None)
+                suffix = next((s for s in suffixes if s in members), "")
+                rows = 1 if self._template or suffix else 0
+                if self._about is not None:
+                    rows = len(self._rows_about(key))
+                if image is None or not rows:
+                    ignored["no image" if image is None else "no caption"] += 1
+                    continue
+                start = len(keys)
+                keys += key.encode("utf-8", "backslashreplace")
+                text = members.get(suffix, (0, 0))
+                table += [
+                    _Sample(number, *image, *text, suffix == "json", row, start, len(keys))
+                    for row in range(rows)
+                ]
+            tables.append(np.array(table, np.int64).reshape(-1, len(_Sample._fields)))
+        # One array and one string: as objects, the millions of samples of LAION would not fit.
+        self._samples, self._keys = np.concatenate(tables), bytes(keys)
+        stamp = stamp_of([*self._tars, *files], self._samples.tobytes() + self._keys)
+        super().__init__(config, len(self._samples), stamp, ignored)
+
+    def _sample(self, index: int) -> tuple[_Sample, str]:
+        sample = _Sample(*self._samples[index].tolist())
+        return sample, self._keys[sample.key_at : sample.key_end].decode()
+
+    def _rows_about(self, key: str) -> Sequence[Mapping]:
+        """What the side file has about a sample, under its key or the last part of that."""
+        return self._about.get(key) or self._about.get(key.rpartition("/")[2], ())
+
+    def _key(self, index: int) -> str:
+        sample, key = self._sample(index)
+        return f"{self._names[sample.tar]}/{key}" + (f"#{sample.row}" if sample.row else "")
+
+    def _read(self, index: int) -> Record:
+        sample, key = self._sample(index)
+        path = self._tars[sample.tar]
+        if self._template:
+            text = read_file(self._side_file(path, key), limit=MAX_TEXT).decode()
+            row = {"caption": text.partition("\n")[0].strip()}
+        elif self._about is not None:
+            row = self._rows_about(key)[sample.row]
+        else:
+            data = read_file(path, sample.text_at, sample.text_size)
+            row = parse_object(data) if sample.is_json else {"caption": data.decode().strip()}
+        image = read_file(path, sample.image_at, sample.image_size)
+        return make_record(self._key(index), row, self._columns, image=image)
+
+    def _side_file(self, tar: str, key: str) -> str:
+        values = {"dir": os.path.dirname(tar), "tar": pathlib.Path(tar).stem, "key": key.rpartition("/")[2]}
+        # Not str.format, which follows attributes.
+        path = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self._template)
+        return os.path.join(self._root, path)
+
+
+def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[int, int]]]:
+    """The samples of a tar: key -> suffix -> (offset, size) of the member's data.
+
+    Nothing is opened or extracted. Members that are not what a sample has are passed over; those that
+    no sample should have are counted in `ignored`.
+    """
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    size, count, end = os.path.getsize(path), 0, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # which would keep all of them
+                end, count = tar.offset, count + 1
+                if count > MAX_MEMBERS or member.size < 0:
+                    raise ValueError(f"{path}: refused after {count} members (limit {MAX_MEMBERS})")
+                if member.isreg() and member.offset_data + member.size > size:
+                    raise ValueError(
+                        f"{path} is truncated in the data of {member.name!r}: it should go on to byte "
+                        f"{member.offset_data + member.size}, the file ends at {size}; fetch it again"
+                    )
+                name = member.name.removeprefix("./")
+                folder, slash, file = name.rpartition("/")
+                stem, _, suffix = file.partition(".")
+                suffix = suffix.lower()
+                if not stem or suffix not in IMAGES + CAPTIONS:
+                    continue
+                if not member.isreg() or member.sparse is not None:
+                    ignored["link or special file"] += 1
+                elif name.startswith("/") or ".." in name.split("/"):
+                    ignored["path outside of the tar"] += 1
+                elif not 0 < member.size <= (MAX_IMAGE if suffix in IMAGES else MAX_TEXT):
+                    ignored["empty or too large"] += 1
+                else:
+                    found = samples.setdefault(f"{folder}{slash}{stem}", {})
+                    found[suffix] = (member.offset_data, member.size)
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{path} is no tar, or is damaged after byte {end}: {error}; fetch it again"
+        ) from error
+    # The library takes a header that is cut off or damaged for the end.
+    with open(path, "rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        raise ValueError(
+            f"{path} is truncated at a header: the file ends at byte {size} without the mark of an "
+            f"archive's end, which is expected at {end}; fetch it again"
+        )
+    if any(block):
+        raise ValueError(f"{path} is damaged: there is no header at byte {end}; fetch it again")
+    return samples
+
+
+def _read_captions(path: str) -> dict[str, list[Mapping]]:
+    """A side file as rows by key: one with all captions, or one for each question with its answer."""
+    if path.endswith(".json"):
+        table = read_json(path, "expected {key: caption or captions}")
+        return {key: [{"captions": value}] if value else [] for key, value in table.items()}
+    if not path.endswith(".csv"):
+        raise ValueError(
+            f"captions {path}: expected .json, .csv or a pattern like {{dir}}/{{tar}}/{{key}}.txt"
+        )
+    rows: dict[str, list[Mapping]] = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            check_columns(("image", "question", "solution"), reader.fieldnames or (), path)
+            for row in reader:
+                key, _, suffix = (row["image"] or "").rpartition(".")
+                turns = [("user", row["question"]), ("assistant", row["solution"])]
+                rows.setdefault(key if suffix.lower() in IMAGES else row["image"], []).append(
+                    {"turns": [{"role": role, "content": content} for role, content in turns]}
+                )
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}") from error
+    return rows
