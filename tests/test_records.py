@@ -19,6 +19,7 @@ from mmada_jax.data.records import (
     thinking_turns,
     unpack,
     with_think_prompt,
+    without_image_tag,
 )
 
 USER, ASSISTANT = "user", "assistant"
@@ -168,3 +169,23 @@ def test_the_long_caption_is_the_thought():
     ):
         with pytest.raises(ValueError, match="'k' lacks a short or a long caption"):
             thinking_turns(lacking)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("<image>\nWhat colour?", "What colour?"), ("What colour?\n<image>", "What colour?"),
+        ("<image> What?", "What?"), ("<image>What?", "What?"), ("<image>\r\nWhat?", "What?"),
+        ("What is <image> here?", "What is here?"), ("What is<image>here?", "What is here?"),
+        ("What is it <image>?", "What is it?"), ("It (<image> left) is", "It (left) is"),
+        ("<image>\n<image>\nWhat?", "What?"), ("a\n\n<image>\nb", "a\n\nb"), ("<image>", ""),
+        (" <image>\n", ""),
+        ("  a  b\n", "  a  b\n"), ("  a <image>", "  a"), ("a < image > b", "a < image > b"), ("", ""),
+    ],
+)  # fmt: skip
+def test_the_place_of_an_image_leaves_the_words_around_it(text, left):
+    assert without_image_tag(text) == left
+
+
+def test_a_text_of_many_places_is_read_in_linear_time():
+    assert without_image_tag("a <image> " * 200_000) == " ".join(["a"] * 200_000)

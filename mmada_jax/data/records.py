@@ -116,6 +116,28 @@ def unpack(data: bytes) -> Record:
 # ---- Texts ---------------------------------------------------------------------------------------
 
 
+def without_image_tag(text: str) -> str:
+    """A text without <image>, where other models put the picture; what stood around it stays apart.
+
+    Lines stay lines, words keep one space between them, and a text without the tag stays as it is.
+    """
+    pieces = text.split("<image>")
+    kept = [piece for piece in pieces if piece.strip()]
+    if len(pieces) == 1 or not kept:
+        return text if len(pieces) == 1 else ""
+    kept[0] = kept[0] if pieces[0].strip() else kept[0].lstrip()
+    kept[-1] = kept[-1] if pieces[-1].strip() else kept[-1].rstrip()
+    out = kept[:1]
+    for piece in kept[1:]:
+        before, after = out[-1].rstrip(), piece.lstrip()
+        gaps = out[-1][len(before) :], piece[: len(piece) - len(after)]
+        gap = max(gaps, key=lambda gap: gap.count("\n")) if "\n" in "".join(gaps) else " "
+        if before[-1] in "([{" or after[0] in ".,;:!?)]}":
+            gap = ""
+        out[-1:] = [before, gap, after]
+    return "".join(out)
+
+
 def drawing_caption(record: Record, rng: np.random.Generator) -> str:
     """What a picture is drawn from: one of the captions, every other time its first sentence alone
     (what stands before the first full stop), without the openings of machines.

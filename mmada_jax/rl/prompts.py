@@ -3,12 +3,12 @@
 digits          by `path`: text_cot (`3+1+4+8`), vqa_sum (two scans, `add them`), t2i_one (`a
                 handwritten seven`)
 jsonl           one object a line: "prompt", "answer", and for image understanding "image", a file beside it
+                or in a folder there; <image> in a prompt is left out, the picture always comes first
 reasoning_gym   `count` problems of the task `path` of that package, by `seed` and with the task's own
                 `settings`; its reward judges them
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,7 +16,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mmada_jax import files
 from mmada_jax.data import digits, images
+from mmada_jax.data.records import without_image_tag
+from mmada_jax.data.sources.paths import below
 from mmada_jax.rl.rewards import ReasoningGym
 
 DIGITS = ("text_cot", "vqa_sum", "t2i_one")
@@ -61,42 +64,46 @@ def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prom
         task.close()
         return [Prompt(question, entry) for question, _, entry in problems]
     path = pathlib.Path(root) / config.path
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"no prompts at {path}; name a file with a JSON object a line")
     prompts = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # only these end a line of JSON
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        for name in ("prompt", "answer"):
-            value = row.get(name) if isinstance(row, dict) else None
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(
-                    f"{path}, line {number}: {name!r} is {value!r}; every row needs a prompt and an answer "
-                    "that are texts with something in them"
-                )
-        image = row.get("image") or None
-        if image is not None:
-            if not isinstance(image, str):
-                raise ValueError(f"{path}, line {number}: 'image' is {image!r}; name a file")
-            image = path.parent / image
-            if not image.is_file():
-                raise FileNotFoundError(f"{path}, line {number} names the image {image}, which isn't there")
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):  # only these end a line of JSON
+        if line.strip():
+            row = files.parse_json(line, f"{path}, line {number}", dict)
             try:
-                images.check_image(image)
-            except ValueError as error:
+                prompts.append(_of_row(row, path.parent))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{path}, line {number}: {error}") from error
+            except (OSError, ValueError) as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-        prompts.append(Prompt(row["prompt"], row["answer"], image))
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
+
+
+def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
+    """The prompt of one line, its image below `folder`. Raises ValueError or OSError for what is none."""
+    for name in ("prompt", "answer"):
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"{name!r} is {value!r:.80}; every row needs a prompt and an answer that are texts with "
+                "something in them"
+            )
+    text = without_image_tag(row["prompt"])
+    if not text:
+        raise ValueError("'prompt' asks nothing but <image>; every row needs a text")
+    name = row.get("image") or None
+    if name is None:
+        return Prompt(text, row["answer"])
+    if not isinstance(name, str):
+        raise ValueError(f"'image' is {name!r:.80}; name a file")
+    image = pathlib.Path(below(str(folder), name))
+    if not image.is_file():
+        kind = "is no regular file" if image.exists() else "isn't there"
+        raise FileNotFoundError(f"it names the image {image}, which {kind}")
+    images.check_image(image)
+    return Prompt(text, row["answer"], image)
 
 
 def _of_digits(config: Config) -> list[Prompt]:

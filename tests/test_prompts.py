@@ -1,0 +1,73 @@
+"""Files of prompts: what they may hold, and how they are refused."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmada_jax.rl import prompts as prompts_lib
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a picture, and one beside it."""
+    (tmp_path / "prompts/more").mkdir(parents=True)
+    for path in (tmp_path / "prompts/a.png", tmp_path / "prompts/more/b.png", tmp_path / "outside.png"):
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(path)
+    os.mkfifo(tmp_path / "prompts/pipe.png")
+    (tmp_path / "prompts/pointer.png").write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    return tmp_path / "prompts"
+
+
+def opened(folder, *rows, encoding="utf-8"):
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding=encoding)
+    return prompts_lib.open_prompts(prompts_lib.Config("rows.jsonl"), folder)
+
+
+def ask(prompt="What?", **fields):
+    return {"prompt": prompt, "answer": "it"} | fields
+
+
+def test_images_lie_beside_the_prompts_or_in_a_folder_there(folder):
+    found = opened(folder, ask(image="a.png"), ask(image="more/b.png"), ask(image=""), ask(image=None))
+    assert [prompt.image for prompt in found] == [folder / "a.png", folder / "more/b.png", None, None]
+
+
+def test_the_place_of_an_image_is_left_out_of_prompts(folder):
+    found = opened(folder, ask("<image>\nWhat?", image="a.png"), ask("Is <image> red?", image="a.png"))
+    assert [prompt.text for prompt in found] == ["What?", "Is red?"]
+    with pytest.raises(ValueError, match=r"line 1: 'prompt' asks nothing but <image>"):
+        opened(folder, ask("<image>", image="a.png"))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file_of_prompts(folder):
+    assert opened(folder, ask("Größe?"), encoding="utf-8-sig")[0].text == "Größe?"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (ask(image="../outside.png"), "line 2: path '../outside.png' leads out of"),
+        (ask(image="more/../../outside.png"), "line 2: path .* leads out of"),
+        (ask(image="/etc/hostname"), "line 2: path '/etc/hostname' leads out of"),
+        (ask(image="pipe.png"), "line 2: it names the image .*pipe.png, which is no regular file"),
+        (ask(image="more"), "line 2: it names the image .*more, which is no regular file"),
+        (ask(image="rows.jsonl"), "line 2: .*cannot identify image file"),
+        (ask(image=["a.png"]), r"line 2: 'image' is \['a.png'\]; name a file"),
+        ("[" * 100_000, "line 2 is JSON that is nested too deeply"),
+        ("[1]", "line 2 holds an array, expected an object"),
+        ("null", "line 2 holds null, expected an object"),
+    ],
+)
+def test_rows_that_are_refused_by_one_line_that_names_theirs(folder, row, message):
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        opened(folder, ask(), row)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_pipe_of_prompts_does_not_block(folder):
+    with pytest.raises(ValueError, match="is a pipe; name a file"):
+        prompts_lib.open_prompts(prompts_lib.Config("pipe.png"), folder)
