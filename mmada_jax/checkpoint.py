@@ -44,7 +44,7 @@ class Checkpoints:
     counted in `failed`."""
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
         self.failed = 0
         self._saving: int | None = None
         self._nbytes = 0  # of the state that is being saved
@@ -207,7 +207,7 @@ def newest_step(workdir: str | pathlib.Path) -> pathlib.Path:
 
     Raises FileNotFoundError if there is none. Nothing is created or cleaned up.
     """
-    folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    folder = pathlib.Path(workdir).resolve() / "checkpoints"
     if not has_step(workdir):
         raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name another workdir")
     return folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit()))
@@ -249,7 +249,7 @@ def write_params(
     streamed = tree(
         (path, _Stream(array, _chunks(array, names.get(path)), progress)) for path, array in leaves(params)
     )
-    folder = pathlib.Path(folder).absolute()
+    folder = pathlib.Path(folder).resolve()
     # Data files are written when they reach this size, and held in memory before.
     args = ocp.args.PyTreeSave(streamed, ocdbt_target_data_file_size=32 << 20)
     try:
@@ -266,7 +266,7 @@ def write_params(
 def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
     """The arrays of a checkpoint's params (or optimizer state) as a tree of Lazy arrays; nothing is read
     yet."""
-    folder = pathlib.Path(folder).absolute()
+    folder = pathlib.Path(folder).resolve()
 
     def open_one(path):
         # What Orbax writes: one zarr array for each leaf in one OCDBT store.

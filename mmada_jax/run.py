@@ -1,7 +1,6 @@
 """What a workdir holds: the configuration of its run, and the loading of what was trained there."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -267,7 +266,7 @@ def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
 
 def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
     """A path of a configuration: relative to the run's workdir, or absolute."""
-    return pathlib.Path(os.path.normpath(pathlib.Path(workdir) / path))
+    return (pathlib.Path(workdir) / path).resolve()  # tensorstore takes no path with ..
 
 
 def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:

@@ -1,6 +1,7 @@
 """Folders between PyTorch and JAX: bit-exact, complete or not there at all, and every bad input named."""
 
 import dataclasses
+import errno
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from mmada_jax import convert, sharding, transformer, vq
 from mmada_jax.api import MMaDA
-from mmada_jax.convert import hub, llada, magvit
+from mmada_jax.convert import folder, hub, llada, magvit
 from mmada_jax.convert.folder import from_torch, inspect, open_folder, to_torch
 from mmada_jax.data.tokenizer import chat
 from mmada_jax.denoise import ImageRule, TextRule
@@ -489,7 +490,7 @@ def test_a_conversion_that_is_killed_never_looks_finished(weights, tmp_path, way
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     unfinished = tmp_path / f".dst.unfinished-{process.pid}"
     deadline = time.time() + 60
-    while not (unfinished.exists() and any(p.is_file() for p in unfinished.rglob("*"))):
+    while not any(p.is_file() for p in unfinished.glob("folder/**/*")):
         assert time.time() < deadline and process.poll() is None
         time.sleep(0.02)
     time.sleep(0.3)
@@ -504,6 +505,47 @@ def test_a_conversion_that_is_killed_never_looks_finished(weights, tmp_path, way
     assert call(way, "--src", src, "--dst", dst) is None
     assert not unfinished.exists()
     assert inspect(dst)["sha256"] == inspect(src)["sha256"]
+
+
+def test_what_a_killed_conversion_of_the_same_process_number_left(weights, tmp_path):
+    # In a container every process is number 1.
+    src = publish(tmp_path / "src", weights)
+    left = tmp_path / f".dst.unfinished-{os.getpid()}"
+    (left / "folder").mkdir(parents=True)
+    (left / "folder" / "config.json").write_text("{")
+    from_torch(src, tmp_path / "dst")
+    to_torch(tmp_path / "dst", tmp_path / "back")
+    assert inspect(tmp_path / "back")["sha256"] == inspect(src)["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "dst", "src"]
+
+
+def test_two_conversions_at_a_time_leave_each_other_alone(weights, tmp_path):
+    source = open_folder(publish(tmp_path / "src", weights))
+    with folder._target(tmp_path / "dst", source, None) as (first, _):
+        (first / "precious").write_text("")
+        with folder._target(tmp_path / "dst", source, None) as (
+            second,
+            _,
+        ):  # the process number is the same
+            assert first != second
+        shutil.rmtree(tmp_path / "dst")
+        assert (first / "precious").exists()
+    assert sorted(path.name for path in (tmp_path / "dst").iterdir()) == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
+
+
+@pytest.mark.parametrize("error", [Exception, RuntimeError, OSError])
+def test_a_full_disk_is_one_line_whatever_a_library_calls_it(weights, tmp_path, monkeypatch, error):
+    src = publish(tmp_path / "src", weights)
+
+    def full(*_):
+        raise error("No space left on device (os error 28)")
+
+    monkeypatch.setattr(folder, "_carry_files", full)
+    with pytest.raises(OSError, match="the disk is full, nothing was written") as raised:
+        from_torch(src, tmp_path / "new" / "deep" / "dst")
+    assert raised.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == [src]
 
 
 def test_a_damaged_checkpoint(weights, tmp_path):
@@ -535,6 +577,104 @@ def test_float16_is_too_small_for_some(weights, tmp_path):
     expect_error(src, tmp_path / "dst", key, "beyond the range of float16", more=("--dtype", "float16"))
 
 
+@pytest.mark.parametrize("form", ["single", "sharded"])
+def test_a_flipped_bit_of_an_exported_file_is_named(weights, tmp_path, form):
+    from_torch(publish(tmp_path / "src", weights), tmp_path / "ours")
+    total = sum(array.nbytes for array in weights.values())
+    to_torch(tmp_path / "ours", tmp_path / "back", shard=total if form == "single" else total // 2)
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) == 1 if form == "single" else len(files) > 1
+    for file in files:
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+        expect_error(tmp_path / "back", tmp_path / "dst", f"{file.name} has changed", "fetch it again")
+        with pytest.raises(ValueError, match=file.name):
+            inspect(tmp_path / "back")
+        file.write_bytes(whole)
+    (tmp_path / "back" / "README.md").write_text("edited")  # of the weights alone there are hashes
+    assert inspect(tmp_path / "back")["sha256"] == inspect(tmp_path / "src")["sha256"]
+    (tmp_path / "back" / "manifest.sha256.json").write_text("{")
+    expect_error(tmp_path / "back", tmp_path / "dst", "manifest.sha256.json")
+    (tmp_path / "back" / "manifest.sha256.json").unlink()  # what others publish has none
+    inspect(tmp_path / "back")
+
+
+@pytest.mark.parametrize("module", [llada, magvit])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "module.{}", "_orig_mod.{}", "base_model.model.{}", "model.module.{}",
+        lambda key: key.replace(".conv", "._orig_mod.conv").replace("transformer", "_orig_mod.transformer"),
+        lambda key: key.partition(".")[2],
+    ],
+    ids=["module", "compiled", "peft", "two", "inside", "without"],
+)  # fmt: skip
+def test_a_prefix_on_keys_is_named_with_an_example(weights, tmp_path, module, wrap):
+    plain = weights if module is llada else random_vq()
+    there = [wrap(key) if callable(wrap) else wrap.format(key) for key in plain]
+    state = dict(zip(there, plain.values(), strict=True))
+    src = publish(tmp_path / "src", state, VALUES if module is llada else {"model_type": "magvitv2"})
+    with pytest.raises(ValueError, match=f"{len(state)} keys|missing") as error:
+        open_folder(src)
+    examples = [key for key in state if repr(key) in str(error.value)]
+    assert examples and examples[0] not in plain, error.value
+    assert str(src) in str(error.value)
+
+
+def test_stray_tensors_beside_a_model_are_left_aside(weights, tmp_path, capsys):
+    src = publish(tmp_path / "src", weights)
+    save_file({"base_model.lora_A.weight": np.zeros(3, np.float32)}, src / "adapter_model.safetensors")
+    (src / "optimizer.safetensors").write_bytes(b"damaged")
+    assert inspect(src)["tensors"] == len(weights)
+    error = capsys.readouterr().err
+    assert "adapter_model.safetensors, optimizer.safetensors beside model.safetensors" in error
+    # Parts without an index belong together.
+    (src / "model.safetensors").rename(src / "model-1.safetensors")
+    (src / "optimizer.safetensors").unlink()
+    expect_error(src, tmp_path / "dst", "unexpected base_model.lora_A.weight")
+
+
+def test_pointers_of_git_lfs_are_named(weights, tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 16031000000\n"
+    for form in ("single", "sharded", "bin"):
+        src = publish(tmp_path / form, weights, form=form)
+        for file in sorted(src.iterdir()):
+            whole = file.read_bytes()
+            file.write_text(pointer)
+            expect_error(src, tmp_path / "dst", file.name, "git lfs pull")
+            file.write_bytes(whole)
+
+
+def test_a_byte_order_mark_is_no_damage(weights, tmp_path):
+    src = publish(tmp_path / "src", weights, form="sharded")
+    sha256 = inspect(src)["sha256"]
+    for name in ("config.json", "model.safetensors.index.json"):
+        (src / name).write_text((src / name).read_text(), encoding="utf-8-sig")
+    assert inspect(src)["sha256"] == sha256
+    from_torch(src, tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert inspect(tmp_path / "ours")["sha256"] == sha256
+
+
+def test_any_path_to_a_folder_will_do(weights, model_workdir, tmp_path, monkeypatch):
+    src = publish(tmp_path / "src", weights)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/deep")
+    (tmp_path / "model").symlink_to(model_workdir)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    # link/.. is elsewhere, as the system reads it.
+    forms = ["../{}", "../{}/", "deep/../../{}", str(tmp_path) + "/./{}", str(tmp_path) + "/link/../../{}"]
+    for i, form in enumerate(forms):
+        assert call("from-torch", "--src", form.format("src"), "--dst", form.format(f"ours{i}")) is None
+        assert call("to-torch", "--src", form.format(f"ours{i}"), "--dst", form.format(f"back{i}")) is None
+        for name in ("src", f"ours{i}", f"back{i}"):
+            assert inspect(form.format(name))["sha256"] == inspect(src)["sha256"], form
+        assert inspect(form.format("model"))["kind"] == "workdir"
+    assert inspect("../link/../../ours0")["sha256"] == inspect(src)["sha256"]
+    assert MMaDA.load("../model/").max_text == MMaDA.load(model_workdir).max_text
+
+
 def test_safetensors_come_before_a_stray_index_of_bins(weights, tmp_path):
     src = publish(tmp_path / "src", weights)
     (src / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "pytorch_model-1.bin"}}')
@@ -555,7 +695,7 @@ def test_folders_that_are_something_else(weights, tmp_path):
     (tmp_path / "empty").mkdir()
     expect_error(tmp_path / "empty", dst, "no checkpoint and no Hugging Face folder", way="to-torch")
     expect_error(tmp_path / "nowhere", dst, "there is no such folder")
-    for text, what in (("{", "is no JSON"), ("[1]", "is no JSON object")):
+    for text, what in (("{", "is no JSON"), ("[1]", "expected an object")):
         (tmp_path / "empty" / "config.json").write_text(text)
         expect_error(tmp_path / "empty", dst, "config.json", what)
     expect_error(publish(tmp_path / "bare", weights, None), dst, "has no config.json")
@@ -624,6 +764,35 @@ def test_logits_of_the_exported_folder(weights, tmp_path, transformers, dtype, t
         close(ours[valid], theirs[torch.from_numpy(valid)], tolerance)
         close(ours[valid], biased[torch.from_numpy(valid)], tolerance)
     model(torch.from_numpy(ids).long()).logits.sum().backward()  # also after inference
+
+
+# What PyTorch's own classes read of config.json, with the values that all published models share.
+PUBLISHED = {
+    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0, "attention_dropout": 0.0,
+    "attention_layer_norm": False, "attention_layer_norm_with_affine": True, "bias_for_layer_norm": False,
+    "block_group_size": 1, "block_type": "llama", "embedding_dropout": 0.0, "flash_attention": False,
+    "include_bias": False, "include_qkv_bias": False, "init_cutoff_factor": None, "init_device": "meta",
+    "init_fn": "mitchell", "init_std": 0.02, "input_emb_norm": False, "layer_norm_type": "rms",
+    "layer_norm_with_affine": True, "mlp_ratio": 4, "multi_query_attention": None, "precision": "amp_bf16",
+    "residual_dropout": 0.0, "rope": True, "rope_full_precision": True, "scale_logits": False,
+    "use_cache": False, "weight_tying": False,
+}  # fmt: skip
+SIZES = {
+    "d_model", "n_layers", "n_heads", "n_kv_heads", "mlp_hidden_size", "vocab_size", "embedding_size",
+    "max_sequence_length", "rope_theta", "rms_norm_eps",
+}  # fmt: skip
+
+
+def test_the_exported_config_has_all_fields_of_the_published_one(exported, weights, tmp_path):
+    values = json.loads((exported / "config.json").read_text())
+    assert {name: values.get(name, "missing") for name in PUBLISHED} == PUBLISHED
+    assert {"mask_token_id", "eos_token_id", "pad_token_id", "codebook_size", *SIZES} <= values.keys()
+    # Also of a model whose own config.json left fields to their defaults; what it says stays.
+    from_torch(publish(tmp_path / "src", weights, VALUES | {"init_std": 0.01}), tmp_path / "ours")
+    to_torch(tmp_path / "ours", tmp_path / "back")
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: values.get(name, "missing") for name in PUBLISHED} == PUBLISHED | {"init_std": 0.01}
+    assert values.keys() >= SIZES
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,6 +9,7 @@ first ten offenders and their count. Unless another dtype is asked for, bits sta
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -122,8 +123,12 @@ def params_of(
     tensors must have one dtype, float32, bfloat16 or float16; with `dtype` any of them, and they are
     cast to it.
     """
-    wrong = [*wrong, *(f"missing {key}" for key in table if key not in state)]
-    wrong += [f"unexpected {key}" for key in state if key not in table]
+    missing, unexpected = [k for k in table if k not in state], [k for k in state if k not in table]
+    # In turn: a long list of one kind would hide the other.
+    pairs = itertools.zip_longest(
+        (f"missing {key}" for key in missing), (f"unexpected {key}" for key in unexpected)
+    )
+    wrong = [*wrong, *(text for pair in pairs for text in pair if text)]
     kinds = [np.dtype(state[key].dtype) for key in table if key in state]
     usual = max(kinds, key=kinds.count, default=None)
     for key in table:
@@ -136,7 +141,8 @@ def params_of(
             wrong.append(f"{key} has dtype {kind}, expected one of {', '.join(DTYPES)}")
         elif dtype is None and kind != usual:
             wrong.append(f"{key} has dtype {kind}, the others {usual} (a target dtype casts them all)")
-    refuse(wrong, "the tensors don't fit the configuration")
+    hint = renamed(missing, unexpected)
+    refuse(wrong, f"the tensors don't fit the configuration{hint and ', '}{hint}")
     dtype = dtype or usual
 
     stacks: dict[Path, list[str]] = {}
@@ -260,6 +266,39 @@ def refuse(wrong: list[str], what: str) -> None:
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{what} ({len(wrong)} problems): {'; '.join(wrong[:10])}{more}")
+
+
+def renamed(missing: Iterable[str], there: Iterable[str]) -> str:
+    """How keys that are there differ from those that are missing, with an example, or "".
+
+    Wrappers of PyTorch put names before or between those of a model: `module.`, `_orig_mod.`,
+    `base_model.model.`, `base_layer.`
+    """
+    ends: dict[str, list[str]] = {}
+    for key in there:
+        ends.setdefault(key.rpartition(".")[2], []).append(key)
+    pairs = []
+    for key in missing:
+        parts = key.split(".")
+        longer = [k for k in ends.get(parts[-1], ()) if _within(parts, k.split("."))]
+        shorter = [k for k in ends.get(parts[-1], ()) if key.endswith(f".{k}")]
+        if longer or shorter:
+            pairs.append((key, min(longer or shorter, key=len)))
+    if not pairs:
+        return ""
+    key, like = pairs[0]
+    if like.endswith(key):
+        what = f"have {like.removesuffix(key)!r} before their names"
+    elif key.endswith(like):
+        what = f"lack {key.removesuffix(like)!r} before their names"
+    else:
+        what = "have more in their names"
+    return f"{len(pairs)} keys {what} ({like!r} for {key!r}; save the model's own state_dict)"
+
+
+def _within(parts: list[str], longer: list[str]) -> bool:
+    rest = iter(longer)
+    return all(part in rest for part in parts)
 
 
 def whole(index: Index, shape: tuple[int, ...]) -> bool:

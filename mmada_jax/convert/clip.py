@@ -1,6 +1,5 @@
 """CLIP of a Hugging Face folder -> params: one strict key table, and the fields of its config.json."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 from mmada_jax import convert
 from mmada_jax.clip import Config, Tower
 from mmada_jax.convert import hub
+from mmada_jax.files import read_json, refuse_pointer
 
 # config.json of the models published before it was put right names this token, which ends no text.
 _WRONG_EOS = 2
@@ -25,12 +25,9 @@ def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], Config, Tokenizer]
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; name the folder of a CLIP from Hugging Face")
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
-    config = config_from_hf(values)
+    config = config_from_hf(read_json(folder / "config.json", dict))
     params = convert.in_memory(params_of(hub.read_tensors(folder), config))
+    refuse_pointer(folder / "tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises no narrower type

@@ -12,7 +12,9 @@ and `inspect` stand on it, and so does loading a model to use it.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import glob
+import itertools
 import json
 import os
 import pathlib
@@ -24,11 +26,20 @@ from typing import Any
 import numpy as np
 
 from mmada_jax import convert, run, transformer, vq
-from mmada_jax.checkpoint import newest_params, open_params, read_config, verify_manifest, write_params
-from mmada_jax.convert import DTYPES, hub, llada, magvit
+from mmada_jax.checkpoint import (
+    MANIFEST,
+    find_damage,
+    newest_params,
+    open_params,
+    verify_manifest,
+    write_params,
+)  # fmt: skip
+from mmada_jax.convert import DTYPES, hub, llada, magvit, refuse
 from mmada_jax.data.tokenizer import TextTokenizer
+from mmada_jax.files import read_json
 from mmada_jax.metrics import Progress
 
+_LOCK = "lock"
 IMAGE_TOKENIZER = "image_tokenizer"
 # What travels beside the weights. Code never does.
 _TOKENIZER_FILES = (
@@ -94,34 +105,34 @@ def open_folder(path: str | pathlib.Path, dtype: str | None = None, add_image_vo
     Tensors of PyTorch are cast to `dtype` and, with `add_image_vocab`, grown as they are read. The
     files of a checkpoint are compared with their manifest. Raises FileNotFoundError or ValueError.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} {_NEITHER}: there is no such folder")
-    values = {}
-    if (path / "config.json").is_file():
-        try:
-            values = read_config(path)
-        except ValueError as error:
-            raise ValueError(f"{path / 'config.json'} is no JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path / 'config.json'} is no JSON object with the fields of a model")
-    if "program" in values:
-        source = _open_workdir(path, values)
-    elif (path / "params").is_dir():
-        source = _open_checkpoint(path, values)
-    elif hub.holds_tensors(path):
-        return _open_hugging_face(path, values, dtype, add_image_vocab)
-    else:
-        raise FileNotFoundError(
-            f"{path} {_NEITHER}: it has no checkpoints/, no params/, no *.safetensors and no "
-            "pytorch_model*.bin"
-        )
+    values = read_json(path / "config.json", dict) if (path / "config.json").is_file() else {}
+    try:
+        if "program" in values or (path / "params").is_dir():
+            source = (_open_workdir if "program" in values else _open_checkpoint)(path, values)
+            source.tensors()  # raises unless the params are those of the configuration
+        elif hub.holds_tensors(path):
+            return _open_hugging_face(path, values, dtype, add_image_vocab)
+        else:
+            raise FileNotFoundError(
+                f"{path} {_NEITHER}: it has no checkpoints/, no params/, no *.safetensors and no "
+                "pytorch_model*.bin"
+            )
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
     if dtype or add_image_vocab:
         raise ValueError(f"{path} is a {source.kind}, not a folder of PyTorch tensors")
     return source
 
 
 def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
+    if (path / MANIFEST).is_file():
+        refuse(find_damage(path), f"{path} isn't as it was exported; fetch it again (or remove {MANIFEST}, "
+               "if the weights were changed on purpose)")  # fmt: skip
     state = hub.read_tensors(path)
     target = _dtype(dtype)
     nested = path / IMAGE_TOKENIZER if (path / IMAGE_TOKENIZER).is_dir() else None
@@ -133,7 +144,8 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
             config = llada.config_from_hf(values)
             params = llada.grow(params, add_image_vocab)
         return Source(path, "Hugging Face folder", values["model_type"], config, values, params, nested)
-    if "encoder.quant_conv.weight" in state or values.get("model_type") == magvit.MODEL_TYPE:
+    vision = any(key.endswith("encoder.quant_conv.weight") for key in state)
+    if vision or values.get("model_type") == magvit.MODEL_TYPE:
         if add_image_vocab:
             raise ValueError(
                 f"{path} holds an image tokenizer; only LLaDA can be given an image vocabulary"
@@ -157,37 +169,30 @@ def _open_checkpoint(path, values) -> Source:
     else:
         config = llada.config_from_hf(values)
         nested = path / IMAGE_TOKENIZER if (path / IMAGE_TOKENIZER).is_dir() else None
-    return _fitting(Source(path, "checkpoint", values["model_type"], config, values, params, nested))
+    return Source(path, "checkpoint", values["model_type"], config, values, params, nested)
 
 
 def _open_workdir(path, values) -> Source:
     if values["program"] == "rl":
+        try:
+            model, vision, init = values["architecture"], values["image_tokenizer"], values["init"]
+        except KeyError as error:
+            raise ValueError(f"{path / 'config.json'} is damaged: it lacks {error}") from error
         params, step = newest_params(path)
-        model, vision = values["architecture"], values["image_tokenizer"]
         config = llada.config_from_hf(model, dtype=model["dtype"])
-        nested = run.relative(vision or values["init"], path)
+        nested = run.relative(vision or init, path)
         nested = nested if vision else open_folder(nested).image_tokenizer
-        return _fitting(Source(path, "workdir", model["model_type"], config, model, params, nested, step))
+        return Source(path, "workdir", model["model_type"], config, model, params, nested, step)
     parsed = run.parse(values)
     params, step = newest_params(path)
     if isinstance(parsed, run.VQRun):
         config = run.preset_of(vq.PRESETS, parsed.preset)
         values = magvit.config_to_hf(config)
-        return _fitting(Source(path, "workdir", magvit.MODEL_TYPE, config, values, params, None, step))
+        return Source(path, "workdir", magvit.MODEL_TYPE, config, values, params, None, step)
     plan = run.plan(parsed, path)
     values = llada.config_to_hf(plan.model, plan.vocab, plan.grid, parsed.max_text)
     nested = run.image_tokenizer_of(parsed, path)
-    kind = values["model_type"]
-    return _fitting(Source(path, "workdir", kind, plan.model, values, params, nested, step))
-
-
-def _fitting(source: Source) -> Source:
-    """Raises ValueError unless the params are those of the configuration."""
-    try:
-        source.tensors()
-    except ValueError as error:
-        raise ValueError(f"{source.path}: {error}") from error
-    return source
+    return Source(path, "workdir", values["model_type"], plan.model, values, params, nested, step)
 
 
 # ---- Conversion ----------------------------------------------------------------------------------
@@ -331,7 +336,9 @@ def _write_hugging_face(
         tokenizer.export(folder)
     if not source.is_image_tokenizer and not (folder / "generation_config.json").is_file():
         _write_json(folder / "generation_config.json", _generation_defaults(values))
-    hub.write_tensors(folder, tensors, progress, shard)
+    hashes = hub.write_tensors(folder, tensors, progress, shard)
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": h} for name, h in hashes.items()}
+    _write_json(folder / MANIFEST, {"files": files})
 
 
 def _generation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -392,11 +399,9 @@ def _target(
     """A folder to write into, beside `dst` and renamed to it if all goes well, and a progress bar."""
     total = source.n_params * dtype.itemsize if dtype else source.nbytes
     total += nested.nbytes if nested else 0
+    made = [parent for parent in dst.parents if not parent.exists()]
     dst.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = dst.with_name(f".{dst.name}.unfinished-{os.getpid()}")
-    for left in dst.parent.glob(f".{glob.escape(dst.name)}.unfinished-*"):
-        if not pathlib.Path("/proc", left.name.rpartition("-")[2]).exists():  # its process was killed
-            shutil.rmtree(left)
+    _clear_leftovers(dst)
     free, needed = shutil.disk_usage(dst.parent).free, int(1.01 * total) + (1 << 20)
     if free < needed:
         raise OSError(
@@ -404,23 +409,67 @@ def _target(
             f"the disk is too full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
             str(dst.parent),
         )
-    unfinished.mkdir()
+    unfinished, lock = _claim(dst)
     try:
+        folder = unfinished / "folder"
+        folder.mkdir()
         with Progress(dst.name, total) as progress:
-            yield unfinished, progress
+            yield folder, progress
         _new(dst, unfinished)  # nobody else may have made it by now
-        unfinished.rename(dst)
-    except (OSError, ValueError) as error:
-        text = str(error)
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-            sign in text for sign in ("RESOURCE_EXHAUSTED", "No space left", "File too large")
-        ):
-            raise OSError(
-                errno.ENOSPC, f"the disk is full, nothing was written ({text[:200]})", str(dst)
-            ) from error
+        folder.rename(dst)
+    except Exception as error:  # that of a library may have any type
+        if _is_full_disk(error):
+            text = f"the disk is full, nothing was written ({str(error)[:200]})"
+            raise OSError(errno.ENOSPC, text, str(dst)) from error
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(lock)
+        for parent in made:
+            with contextlib.suppress(OSError):  # it holds something
+                parent.rmdir()
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    signs = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _claim(dst: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """A new folder beside `dst`, and a file in it that is locked as long as it is open.
+
+    A lock ends with its process, however that ends. A process number says nothing: in a container the
+    next process has the same one.
+    """
+    for again in itertools.count():
+        suffix = f"-{again}" if again else ""
+        unfinished = dst.with_name(f".{dst.name}.unfinished-{os.getpid()}{suffix}")
+        with contextlib.suppress(FileExistsError, FileNotFoundError):  # or cleared before it was locked
+            unfinished.mkdir()
+            lock = os.open(unfinished / _LOCK, os.O_RDWR | os.O_CREAT)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(unfinished / _LOCK)):
+                    return unfinished, lock
+            os.close(lock)
+
+
+def _clear_leftovers(dst: pathlib.Path) -> None:
+    """Removes what conversions to `dst` have left that were killed: nobody holds their locks."""
+    for left in dst.parent.glob(f".{glob.escape(dst.name)}.unfinished-*"):
+        with contextlib.suppress(OSError):  # its process lives, or has just cleared it away
+            lock = os.open(left / _LOCK, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 def _dtype(name: str | None) -> np.dtype | None:

@@ -4,9 +4,11 @@ or sharded with an index. Reading maps files into memory and copies nothing; wri
 Nothing is executed: .bin files are unpickled by torch's weights-only loader, or not at all.
 """
 
+import hashlib
 import json
 import pathlib
 import pickle
+import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,10 @@ import ml_dtypes
 import numpy as np
 
 from mmada_jax.convert import ROWS, Lazy, pieces, refuse
+from mmada_jax.files import read_json, refuse_pointer
 
+# A file of these names holds a whole model; what lies beside it without an index belongs to something else.
+_ALONE = ("model.safetensors", "pytorch_model.bin")
 # Hugging Face's own limit of a shard, in bytes.
 SHARD = 5_000_000_000
 
@@ -34,17 +39,19 @@ def holds_tensors(folder: pathlib.Path) -> bool:
 def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     """All tensors of a folder as read-only arrays over its files.
 
-    Raises ValueError for a damaged or truncated file, an index that doesn't fit the files, a doubled
-    key, a pickle that holds more than tensors; FileNotFoundError if a file is missing.
+    Without an index `model.safetensors` is the model; files with tensors of other names are left aside
+    with a warning. Raises ValueError for a damaged or truncated file, a pointer of git LFS, an index that
+    doesn't fit the files, a doubled key, a pickle that holds more than tensors; FileNotFoundError if a
+    file is missing.
     """
     folder = pathlib.Path(folder)
     index, files = _find(folder)
     where: dict[str, str] | None = None
     if index:
         try:
-            where = dict(json.loads(index.read_text())["weight_map"])
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"{index} is no index of tensors: {error!r}") from error
+            where = dict(read_json(index, dict)["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index} is no index of tensors: {error}") from error
         outside = [
             n for n in where.values() if not isinstance(n, str) or not n or pathlib.Path(n).name != n
         ]
@@ -61,10 +68,19 @@ def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
         raise FileNotFoundError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin")
     tensors: dict[str, np.ndarray] = {}
     home: dict[str, str] = {}
-    wrong = []
-    for file in files:
-        read = _read_safetensors if file.suffix == ".safetensors" else _read_bin
-        for key, tensor in read(file).items():
+    wrong, aside = [], []
+    alone = None if index else next((file for file in files if file.name in _ALONE), None)
+    for file in sorted(files, key=lambda file: file != alone):
+        try:
+            found = _read(file)
+        except (ValueError, ImportError):
+            if alone in (None, file):
+                raise
+            found = {}
+        if alone not in (None, file) and not found.keys() & tensors.keys():
+            aside.append(file.name)
+            continue
+        for key, tensor in found.items():
             if key in tensors:
                 wrong.append(f"{key} is doubled: in {home[key]} and in {file.name}")
             elif where is not None and where.get(key) != file.name:
@@ -73,6 +89,12 @@ def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
             tensors[key], home[key] = tensor, file.name
     wrong += [f"{key} is missing from {name}" for key, name in (where or {}).items() if key not in tensors]
     refuse(wrong, f"the files of {folder} contradict each other")
+    if aside:
+        print(
+            f"warning: {folder} holds {', '.join(aside)} beside {alone.name}, of other names and not in an "
+            "index; left aside",
+            file=sys.stderr,
+        )
     return tensors
 
 
@@ -81,8 +103,9 @@ def write_tensors(
     tensors: Mapping[str, Lazy],
     progress: Callable[[int], None] = lambda n: None,
     shard: int = SHARD,
-) -> None:
-    """Writes safetensors into `folder`, in shards of at most `shard` bytes (a tensor is never split).
+) -> dict[str, str]:
+    """Writes safetensors into `folder`, in shards of at most `shard` bytes (a tensor is never split), and
+    returns the sha256 of each file by its name.
 
     Holds a few pieces of tensors in memory, never a whole file.
     """
@@ -92,15 +115,16 @@ def write_tensors(
             shards.append({})
         shards[-1][key] = tensor
     if len(shards) == 1:
-        _write_safetensors(folder / "model.safetensors", shards[0], progress)
-        return
+        name = "model.safetensors"
+        return {name: _write_safetensors(folder / name, shards[0], progress)}
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, part in zip(names, shards, strict=True):
-        _write_safetensors(folder / name, part, progress)
+    parts = zip(names, shards, strict=True)
+    hashes = {name: _write_safetensors(folder / name, part, progress) for name, part in parts}
     where = {key: name for name, part in zip(names, shards, strict=True) for key in part}
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return hashes
 
 
 def ahead(thunks: Iterable[Callable[[], Any]], workers: int = 3) -> Iterator[Any]:
@@ -128,6 +152,11 @@ def _find(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[pathlib.Path]
         if files := sorted(folder.glob(kind)):
             return None, files
     return None, []
+
+
+def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    refuse_pointer(file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -195,7 +224,8 @@ def _first_line(error: Exception) -> str:
 
 def _write_safetensors(
     path: pathlib.Path, tensors: Mapping[str, Lazy], progress: Callable[[int], None]
-) -> None:
+) -> str:
+    """Writes a file and returns its sha256."""
     names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -208,13 +238,18 @@ def _write_safetensors(
         start += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(text)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(text)
         reads = (
             lambda tensor=tensor, index=index: np.ascontiguousarray(tensor[index])
             for tensor in tensors.values()
             for index in pieces(tensor, multiple=ROWS)
         )
         for part in ahead(reads):
-            file.write(part.reshape(-1).view(np.uint8).data)
+            data = part.reshape(-1).view(np.uint8).data
+            file.write(data)
+            digest.update(data)
             progress(part.nbytes)
+    return digest.hexdigest()

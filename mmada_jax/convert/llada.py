@@ -124,10 +124,42 @@ def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> Config:
     return Config(**fields | overrides)
 
 
+# The other fields of the published config.json, with its values. PyTorch's classes of LLaDA and MMaDA
+# have no defaults: they read every one of these fields.
+_PUBLISHED = {
+    **{name: allowed[0] for name, allowed in _FIXED.items()},
+    "alibi_bias_max": 8.0,
+    "attention_layer_norm_with_affine": True,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "flash_attention": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "mlp_ratio": 4,
+    "multi_query_attention": None,
+    "precision": "amp_bf16",
+    "use_cache": False,
+}
+del _PUBLISHED["rope_scaling"]  # of later models alone
+
+
 def resolved(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The fields of a config.json with those spelt out that may be left to a default."""
-    sizes = {"n_kv_heads": config.n_kv_heads, "mlp_hidden_size": config.d_mlp}
-    return {**values, **sizes, "vocab_size": config.vocab, "embedding_size": config.vocab}
+    """The fields of a config.json with all spelt out that the published one has."""
+    sizes = {
+        "n_kv_heads": config.n_kv_heads,
+        "mlp_hidden_size": config.d_mlp,
+        "vocab_size": config.vocab,
+        "embedding_size": config.vocab,
+    }
+    numbers = {
+        "max_sequence_length": config.max_len,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+    }
+    return {**_PUBLISHED, **numbers, **values, **sizes}
 
 
 def config_to_hf(config: Config, vocab: Vocab, grid: tuple[int, int], max_text: int) -> dict[str, Any]:
@@ -135,45 +167,17 @@ def config_to_hf(config: Config, vocab: Vocab, grid: tuple[int, int], max_text: 
 
     `image_grid` (rows, columns of image tokens) and `max_text` are fields of ours.
     """
-    return {
+    fields = {
         "model_type": "mmada",
         "architectures": ["MMadaModelLM"],
         "d_model": config.d_model,
         "n_layers": config.n_layers,
         "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "mlp_hidden_size": config.d_mlp,
-        "mlp_ratio": 4,
-        "activation_type": "silu",
-        "block_type": "llama",
-        "block_group_size": 1,
-        "vocab_size": config.vocab,
-        "embedding_size": config.vocab,
         "new_vocab_size": config.vocab,
         "llm_vocab_size": vocab.image_offset,
         "codebook_size": vocab.codebook_size,
         "num_vq_tokens": math.prod(grid),
         "num_new_special_tokens": 0,
-        "max_sequence_length": config.max_len,
-        "rope": True,
-        "rope_theta": config.rope_theta,
-        "rope_full_precision": True,
-        "alibi": False,
-        "layer_norm_type": "rms",
-        "rms_norm_eps": config.norm_eps,
-        "layer_norm_with_affine": True,
-        "attention_layer_norm": False,
-        "include_bias": False,
-        "include_qkv_bias": False,
-        "bias_for_layer_norm": False,
-        "input_emb_norm": False,
-        "scale_logits": False,
-        "weight_tying": False,
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.0,
-        "embedding_dropout": 0.0,
-        "use_cache": False,
         "mask_token_id": vocab.mask,
         "bos_token_id": vocab.bos,
         "eos_token_id": vocab.eos,
@@ -181,6 +185,7 @@ def config_to_hf(config: Config, vocab: Vocab, grid: tuple[int, int], max_text: 
         "image_grid": list(grid),
         "max_text": max_text,
     }
+    return resolved(fields, config)
 
 
 def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:

@@ -132,7 +132,12 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> Config:
             fields[f"{half}_mult"] = tuple(width // channels for width in widths)
             fields[f"{half}_blocks"] = tuple(blocks)
         return Config(**fields)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    except KeyError as error:
+        hint = convert.renamed(error.args, shapes)
+        raise ValueError(
+            f"these tensors are no MAGVIT-v2 tokenizer: missing {error.args[0]}{hint and ', '}{hint}"
+        ) from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"these tensors are no MAGVIT-v2 tokenizer: {error!r}") from error
 
 
