@@ -56,6 +56,9 @@ INSTRUCTIONS = (
     "Look at the image and describe it.",
 )
 
+# Where other models put the picture, once or several times in a row.
+_IMAGE_TAGS = re.compile(r"<image>(?:\s*<image>)*", re.IGNORECASE)
+
 Turns = Sequence[Mapping[str, str]]
 
 
@@ -117,25 +120,22 @@ def unpack(data: bytes) -> Record:
 
 
 def without_image_tag(text: str) -> str:
-    """A text without <image>, where other models put the picture; what stood around it stays apart.
+    """What someone said about a picture, without the tags <image> that tell where it stood.
 
-    Lines stay lines, words keep one space between them, and a text without the tag stays as it is.
+    The words around a tag are parted as they were: by the line breaks that were beside it, by one
+    space, or by nothing before a punctuation mark. A text without the tag stays as it is.
     """
-    pieces = text.split("<image>")
-    kept = [piece for piece in pieces if piece.strip()]
-    if len(pieces) == 1 or not kept:
-        return text if len(pieces) == 1 else ""
-    kept[0] = kept[0] if pieces[0].strip() else kept[0].lstrip()
-    kept[-1] = kept[-1] if pieces[-1].strip() else kept[-1].rstrip()
-    out = kept[:1]
-    for piece in kept[1:]:
-        before, after = out[-1].rstrip(), piece.lstrip()
-        gaps = out[-1][len(before) :], piece[: len(piece) - len(after)]
-        gap = max(gaps, key=lambda gap: gap.count("\n")) if "\n" in "".join(gaps) else " "
-        if before[-1] in "([{" or after[0] in ".,;:!?)]}":
-            gap = ""
-        out[-1:] = [before, gap, after]
-    return "".join(out)
+    parts = _IMAGE_TAGS.split(text)
+    pieces = []
+    for i, part in enumerate(parts):
+        start = part.rstrip() if i < len(parts) - 1 else part
+        pieces.append(start.lstrip() if i else start)
+        after = parts[i + 1] if i < len(parts) - 1 else ""
+        if start and after.strip():
+            following = after.lstrip()
+            spaces = part[len(start) :], after[: len(after) - len(following)]
+            pieces.append(_gap(start[-1], *spaces, following[0]))
+    return "".join(pieces)
 
 
 def drawing_caption(record: Record, rng: np.random.Generator) -> str:
@@ -203,6 +203,19 @@ def with_think_prompt(turns: Turns, think_prompt: str) -> list[dict[str, str]]:
             turn["content"] = f"{think_prompt}\n{turn['content']}"
             break
     return turns
+
+
+def _gap(last: str, before: str, after: str, following: str) -> str:
+    """What stays between a word's last character and the following one, of the spaces beside a tag."""
+    if "\n" in before + after:
+        breaks = max(before, after, key=lambda spaces: spaces.count("\n"))
+        _, newline, indent = after.rpartition("\n")
+        return breaks.rpartition("\n")[0] + "\n" + (indent if newline else "")
+    if before or after:
+        opens, closes = last in "([{", following in ".,;:!?)]}"
+        return "" if (closes and not after) or (opens and not before) else " "
+    # Without spaces on either side a tag parted two words, but not those of a script without spaces.
+    return " " if (last + following).isascii() and (last + following).isalnum() else ""
 
 
 def _caption(record: Record, rng: np.random.Generator) -> str:
