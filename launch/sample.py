@@ -22,7 +22,7 @@ from PIL import Image
 
 from launch import fail
 from mmada_jax.api import MMaDA
-from mmada_jax.data.images import open_image
+from mmada_jax.data.images import open_image, to_mask
 from mmada_jax.denoise import ImageRule, TextRule
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         images = [read_image(model, path) for path in args.images]
         prompts = [args.prompt] * len(images)
         if args.task == "inpaint":
-            masks = np.stack([read_mask(args, image.size) for image in images])
+            masks = [read_mask(args, image.size) for image in images]
             drawings = model.inpaint(images, masks, prompts, rule, seed=args.seed)
         else:
             drawings = model.extend(images, args.direction, prompts, rule, seed=args.seed)
@@ -140,7 +140,7 @@ def say(model: MMaDA, args: argparse.Namespace) -> None:
 
 def read_image(model: MMaDA, path: str) -> Image.Image:
     """Opens a picture. One that is an enlargement of the model's size, as this program writes them,
-    is brought back to it; any other size is an error of the model's."""
+    is brought back to it; the model takes care of any other size."""
     height, width = model.image_size
     image = open_image(path)
     scale = image.width // width
@@ -152,12 +152,7 @@ def read_image(model: MMaDA, path: str) -> Image.Image:
 def read_mask(args: argparse.Namespace, size: tuple[int, int]) -> np.ndarray:
     """The mask of inpainting in pixels, from --mask or --box."""
     if args.mask:
-        with Image.open(args.mask) as mask:
-            if mask.size != size:
-                raise ValueError(
-                    f"{args.mask} is {mask.size[0]}x{mask.size[1]}, the image {size[0]}x{size[1]}"
-                )
-            return np.asarray(mask.convert("L")) >= 128
+        return to_mask(args.mask)
     if not args.box:
         raise ValueError("say what to redraw: --mask FILE or --box TOP LEFT BOTTOM RIGHT")
     top, left, bottom, right = args.box

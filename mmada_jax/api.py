@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmada_jax import denoise, layout, sharding, transformer, vq
 from mmada_jax.convert.folder import Source, image_tokenizer_of, open_folder
+from mmada_jax.data.images import fit_mask, to_pixels
 from mmada_jax.data.tokenizer import TextTokenizer, chat, conversation_end
 from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.vocab import Vocab
@@ -168,7 +169,7 @@ class MMaDA:
         max_new: int | None = None,
         seed: int = 0,
     ) -> list[Text]:
-        """Answers a question about each image (PIL, or arrays: see `pixels`)."""
+        """Answers a question about each image (paths, PIL, or arrays: see `pixels`)."""
         return self._texts(self.answer_job(images, questions, rule, max_new), seed)
 
     def draw(
@@ -206,9 +207,8 @@ class MMaDA:
     ) -> list[Drawing]:
         """Redraws what `masks` cover; keeps all else.
 
-        A mask is of the size of the image: bool [I, J], True = redraw, or a picture whose white is
-        redrawn (PIL, uint8, or floats from 0 to 1). A token is redrawn if at least half of its pixels
-        are covered.
+        A mask has the proportions of its image: bool [I, J], True = redraw, or a picture whose white is
+        redrawn, see `data.images.to_mask`. A token is redrawn if at least half of its pixels are covered.
         """
         return self._drawings(self.inpaint_job(images, masks, prompts, rule), seed)
 
@@ -292,13 +292,12 @@ class MMaDA:
         rule: ImageRule | None = None,
     ) -> Job:
         """The rows of `inpaint`."""
-        codes_Bij = self.encode(images)
         down = self._vision().downsampling
-        masks = np.stack([_covered(mask) for mask in masks]).astype(np.float32)
-        want = (len(codes_Bij), *self.image_size)
-        if masks.shape != want:
-            raise ValueError(f"masks have shape {masks.shape}; they must have {want}: images and pixels")
-        share_Bij = masks.reshape(want[0], self.grid[0], down, self.grid[1], down).mean((2, 4))
+        _same_length(images=images, masks=masks)
+        pairs = zip(masks, images, strict=True)
+        masks = np.stack([fit_mask(mask, image, self.image_size) for mask, image in pairs])
+        codes_Bij = self.encode(images)
+        share_Bij = masks.reshape(-1, self.grid[0], down, self.grid[1], down).mean((2, 4))
         return self._image_job(self._image_rows(codes_Bij, share_Bij >= 0.5, prompts), rule)
 
     def run(self, job: Job, seed: int = 0) -> np.ndarray:
@@ -350,34 +349,15 @@ class MMaDA:
     # ---- Images ---------------------------------------------------------------------------------
 
     def pixels(self, images: Sequence[Any]) -> np.ndarray:
-        """Images -> float32 [B, I, J, C] in [-1, 1]; wrong sizes raise.
+        """Images -> float32 [B, I, J, C] in [-1, 1], see `data.images.to_pixels`.
 
-        An image is PIL, or an array [I, J, C] (or [I, J], if C is 1): uint8, or floats in [-1, 1].
+        An image is a path, the bytes of a file, an image of Pillow's in any mode, or an array: uint8 or
+        floats in [-1, 1], [I, J] or [I, J, C]. One of another size is brought to the model's: the shorter
+        side first, then the middle is cut out.
         """
         channels = self._vision().pixel_channels
-        want = (*self.image_size, channels)
         _some(images)
-        out = []
-        for image in images:
-            if isinstance(image, Image.Image):
-                image = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-            image = np.asarray(image)
-            if image.ndim == 2:
-                image = image[..., None]
-            if image.shape != want:
-                raise ValueError(
-                    f"an image has {' x '.join(map(str, image.shape))} (rows, columns, channels); this "
-                    f"model takes {' x '.join(map(str, want))}: crop or resize it"
-                )
-            if image.dtype == np.uint8:
-                image = image.astype(np.float32) / 127.5 - 1
-            elif not np.abs(image).max() <= 1.5:  # a decoder overshoots a little; NaN fails too
-                raise ValueError(
-                    f"an image has {image.dtype} pixels from {image.min()} to {image.max()}; give uint8 "
-                    "from 0 to 255 or floats from -1 to 1"
-                )
-            out.append(image.astype(np.float32))
-        return np.stack(out)
+        return np.stack([to_pixels(image, self.image_size, channels) for image in images])
 
     def decode(self, codes_Bij: np.ndarray) -> np.ndarray:
         """Codes [B, i, j] -> pixels [B, I, J, C] around [-1, 1]."""
@@ -529,12 +509,6 @@ def _grid(source: Source, down: int, image_size: tuple[int, int] | None) -> tupl
     if any(side < 1 or side % down for side in image_size):
         raise ValueError(f"image_size {image_size} isn't made of multiples of {down} pixels")
     return tuple(side // down for side in image_size)
-
-
-def _covered(mask: Any) -> np.ndarray:
-    """A mask as `inpaint` takes it -> bool [I, J]."""
-    mask = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
-    return mask >= 128 if mask.dtype == np.uint8 and mask.max() > 1 else mask >= 0.5
 
 
 def _direction(direction: str) -> tuple[int, bool]:

@@ -64,11 +64,10 @@ class Config:
 
 def preprocess(images: Sequence[Any], size: int) -> np.ndarray:
     """Pictures -> float32 [B, size, size, 3] as CLIPProcessor makes them: the shorter side brought to
-    `size` (bicubic), the middle cut out, normalised. A picture is a PIL image or pixels [I, J, C], uint8
-    or floats in [-1, 1]."""
+    `size` (bicubic), the middle cut out, normalised. A picture has any form that `to_image` takes."""
     out = np.empty((len(images), size, size, 3), np.float32)
     for i, image in enumerate(images):
-        image = image.convert("RGB") if isinstance(image, Image.Image) else to_image(np.asarray(image))
+        image = to_image(image)
         short = min(image.size)
         columns, rows = (size if side == short else int(size * side / short) for side in image.size)
         image = image.resize((columns, rows), Image.Resampling.BICUBIC)

@@ -6,7 +6,7 @@ from PIL import Image
 
 from mmada_jax import api
 from mmada_jax.api import MMaDA
-from mmada_jax.data import digits
+from mmada_jax.data import digits, images
 from mmada_jax.data.tokenizer import chat
 from mmada_jax.denoise import ImageRule, TextRule
 
@@ -116,6 +116,21 @@ def test_pictures_in_every_form_are_the_same_picture(model, canvases):
         model.pixels([wrong])
 
 
+def test_pictures_of_another_size_are_resized_as_in_training(model, tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    picture.save(tmp_path / "picture.png")
+    (rows, columns), size = model.image_size, (40, 30)
+    want = np.asarray(Image.fromarray(images.resize(picture, (rows, columns))).convert("L"))
+    for form in (picture, np.asarray(picture), tmp_path / "picture.png", str(tmp_path / "picture.png")):
+        np.testing.assert_array_equal(np.round((model.pixels([form])[0, ..., 0] + 1) * 127.5), want)
+    # What is redrawn of it: the middle of the mask, as of the picture.
+    mask = np.zeros(size, bool)
+    mask[:, 15:] = True
+    rows = model.inpaint_job([picture], [mask], ["a"], FAST).rows
+    hidden = (rows.tokens[0, model.max_text + 2 : -1] == model.vocab.mask).reshape(model.grid)
+    np.testing.assert_array_equal(hidden, np.repeat([[False, True]], 4, axis=1).repeat(4, axis=0))
+
+
 @pytest.mark.parametrize("direction", ["right", "left", "up", "down"])
 def test_extend_keeps_the_image_and_adds_half(model, canvases, direction):
     before = model.encode(canvases)
@@ -134,12 +149,13 @@ def test_steps_show_the_decoding_that_run_makes(model):
 
 
 def test_bad_input_is_one_clear_error(model, canvases, tmp_path):
-    small = np.zeros((8, 8, 1), np.float32)
     cases = {
-        r"an image has 8 x 8 x 1 .* takes 8 x 16 x 1": lambda: model.answer([small], ["?"]),
-        r"an image has 16 x 8 x 1": lambda: model.encode([Image.new("L", (8, 16))]),
-        "numbers differ": lambda: model.answer(canvases, ["?"]),
-        "masks have shape": lambda: model.inpaint(canvases, np.zeros((2, 4, 8)), ["a", "b"]),
+        r"pixels have shape \(8, 8, 5\)": lambda: model.answer([np.zeros((8, 8, 5))], ["?"]),
+        "NoneType is no picture": lambda: model.encode([None]),
+        "is a folder; name a file": lambda: model.encode([tmp_path]),
+        "numbers differ: .'images': 2, 'questions'": lambda: model.answer(canvases, ["?"]),
+        "numbers differ: .'images': 2, 'masks'": lambda: model.inpaint(canvases, [1], ["a", "b"]),
+        "a mask has 8 x 8 pixels": lambda: model.inpaint(canvases, np.zeros((2, 8, 8)), ["a", "b"]),
         "unknown direction 'out'": lambda: model.extend(canvases, "out", ["a", "b"]),
         r"prompt .* limit is": lambda: model.draw(["a very long prompt " * 20]),
         r"prompt with the first token of a thought .* limit is": lambda: model.think_and_draw(["a " * 20]),

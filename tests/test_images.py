@@ -1,6 +1,7 @@
 """Pictures of every kind become RGB, damaged and huge ones one error, and sizes come as torchvision's."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from mmada_jax.data.images import MAX_PIXELS, open_image, resize, to_image
+from mmada_jax.data.images import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    check_image,
+    fit_mask,
+    open_image,
+    resize,
+    to_image,
+    to_mask,
+    to_pixels,
+)
 
 ROWS, COLUMNS = 20, 30
 
@@ -214,5 +225,177 @@ def test_pixels_become_images(rgb):
     grey = np.repeat(rgb[..., :1], 3, -1)
     for pixels in (rgb[..., :1], rgb[..., 0]):
         np.testing.assert_array_equal(np.asarray(to_image(pixels)), grey)
-    with pytest.raises(ValueError, match=r"pixels have shape \(20, 30, 2\)"):
-        to_image(rgb[..., :2])
+    with pytest.raises(ValueError, match=r"pixels have shape \(20, 30, 3, 1\) of uint8"):
+        to_image(rgb[..., None])
+
+
+MODES = (
+    "1", "L", "P", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB", "LA", "La", "PA", "I", "F",
+    "I;16", "I;16B",
+)  # fmt: skip
+
+
+def pillow(mode, rgb):
+    """An image of any of Pillow's modes with shades, and alpha where the mode has it."""
+    picture = Image.fromarray(rgb)
+    alpha = Image.fromarray(rgb[..., 0])
+    if mode == "La":
+        return pillow("LA", rgb).convert("La")
+    if mode in ("I", "I;16", "I;16B"):
+        deep = rgb[..., 0].astype({"I": np.int32, "I;16": "<u2", "I;16B": ">u2"}[mode]) * 256 + 77
+        return Image.fromarray(deep)
+    if mode in ("RGBA", "RGBa", "LA"):
+        whole = picture.convert("L" if mode == "LA" else "RGB")
+        whole.putalpha(alpha)
+        return whole.convert(mode)
+    if mode == "PA":
+        picture = picture.quantize(8)
+        picture.putalpha(alpha)
+        return picture
+    if mode == "LAB":
+        return Image.frombytes("LAB", picture.size, rgb.tobytes())
+    return picture.quantize(8) if mode == "P" else picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_of_pillow_is_the_picture_that_its_file_is(rgb, mode, tmp_path):
+    picture = pillow(mode, rgb)
+    assert picture.mode == mode or mode.startswith("I;16")
+    # The modes that no file has are saved as those that hold the same.
+    as_file = {"RGBX": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA", "YCbCr": "RGB", "HSV": "RGB",
+               "LAB": "RGB", "F": "L"}  # fmt: skip
+    saved = picture.convert(as_file[mode]) if mode in as_file else picture
+    saved = pillow("I;16", rgb) if mode == "I" else saved
+    file = encode(saved, "JPEG" if mode == "CMYK" else "PNG")
+    if mode == "CMYK":
+        with Image.open(io.BytesIO(file)) as opened:
+            picture = opened.copy()
+        assert picture.mode == "CMYK"
+    want = np.asarray(open_image(file))
+    assert want.std() > 1  # a picture with something in it
+    got = to_image(picture)
+    assert got.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(got), want)
+    # In every form, and as a model takes it.
+    (tmp_path / "picture").write_bytes(file)
+    forms = (picture, file, bytearray(file), tmp_path / "picture", str(tmp_path / "picture"), want)
+    for form in forms:
+        np.testing.assert_array_equal(np.asarray(to_image(form)), want)
+        pixels = to_pixels(form, (ROWS, COLUMNS), 3)
+        np.testing.assert_array_equal(pixels, want.astype(np.float32) / np.float32(127.5) - 1)
+        small = to_pixels(form, (8, 8), 3)
+        np.testing.assert_array_equal(small, resize(open_image(file), 8) / np.float32(127.5) - 1)
+        assert to_pixels(form, (8, 8), 1).shape == (8, 8, 1)
+
+
+def test_what_is_transparent_is_white_in_every_form():
+    clear = np.zeros((4, 4), np.uint8)
+    hidden = {
+        "RGBA": Image.new("RGBA", (4, 4), (0, 0, 0, 0)),
+        "LA": Image.new("LA", (4, 4), (0, 0)),
+        "an array of RGBA": np.stack([clear] * 4, -1),
+        "an array of grey and alpha": np.stack([clear] * 2, -1),
+    }
+    for mode, colour in {"1": 0, "L": 7, "P": 0, "RGB": (1, 2, 3), "I;16": 40000}.items():
+        file = encode(Image.new(mode, (4, 4), colour), transparency=colour)
+        hidden[f"{mode}, a file"] = file
+        with Image.open(io.BytesIO(file)) as opened:
+            hidden[f"{mode}, opened"] = opened.copy()
+    for name, picture in hidden.items():
+        assert (np.asarray(to_image(picture)) == 255).all(), name
+    half = np.stack([clear] * 3 + [clear + 128], -1)
+    assert (np.asarray(to_image(half)) == 127).all()
+
+
+def test_arrays_in_every_form(rgb):
+    for pixels in (rgb, rgb.astype(np.int64), rgb.astype(np.uint16) * 256 + 9, rgb.tolist()):
+        np.testing.assert_array_equal(np.asarray(to_image(pixels)), rgb)
+    bits = rgb[..., 0] > 127
+    np.testing.assert_array_equal(np.asarray(to_image(bits))[..., 1], bits * 255)
+    exact = np.linspace(-1, 1, ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS)
+    for channels in (1, 3):
+        pixels = to_pixels(exact, (ROWS, COLUMNS), channels)
+        np.testing.assert_array_equal(pixels, np.repeat(exact[..., None], channels, 2))
+        small = to_pixels(exact, (8, 8), channels)
+        assert small.shape == (8, 8, channels) and small.dtype == np.float32
+    for wrong in (None, 7, "", b"", object(), ["a.png"], np.zeros((3, 20, 30)), np.zeros((0, 4, 3)),
+                  rgb.astype(np.float32), rgb.astype(int) - 1, rgb * 2j, np.full((4, 4), np.nan),
+                  Image.new("RGB", (0, 4)), Image.fromarray(rgb[..., 0].astype(np.float32) / 255),
+                  Image.new("I", (4, 4), 65536), Image.new("F", (4, 4), -1)):  # fmt: skip
+        with pytest.raises((ValueError, OSError)) as caught:
+            to_pixels(wrong, (8, 8), 3)
+        assert type(caught.value) in (ValueError, FileNotFoundError), repr(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) > 20
+
+
+def test_what_would_block_or_is_no_picture_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "long.png").write_bytes(b"")
+    os.truncate(tmp_path / "long.png", MAX_BYTES + 1)
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+    (tmp_path / "pointer.png").write_bytes(pointer)
+    cases = {
+        "pipe.png is a pipe": tmp_path / "pipe.png",
+        f"{tmp_path} is a folder": tmp_path,
+        "/dev/zero is a device": "/dev/zero",
+        "long.png has .* bytes; the limit is": tmp_path / "long.png",
+        "pointer.png is a pointer of git LFS .*git lfs pull": tmp_path / "pointer.png",
+        "the image is a pointer of git LFS .*git lfs pull": pointer,
+    }
+    for message, picture in cases.items():
+        for read in (open_image, check_image, to_image, to_mask, lambda p: to_pixels(p, (8, 8), 3)):
+            with pytest.raises(ValueError, match=message):
+                read(picture)
+
+
+# ---- Masks -----------------------------------------------------------------------------------------
+
+
+def test_masks_in_every_form(tmp_path):
+    mask = np.zeros((8, 16), bool)
+    mask[2:5, 8:] = True
+    white = mask.astype(np.uint8) * 255
+    (tmp_path / "mask.png").write_bytes(encode(Image.fromarray(white)))
+    forms = [
+        mask,
+        mask.tolist(),
+        mask[..., None],
+        mask.astype(int),
+        mask.astype(np.uint8),
+        white,
+        white.astype(int),
+    ]
+    forms += [
+        mask * np.float32(0.6),
+        np.stack([white] * 3, -1),
+        tmp_path / "mask.png",
+        encode(Image.fromarray(white)),
+    ]
+    forms += [Image.fromarray(white).convert(mode) for mode in ("1", "L", "RGB", "RGBA", "LA", "P")]
+    forms += [Image.fromarray(mask.astype(np.uint8)), mask.astype(np.uint16), white.astype(np.uint16) * 257]
+    for form in forms:
+        np.testing.assert_array_equal(to_mask(form), mask)
+        np.testing.assert_array_equal(fit_mask(form, np.zeros((8, 16)), (8, 16)), mask)
+    # Of a picture of another size, brought to that of a model together with it.
+    large = np.kron(mask, np.ones((4, 4), bool))
+    picture = Image.fromarray(large.astype(np.uint8) * 255)
+    for how in ("crop", "squash"):
+        shades = to_pixels(picture, (8, 8), 1, how)[..., 0]
+        np.testing.assert_array_equal(fit_mask(large, picture, (8, 8), how), shades >= 0)
+        np.testing.assert_array_equal(fit_mask(mask, picture, (8, 8), how).sum() > 0, True)
+    assert not to_mask(np.zeros((4, 4), np.uint8)).any() and to_mask(np.ones((4, 4), np.uint8)).all()
+    for wrong in (
+        mask * 2.0,
+        -mask.astype(float),
+        mask - np.nan,
+        -mask.astype(int),
+        mask[0],
+        None,
+        "none.png",
+    ):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            to_mask(wrong)
+    with pytest.raises(
+        ValueError, match=r"a mask has 8 x 16 pixels .*, its image 8 x 15; masks have the prop"
+    ):
+        fit_mask(mask, Image.new("1", (15, 8)), (8, 8))

@@ -1,15 +1,21 @@
-"""Picture files -> RGB pixels of the size that a tokenizer takes, and never more than a limit of them."""
+"""Any picture -> pixels of the size that a tokenizer takes, and never more than a limit of them.
+
+A picture is a file (its path or its bytes), an image of Pillow's in any mode, or an array.
+"""
 
 import io
-import pathlib
-from typing import Literal
+import os
+from typing import Any, Literal
 
 import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
+from mmada_jax import files
+
 # A picture of more pixels than this is refused before it is decoded, and so is one that would have
-# more on its way to its size.
+# more on its way to its size. MAX_BYTES is the most that a file may have.
 MAX_PIXELS = 40_000_000
+MAX_BYTES = 64 << 20
 
 # By the first bytes of a file. `Image.open` knows many formats more, one of which runs programs, and
 # warns of large pictures or refuses them by a limit of its own.
@@ -21,15 +27,18 @@ _READERS = {
     b"BM": BmpImagePlugin.BmpImageFile,
 }
 
+# The bytes of a file, or its path.
+File = bytes | bytearray | memoryview | str | os.PathLike
 Resize = Literal["crop", "squash", "pad"]
 
 
-def open_image(data: bytes | str | pathlib.Path) -> Image.Image:
+def open_image(data: File) -> Image.Image:
     """Decodes a JPEG, PNG, WebP, GIF or BMP, its bytes or its path, into an RGB image.
 
     Of an animation the first frame; what is transparent becomes white; of 16 bits the upper 8. It
-    stays as it is stored: a rotation in EXIF isn't applied. Raises ValueError for anything else,
-    damaged files, and more than MAX_PIXELS (from the header alone).
+    stays as it is stored: a rotation in EXIF isn't applied. Raises ValueError for anything else (a
+    folder, a pipe, a pointer of git LFS), for damaged files, and for more than MAX_PIXELS (from the
+    header alone), OSError where there is no file.
     """
     image, name = _read_header(data)
     try:
@@ -38,7 +47,7 @@ def open_image(data: bytes | str | pathlib.Path) -> Image.Image:
         raise ValueError(f"{name} can't be decoded: {error}") from error
 
 
-def check_image(data: bytes | str | pathlib.Path) -> None:
+def check_image(data: File) -> None:
     """Raises ValueError for what `open_image` refuses by the header of a file."""
     _read_header(data)
 
@@ -74,21 +83,107 @@ def resize(image: Image.Image, size: tuple[int, int] | int, how: Resize = "crop"
     return np.asarray(image)
 
 
-def to_image(pixels: np.ndarray) -> Image.Image:
-    """Pixels [I, J, C] or [I, J], of 1 or 3 channels, uint8 or floats in [-1, 1] -> an RGB image."""
-    if pixels.dtype != np.uint8:
-        pixels = np.clip(np.round((np.asarray(pixels, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[..., 0]
-    if pixels.ndim != 2 and (pixels.ndim != 3 or pixels.shape[2] != 3):
-        raise ValueError(f"pixels have shape {pixels.shape}; [I, J, 3], [I, J, 1] or [I, J] make an image")
-    return Image.fromarray(pixels).convert("RGB")
+def to_image(picture: Any) -> Image.Image:
+    """A picture in any form -> the RGB image that `open_image` makes of the same picture's file.
+
+    A path or bytes are opened by `open_image`. Of Pillow's images every mode is taken. Arrays have the
+    shape [I, J], or [I, J, C] with the channels grey, grey and alpha, RGB, or RGBA: integers from 0 to
+    255, of uint16 the upper 8 bits, bool, or floats in [-1, 1]. Raises ValueError for anything else.
+    """
+    if _is_image(picture) and not isinstance(picture, Image.Image):
+        return open_image(picture)
+    if isinstance(picture, Image.Image):
+        _check_size(*picture.size, "the image")
+        try:
+            return _rgb(picture)
+        except Exception as error:  # of a file that is opened, not decoded, nearly everything
+            raise ValueError(f"the image of mode {picture.mode} can't be read: {error}") from error
+    pixels = _array(picture)
+    if pixels.dtype.kind == "f":
+        pixels = np.clip(np.round((pixels.astype(np.float32) + 1) * 127.5), 0, 255)
+    elif pixels.dtype == np.uint16:
+        pixels = pixels >> 8
+    elif pixels.dtype == bool:
+        pixels = pixels * np.uint8(255)
+    elif pixels.min() < 0 or pixels.max() > 255:
+        raise ValueError(
+            f"an image has {pixels.dtype} pixels from {pixels.min()} to {pixels.max()}; integers go from "
+            "0 to 255, uint16 to 65535"
+        )
+    pixels = pixels.astype(np.uint8)
+    return _rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
-def _read_header(data: bytes | str | pathlib.Path) -> tuple[Image.Image, str]:
+def to_pixels(picture: Any, size: tuple[int, int], channels: int, how: Resize = "crop") -> np.ndarray:
+    """A picture in any form -> float32 [I, J, C] in [-1, 1], of `size` (rows, columns), as training has it.
+
+    A picture of another size is resized, see `resize`. Floats of this size and of C channels or one stay
+    as they are. Raises ValueError for what is no picture, OSError for a path without a file.
+    """
+    if not _is_image(picture):
+        pixels = _array(picture)
+        exact = pixels.shape[:2] == tuple(size) and pixels.shape[2] in (1, channels)
+        if pixels.dtype.kind == "f" and exact:
+            return np.repeat(pixels.astype(np.float32), channels // pixels.shape[2], axis=2)
+    image = Image.fromarray(resize(to_image(picture), size, how))
+    pixels = np.asarray(image.convert("L") if channels == 1 else image, np.float32)
+    return pixels.reshape(*size, channels) / np.float32(127.5) - 1
+
+
+def to_mask(mask: Any) -> np.ndarray:
+    """A mask -> bool [I, J] of its own size.
+
+    A mask is a picture in any form, of which the white is True (what is transparent too), or an array
+    [I, J] of floats from 0 to 1. Where nothing is above 1, as in arrays of bool, 1 is white. Raises
+    ValueError for anything else.
+    """
+    if not _is_image(mask):
+        values = np.asarray(mask)
+        values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+        if values.ndim == 2 and values.size and values.dtype.kind in "biuf":
+            least, most = values.min(), values.max()
+            if least >= 0 and most <= 1:
+                return values >= 0.5
+            if values.dtype.kind == "f":
+                raise ValueError(f"a mask has floats from {least} to {most}; they go from 0 to 1")
+    mask_IJ = np.asarray(to_image(mask).convert("L"))
+    return mask_IJ >= (128 if mask_IJ.max() > 1 else 1)
+
+
+def fit_mask(mask: Any, picture: Any, size: tuple[int, int], how: Resize = "crop") -> np.ndarray:
+    """The mask of a picture -> bool [I, J], brought to `size` as `to_pixels` brings the picture.
+
+    Both have the same proportions, not the same size. Raises ValueError where they differ.
+    """
+    mask_IJ, (rows, columns) = to_mask(mask), shape_of(picture)
+    if mask_IJ.shape[0] * columns != mask_IJ.shape[1] * rows:
+        raise ValueError(
+            f"a mask has {' x '.join(map(str, mask_IJ.shape))} pixels (rows, columns), its image {rows} x "
+            f"{columns}; masks have the proportions of their images"
+        )
+    if mask_IJ.shape == tuple(size):
+        return mask_IJ
+    return resize(to_image(mask_IJ), size, how)[..., 0] >= 128
+
+
+def shape_of(picture: Any) -> tuple[int, int]:
+    """Rows and columns of a picture in any form, of a file by its header."""
+    if isinstance(picture, Image.Image):
+        return picture.size[::-1]
+    return _read_header(picture)[0].size[::-1] if _is_image(picture) else _array(picture).shape[:2]
+
+
+def _is_image(picture: Any) -> bool:
+    return isinstance(picture, File | Image.Image)
+
+
+def _read_header(data: File) -> tuple[Image.Image, str]:
     """The image, its pixels not decoded yet, and what to call it."""
-    name = "the image" if isinstance(data, bytes) else str(data)
-    data = data if isinstance(data, bytes) else pathlib.Path(data).read_bytes()
+    if isinstance(data, str | os.PathLike):
+        name, data = os.fspath(data), files.read_bytes(data, MAX_BYTES)
+    else:
+        name, data = "the image", bytes(data)
+        files.refuse_pointer(data, name)
     reader = next((reader for magic, reader in _READERS.items() if data.startswith(magic)), None)
     if reader is None:
         raise ValueError(f"{name}: cannot identify image file; JPEG, PNG, WebP, GIF and BMP are known")
@@ -97,18 +192,71 @@ def _read_header(data: bytes | str | pathlib.Path) -> tuple[Image.Image, str]:
         size = image.size
     except Exception as error:
         raise ValueError(f"{name} can't be decoded: {error}") from error
-    if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(f"{name} has {size[0]}x{size[1]} pixels; the limit is {MAX_PIXELS}")
+    _check_size(*size, name)
     return image, name
 
 
+def _check_size(columns: int, rows: int, name: str) -> None:
+    if not columns * rows:
+        raise ValueError(f"{name} has {columns}x{rows} pixels, which is none")
+    if columns * rows > MAX_PIXELS:
+        raise ValueError(f"{name} has {columns}x{rows} pixels; the limit is {MAX_PIXELS}")
+
+
+def _array(picture: Any) -> np.ndarray:
+    """An array of numbers as [I, J, C], C from 1 to 4. Raises ValueError for anything else."""
+    if not hasattr(picture, "__array__") and not isinstance(picture, list | tuple):
+        raise ValueError(
+            f"{type(picture).__name__} is no picture; give a path, bytes, an image of Pillow's or an array"
+        )
+    pixels = np.asarray(picture)
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.dtype.kind not in "biuf" or pixels.ndim != 3 or not pixels.size or pixels.shape[2] > 4:
+        raise ValueError(
+            f"pixels have shape {np.shape(picture)} of {pixels.dtype}; [I, J] or [I, J, C] make an image, "
+            "with 1 to 4 channels"
+        )
+    _check_size(pixels.shape[1], pixels.shape[0], "an image")
+    if pixels.dtype.kind == "f" and not np.abs(pixels).max() <= 1.5:  # decoders overshoot a little
+        raise ValueError(
+            f"an image has {pixels.dtype} pixels from {pixels.min()} to {pixels.max()}; give uint8 from 0 "
+            "to 255 or floats from -1 to 1"
+        )
+    return pixels
+
+
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        image = _bytes_of_floats(image)
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        return _upper_bits(image)
+    if image.mode == "La":  # grey with its alpha multiplied in, which Pillow converts to LA alone
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _upper_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"its values go from {values.min()} to {values.max()}, 16 bits from 0 to 65535")
+    grey = (values >> 8).astype(np.uint8)
+    if "transparency" in image.info:
+        grey = np.where(values == image.info["transparency"], np.uint8(255), grey)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _bytes_of_floats(image: Image.Image) -> Image.Image:
+    # Pillow takes floats as shades from 0 to 255. Those that end at 1 were meant in another way.
+    values = np.asarray(image)
+    if not (values.min() >= 0 and values.max() <= 255) or 0 < values.max() <= 1:
+        raise ValueError(
+            f"its values go from {values.min()} to {values.max()}; as an image they go to 255, as an array "
+            "from -1 to 1"
+        )
+    return image.convert("L")
 
 
 def _check(image: Image.Image, between: tuple[int, int]) -> None:
