@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import pathlib
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from mmada_jax.data import digits
 from mmada_jax.rl import prompts as prompts_lib
-from mmada_jax.rl import rewards
+from mmada_jax.rl import rewards, workers
 from mmada_jax.rl.rewards import Combined, Unscored, answer_of
 
 math_verify = pytest.mark.skipif(
@@ -144,11 +145,90 @@ def test_a_batch_that_is_too_slow_keeps_the_rows_that_it_has():
         assert scores.tolist() == [1]
 
 
+def scores_of(reward, completions, answers):
+    """The scores, and the rows without one."""
+    try:
+        return score(reward, completions, answers), {}
+    except Unscored as error:
+        return error.scores, error.errors
+
+
+def attacks(folder):
+    """Texts that make a file in a folder where they run as Python."""
+    file = f"{folder}/ran"
+    return [
+        f"__import__('os').system('touch {file}')",
+        f"(lambda: open('{file}', 'w'))()",
+        f"[open('{file}', 'w') for x in [1]]",
+        f"().__class__.__base__.__subclasses__()[0] or open('{file}','w')",
+        f"__builtins__['op'+'en']('{file}', 'w')",
+        f"ｏｐｅｎ('{file}', 'w')",
+        f'S(\'open("{file}", "w")\')',
+        f"lambdify(x, open('{file}','w'))",
+        f"preview(x, viewer='file', filename='{file}')",
+    ]
+
+
 @math_verify
-@pytest.mark.parametrize("form", ["{}", r"\boxed{{{}}}", "${}$", "The answer is {}", r"\text{{{}}}"])
+@pytest.mark.parametrize(
+    "form", ["{}", r"\boxed{{{}}}", "${}$", "The answer is {}", r"\text{{{}}} + x", "7 = {}"]
+)
 def test_no_answer_runs_as_code(correct, form, tmp_path):
-    attack = f"__import__('os').system('touch {tmp_path}/ran')"
-    assert score(correct, [form.format(attack)], ["3"])[0] == 0
+    texts = [form.replace("{{", "{").replace("}}", "}").replace("{}", text) for text in attacks(tmp_path)]
+    for wanted in ("3", "x+1=2"):
+        got, _ = scores_of(correct, texts, [wanted] * len(texts))
+        assert not got.any()
+    assert not list(tmp_path.iterdir())
+
+
+@math_verify
+def test_what_libraries_compile_for_themselves_is_no_answer(correct):
+    pairs = [
+        ("2x+4y-3=0", r"y = -\frac{1}{2}x + \frac{3}{4}", 1), ("2x+4y=6", "x+2y=3", 1),
+        ("x+y=3", "y=3-x", 1), ("x>2", r"(2,\infty)", 1), (r"m \ge \sqrt{2}", r"[\sqrt{2},\infty)", 1),
+        ("x^2-y^2", "(x-y)(x+y)", 1), (r"\sin^2 x+\cos^2 x", "1", 1), ("2x+4y=6", "x+2y=4", 0),
+        ("x^3-y^3", "(x-y)(x^2+xy+y^2)", 1), ("x>2", r"(3,\infty)", 0),
+        (r"x^2+y^2+z^2=1", "z^2+y^2=1-x^2", 1),
+    ]  # fmt: skip
+    got = score(correct, [found for _, found, _ in pairs], [wanted for wanted, _, _ in pairs])
+    assert got.tolist() == [right for _, _, right in pairs]
+
+
+def run_guarded(source):
+    """What a process that watches for code says to statements that use it (`guarded(function, *texts)`)."""
+    head = (
+        "import sys\nfrom mmada_jax.rl import verifier\nsys.addaudithook(verifier._watch)\n"
+        "guarded = verifier._guarded\n"
+    )
+    return subprocess.run([sys.executable, "-c", head + source], capture_output=True, text=True)
+
+
+def test_a_refusal_that_a_library_swallows_is_an_error_all_the_same(tmp_path):
+    source = f"""
+def caller(name):
+    scope = {{'__name__': name}}
+    exec('def run(text):\\n try:\\n  eval(text)\\n except Exception: pass\\n return 0.0', scope)
+    return scope['run']
+
+for name in ('sympy.parsing.sympy_parser', 'reasoning_gym.games.x', 'some.other.library'):
+    run = caller(name)
+    for attack in {[text for text in attacks(tmp_path) if text[:2] != "S("]!r}:
+        try:
+            guarded(run, attack)
+            print('passed', name, attack)
+        except verifier.Refused as error:
+            assert 'refused' in str(error)
+assert guarded(caller('sympy.parsing.sympy_parser'), 'Integer(3)*sqrt(2) + x') == 0
+assert guarded(lambda text: exec('def f(a):\\n return (lambda b: frozenset(b))(a)') or 1, '3') == 1
+try:
+    guarded(lambda text: open({str(tmp_path / "ran")!r}, 'w') and 1, '3')
+    print('wrote')
+except verifier.Refused:
+    pass
+"""
+    done = run_guarded(source)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -187,25 +267,64 @@ def test_problems_are_functions_of_task_seed_and_index():
     ("task", "answer"),
     [
         ("spiral_matrix", "[{}]"), ("countdown", "{}"), ("polynomial_multiplication", "{}"),
-        ("n_queens", "[{}]"), ("simple_integration", "{}"),
+        ("n_queens", "[{}]"), ("simple_integration", "{}"), ("intermediate_integration", "{} + x"),
+        ("binary_matrix", "{}"), ("string_insertion", "{}"),
     ],
 )  # fmt: skip
 def test_verifiers_that_evaluate_answers_run_none_as_code(task, answer, tmp_path):
     gym = rewards.ReasoningGym(task, workers=1)
     _, right, entry = gym.problem(0)
-    attack = answer.format(f"__import__('os').system('touch {tmp_path}/ran')")
-    hidden = answer.format(f"(lambda: open('{tmp_path}/ran', 'w'))()")
-    got = score(gym, [right, attack, hidden], [entry] * 3)
+    texts = [right, *(answer.format(text) for text in attacks(tmp_path)), "yes"]
+    got, errors = scores_of(gym, texts, [entry] * len(texts))
     gym.close()
     assert got[0] == 1 and (got[1:] < 0.1).all()
     assert not list(tmp_path.iterdir())
+    # What was refused is counted, a word in place of a list is but wrong.
+    assert 0 not in errors and len(texts) - 1 not in errors
+    assert all("refused" in error for error in errors.values()) and len(errors) >= 6
+
+
+@reasoning_gym
+def test_problems_of_all_tasks_are_the_same_in_every_process_and_order():
+    one, two = (workers.Workers("reasoning_gym", 60.0, 1) for _ in range(2))
+    tasks = [task for task in one.ask("tasks") if task not in rewards.LEFT_OUT]
+    assert len(tasks) > 100
+    # A few draw from generators that nobody has seeded, not in each problem.
+    keys = [
+        (task, seed, {}) for task in tasks for seed in ((5, 6) if task != "list_functions" else range(60))
+    ]
+    made = {str(key): one.ask("problem", *key) for key in keys}
+    again = {str(key): two.ask("problem", *key) for key in reversed(keys)}
+    assert [key for key in made if made[key] != again[key]] == []
+    # Their own answers get full marks, and what their verifiers evaluate isn't refused.
+    first = [key for key in keys if key[1] == 5 and made[str(key)][1] is not None]
+    wrong = [key[0] for key in first if one.ask("score", *key, made[str(key)][1]) != 1]
+    one.close()
+    two.close()
+    assert not wrong
+
+
+@reasoning_gym
+@pytest.mark.parametrize("task", ["puzzle24", "game_of_life_halting", "chain_sum"])
+def test_tasks_that_give_full_marks_to_wrong_answers(task, monkeypatch, capsys):
+    name = f"reasoning_gym:{task}"
+    if task in rewards.LEFT_OUT:
+        with pytest.raises(ValueError, match=f"task '{task}' is left out: its verifier gives full marks"):
+            Combined({name: 1.0})
+    # One that nobody has listed is named at the start.
+    monkeypatch.setattr(rewards, "LEFT_OUT", {})
+    with Combined({name: 1.0}, {name: {"workers": 1}}) as combined:
+        problems = [combined.rewards[name].problem(i) for i in range(4)]
+        combined.check([question for question, _, _ in problems], [entry for _, _, entry in problems])
+    printed = capsys.readouterr().err
+    assert (f"reward '{name}' gives full marks to" in printed) == (task != "chain_sum")
 
 
 @reasoning_gym
 def test_tasks_settings_and_entries_that_do_not_fit():
     with pytest.raises(ValueError, match="did you mean 'reasoning_gym:chain_sum'"):
         Combined({"reasoning_gym:chainsum": 1.0})
-    with pytest.raises(ValueError, match="no task 'codeio'"):  # it runs programs
+    with pytest.raises(ValueError, match="'codeio' is left out: it runs programs"):
         Combined({"reasoning_gym:codeio": 1.0})
     name = "reasoning_gym:chain_sum"
     settings = {name: {"settings": {"min_terms": 2, "max_terms": 2}}}
@@ -347,6 +466,21 @@ def test_a_reward_that_fails_scores_nothing_and_is_counted(kind, listed):
     assert "exact" not in combined.errors
 
 
+def test_a_limit_is_that_of_the_batch_not_of_each_reward(monkeypatch):
+    done = threading.Event()
+    names = ("one", "two", "three")
+    for name in names:
+        monkeypatch.setitem(rewards.REWARDS, name, lambda: lambda p, c, i, a: done.wait(20))
+    combined = Combined(dict.fromkeys((*names, "exact"), 1.0), limit=0.6)
+    begun = time.monotonic()
+    total, parts = combined(["q"], ["1"], None, ["1"])
+    took = time.monotonic() - begun
+    done.set()
+    assert total.tolist() == [1] and list(parts) == [*names, "exact"]
+    assert combined.failures == {"one": 1, "two": 1, "three": 1, "exact": 0}
+    assert took < 1.2  # three limits, one after the other, are 1.8
+
+
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_reward_that_fails_is_named_before_training(kind, listed):
     listed(FAILURES[kind][0])
@@ -408,5 +542,5 @@ def test_rewards_of_images_need_images(name, monkeypatch):
 
 def test_the_verifier_stands_alone():
     # It runs as a file where this package may not be found.
-    source = pathlib.Path(rewards.verifier.__file__).read_text()
+    source = pathlib.Path(workers.verifier.__file__).read_text()
     assert "mmada_jax" not in source

@@ -2,25 +2,20 @@
 
 A reward fails by raising, by taking too long, or by scores that are no numbers: the rows in question
 score 0 and are counted under its name. No reward runs what a model wrote as code. Rewards that call
-libraries which may hang do so in processes of their own, through `verifier.py`.
+libraries which may hang do so in processes of their own, `workers.py`.
 """
 
 import contextlib
 import difflib
 import functools
-import json
 import math
-import os
 import pathlib
 import queue
 import re
-import signal
-import subprocess
 import sys
 import threading
-import weakref
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,34 +24,23 @@ import numpy as np
 from mmada_jax import clip
 from mmada_jax.convert import clip as clip_folder
 from mmada_jax.data import digits
-from mmada_jax.rl import verifier
+from mmada_jax.rl.workers import Unscored, Workers
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | None], np.ndarray]
 
-# Seconds that a verifier's process may take to start.
-_START = 120.0
-# Seconds that a reward which is told to stop may take for it.
+# Seconds that rewards which are told to stop may take for it, all together.
 _STOP = 30.0
 # Rows that `Combined.check` tries.
 _PROBE = 8
 
 
-class Unscored(Exception):
-    """Some rows couldn't be scored: `scores` float32 [N] with 0 for them, `errors` row -> text."""
-
-    def __init__(self, scores: np.ndarray, errors: dict[int, str]):
-        super().__init__(
-            f"{len(errors)} of {len(scores)} rows failed, the first: {next(iter(errors.values()))}"
-        )
-        self.scores, self.errors = scores, errors
-
-
 class Combined:
     """The sum of several rewards by weights, `{"correct": 2.0, "format": 0.5}`; names as in REWARDS.
 
-    `settings` are the arguments of a reward's maker by name; `limit` the seconds that each may take for
-    a batch. `failures` counts rows without a score, `errors` keeps the first text, both by name. Raises
-    ValueError for an unknown name or a weight that is no number. Use as a context manager, or `close`.
+    `settings` are the arguments of a reward's maker by name; `limit` the seconds that a batch may take,
+    all rewards together: they run at once. `failures` counts rows without a score, `errors` keeps the
+    first text, both by name. Raises ValueError for an unknown name or a weight that is no number. Use as
+    a context manager, or `close`.
     """
 
     def __init__(
@@ -156,12 +140,34 @@ class Combined:
             _, errors = _settle(outcome, n)
             if errors:
                 raise ValueError(f"reward {name!r} failed on a probe: {next(iter(errors.values()))}")
+        self._warn_of_easy_marks(*first)
 
-    def _run(self, prompts, completions, images, answers) -> dict[str, Any]:
-        """What each reward returned or raised; all run at once."""
+    def _warn_of_easy_marks(self, prompts, completions, images, answers) -> None:
+        """Says which rewards give full marks to no answer, or to the answers of other rows."""
+        judges = [name for name in self.rewards if NEEDS.get(name.partition(":")[0]) == "answers"]
+        own = [str(a.get("answer") if isinstance(a, Mapping) else a).strip() for a in answers or ()]
+        for made_up in (["I don't know."] * len(own), own[1:] + own[:1]):
+            rows = [i for i in range(len(own)) if made_up[i] not in (own[i], "None")]
+            if not rows or not judges:
+                continue
+            wrong = [f"<think></think>{text}" for text in made_up]
+            for name, outcome in self._run(prompts, wrong, images, answers, judges).items():
+                full = [i for i in rows if _settle(outcome, len(own))[0][i] >= 1]
+                if 2 * len(full) > len(rows):
+                    print(
+                        f"warning: reward {name!r} gives full marks to {len(full)} of {len(rows)} wrong "
+                        f"answers, such as {made_up[full[0]]!r:.80} for {own[full[0]]!r:.80}; what it "
+                        "teaches isn't to be right",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+    def _run(self, prompts, completions, images, answers, names=None) -> dict[str, Any]:
+        """What each reward, or each of those named, returned or raised; all run at once."""
         _check_lengths(prompts, completions, images, answers)
         waiting = {}
-        for name, reward in self.rewards.items():
+        for name in self.rewards if names is None else names:
+            reward = self.rewards[name]
             box: queue.SimpleQueue = queue.SimpleQueue()
 
             def work(reward=reward, box=box):
@@ -173,18 +179,16 @@ class Combined:
             # A daemon: one that never ends doesn't keep the program from ending.
             threading.Thread(target=work, daemon=True).start()
             waiting[name] = box
-        outcomes = {}
-        for name, box in waiting.items():
-            try:
-                outcomes[name] = box.get(timeout=self._limit)
-            except queue.Empty:
-                outcomes[name] = TimeoutError(f"no scores within {self._limit:g} s")
-                # One that can stop keeps the rows that it has, and isn't in the way of the next batch.
-                if hasattr(self.rewards[name], "stop"):
-                    self.rewards[name].stop()
-                    with contextlib.suppress(queue.Empty):
-                        outcomes[name] = box.get(timeout=_STOP)
-        return outcomes
+        outcomes = _collect(waiting, self._limit)
+        late = {name: box for name, box in waiting.items() if name not in outcomes}
+        for name in late:
+            outcomes[name] = TimeoutError(f"no scores within {self._limit:g} s")
+        # Those that can stop keep the rows that they have, and aren't in the way of the next batch.
+        stopping = {name: box for name, box in late.items() if hasattr(self.rewards[name], "stop")}
+        for name in stopping:
+            self.rewards[name].stop()
+        outcomes |= _collect(stopping, _STOP)
+        return {name: outcomes[name] for name in waiting}
 
 
 # ---- Text ----------------------------------------------------------------------------------------
@@ -228,7 +232,7 @@ class Correct:
     letter of a choice), else 0. `limit` in seconds for one comparison; `workers` processes compare."""
 
     def __init__(self, limit: float = 5.0, workers: int = 2):
-        self._verify = _Verifiers("math_verify", limit, workers)
+        self._verify = Workers("math_verify", limit, workers)
         self.close, self.stop = self._verify.close, self._verify.stop
 
     def __call__(self, prompts, completions, images, answers):
@@ -264,12 +268,14 @@ class ReasoningGym:
         limit: float = 5.0,
         workers: int = 2,
     ):
-        self._verify = _Verifiers("reasoning_gym", limit, workers)
+        self._verify = Workers("reasoning_gym", limit, workers)
         self.close, self.stop = self._verify.close, self._verify.stop
         self.task, self._seed, self._settings = task, seed, dict(settings or {})
-        known = self._verify.ask("tasks")
+        known = sorted(set(self._verify.ask("tasks")) - set(LEFT_OUT))
         if task not in known:
             self.close()
+            if task in LEFT_OUT:
+                raise ValueError(f"reasoning-gym's task {task!r} is left out: {LEFT_OUT[task]}")
             near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
             hint = f"; did you mean 'reasoning_gym:{near[0]}'?" if near else f"; known: {', '.join(known)}"
             raise ValueError(f"reasoning-gym has no task {task!r}{hint}")
@@ -291,6 +297,14 @@ class ReasoningGym:
             rows.append(("score", self.task, entry["seed"], entry["settings"], answer_of(completion)))
         return self._verify.scores(rows)
 
+
+# Tasks of reasoning-gym 0.1.25 that can't be learned from, and why.
+LEFT_OUT = {
+    "codeio": "it runs programs that answers hold",
+    "composite": "it is a mixture of other tasks; name these, each with its weight",
+    "game_of_life_halting": "its verifier gives full marks to any text",
+    "puzzle24": "its verifier gives full marks for any four numbers that make 24, whatever was asked",
+}
 
 # A letter that stands for a choice, and ways to give one: `(B)`, `B. 12 cm`, `The answer is **B**.`
 _CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
@@ -430,116 +444,16 @@ def _settle(outcome: Any, n: int) -> tuple[np.ndarray, dict[int, str]]:
     return scores, errors
 
 
+def _collect(waiting: Mapping[str, queue.SimpleQueue], limit: float) -> dict[str, Any]:
+    """What arrives in the queues within `limit` seconds, by their names."""
+    end, arrived = time.monotonic() + limit, {}
+    for name, box in waiting.items():
+        with contextlib.suppress(queue.Empty):
+            arrived[name] = box.get(timeout=max(0.0, end - time.monotonic()))
+    return arrived
+
+
 def _check_lengths(prompts, completions, images, answers) -> None:
     for name, rows in (("prompts", prompts), ("images", images), ("answers", answers)):
         if rows is not None and len(rows) != len(completions):
             raise ValueError(f"there are {len(completions)} completions and {len(rows)} {name}")
-
-
-class _Verifiers:
-    """Up to `workers` processes that run verifier.py, started when first needed and again after one
-    has been ended for taking longer than `limit` seconds. Calls may come from any thread."""
-
-    def __init__(self, library: str, limit: float, workers: int):
-        self._library, self._limit, self._workers = library, limit, workers
-        self._children: list[subprocess.Popen] = []
-        self._free: queue.LifoQueue = queue.LifoQueue()
-        for _ in range(workers):
-            self._free.put(None)
-        self._stopped = threading.Event()
-        self.close = weakref.finalize(self, _end, self._children)
-
-    def stop(self) -> None:
-        """Lets `scores` that runs now return soon, with what it has."""
-        self._stopped.set()
-
-    def scores(self, rows: Sequence[float | tuple]) -> np.ndarray:
-        """float32 [N]: a number as it is, a request's value. Raises Unscored if any request fails."""
-        requests = list(dict.fromkeys(json.dumps(row) for row in rows if isinstance(row, tuple)))
-        stopped = self._stopped = threading.Event()
-
-        def attempt(request):
-            if stopped.is_set():
-                return TimeoutError("no time was left for it")
-            try:
-                return self.ask(*json.loads(request))
-            except (RuntimeError, TimeoutError) as error:
-                return error
-
-        with ThreadPoolExecutor(self._workers) as pool:
-            outcomes = dict(zip(requests, pool.map(attempt, requests), strict=True))
-        scores, errors = np.zeros(len(rows), np.float32), {}
-        for i, row in enumerate(rows):
-            value = outcomes[json.dumps(row)] if isinstance(row, tuple) else row
-            if isinstance(value, Exception):
-                errors[i] = f"{type(value).__name__}: {value}"
-            else:
-                scores[i] = value
-        if errors:
-            raise Unscored(scores, errors)
-        return scores
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """One call. Raises TimeoutError, RuntimeError with the text of an error there, ImportError."""
-        child = self._free.get()
-        try:
-            if child is not None and child.poll() is not None:
-                self._forget(child)
-                child = None
-            if child is None:
-                child = self._start()
-            return _call(child, self._limit, name, *arguments)
-        finally:
-            self._free.put(child)
-
-    def _start(self) -> subprocess.Popen:
-        child = subprocess.Popen(
-            # By its path and without this folder in sys.path: it needs nothing of ours.
-            [sys.executable, "-P", verifier.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,  # an interrupt from the keyboard is for the program alone
-            text=True,
-        )
-        self._children.append(child)
-        try:
-            _call(child, _START, "load", self._library)
-        except (RuntimeError, TimeoutError) as error:
-            self._forget(child)
-            if "ModuleNotFoundError" in str(error):
-                package = self._library.replace("_", "-")
-                raise ImportError(f"this reward needs {package}: pip install 'mmada_jax[rl]'") from None
-            raise
-        return child
-
-    def _forget(self, child: subprocess.Popen) -> None:
-        _end([child])
-        self._children.remove(child)
-
-
-def _call(child: subprocess.Popen, limit: float, *request: Any) -> Any:
-    try:
-        child.stdin.write(json.dumps([limit, *request]) + "\n")
-        child.stdin.flush()
-        line = child.stdout.readline()
-    except (BrokenPipeError, ValueError):  # ended, or closed by us
-        line = ""
-    if not line:
-        if child.wait() == -signal.SIGALRM:
-            raise TimeoutError(f"{request[0]} took longer than {limit:g} s")
-        raise RuntimeError(f"the verifier's process ended with status {child.returncode}")
-    reply = json.loads(line)
-    if "error" in reply:
-        raise RuntimeError(reply["error"])
-    return reply["value"]
-
-
-def _end(children: list[subprocess.Popen]) -> None:
-    for child in children:
-        child.kill()
-        child.wait()
-        child.stdout.close()
-        with contextlib.suppress(OSError):  # what it didn't read
-            child.stdin.close()
