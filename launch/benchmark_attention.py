@@ -1,9 +1,11 @@
-"""Times attention: our kernel against the library's, forward and backward, at the model's shapes.
+"""Times attention: what is chosen against what else there is, forward and backward, at the model's shapes.
 
     python launch/benchmark_attention.py                        on the devices of this machine
     python launch/benchmark_attention.py --schedule v5p:2x2x1   for a TPU that isn't there
 
-With --schedule nothing is timed: libtpu compiles the kernels, and what is compared is the length of
+On a TPU our kernel against splash attention, on a GPU cuDNN's against XLA's products.
+
+With --schedule nothing is timed: libtpu compiles the kernels of TPUs, and what is compared is the length of
 their final schedules, in instruction bundles (one per cycle, if nothing stalls) of all grid steps of
 one head. A bundle knows nothing of waiting for memory, so this is a comparison of two kernels'
 arithmetic and not a time. Needs jax, flax and numpy; --schedule also libtpu (the extra `aot`).
@@ -74,9 +76,9 @@ def repeats(text):
 
 
 def times(n):
-    """Medians in ms of each implementation, in turns, and the library's over ours."""
+    """Medians in ms of each implementation, in turns, and the other's over the chosen one's."""
     device = jax.devices()[0]
-    ours, library = {"tpu": ("tpu", "splash"), "gpu": ("gpu", "cudnn")}.get(
+    chosen, other = {"tpu": ("tpu", "splash"), "gpu": ("cudnn", "xla")}.get(
         device.platform, ("plain", "xla")
     )
     print(f"{device.device_kind}, bfloat16, heads of {D_HEAD}, medians of {n} (quartiles) in ms")
@@ -84,16 +86,16 @@ def times(n):
     for name, shape in (SMALL if device.platform == "cpu" else SHAPES).items():
         for direction in ("forward", "backward") if shape[1] == shape[2] else ("forward",):
             runs = {}
-            for implementation in dict.fromkeys((ours, library, "xla")):
+            for implementation in dict.fromkeys((chosen, other, "xla")):
                 runs[implementation] = prepare(implementation, shape, direction)
             sides = time_in_turns(runs, n)
             row = {"device": device.device_kind, "name": name, "shape": shape, "direction": direction}
-            rows.append(row | {"ms": sides, "ratio": sides[library]["median"] / sides[ours]["median"]})
+            rows.append(row | {"ms": sides, "ratio": sides[other]["median"] / sides[chosen]["median"]})
             shown = "  ".join(
                 f"{k} {s['median']:.3f} ({s['low']:.3f} - {s['high']:.3f})" for k, s in sides.items()
             )
             print(
-                f"{name:18} {direction:8} {shown}  {library} / {ours} {rows[-1]['ratio']:.2f}", flush=True
+                f"{name:18} {direction:8} {shown}  {other} / {chosen} {rows[-1]['ratio']:.2f}", flush=True
             )
     return rows
 

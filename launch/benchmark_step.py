@@ -43,7 +43,7 @@ def main(argv=None):
     B, L = args.rows, args.length
     if device.platform == "cpu":
         config, B, L = transformer.Config(128, 2, 4, 2, 256, 512, remat=args.remat), 2, 33
-    names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "gpu", "xla")}.get(device.platform, ("plain", "xla"))
+    names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "xla")}.get(device.platform, ("plain", "xla"))
     runs = {name: step(config, name, B, L) for name in names}
     times = time_in_turns(runs, args.repeats)
     # The head is multiplied with masked positions only.

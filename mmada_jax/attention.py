@@ -1,16 +1,14 @@
 """The one front door to attention: picks an implementation, the caller needn't know which."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mmada_jax import sharding
-from mmada_jax.kernels import KEPT, gpu, reference, tpu
+from mmada_jax.kernels import KEPT, reference, tpu
 from mmada_jax.sharding import USE
 
-IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "tpu", "gpu")
+IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "tpu")
 
 
 def attention(
@@ -53,7 +51,7 @@ def attention(
         raise ValueError(f"soft padding needs implementation='plain', not {implementation!r}")
 
     run = sharding.on_each_device(
-        functools.partial(_KERNELS[implementation], interpret=sharding.platform() != implementation),
+        _KERNELS[implementation],
         in_specs=(
             USE.spec("batch", "heads", "length", "head_dim"),
             USE.spec("batch", "kv_heads", "length", "head_dim"),
@@ -73,50 +71,63 @@ def choose(q_BHSK: jax.Array, k_BGTK: jax.Array) -> str:
         return "tpu" if tpu.fits(S, T, K, q_BHSK.dtype) and K % tpu.LANES == 0 else "xla"
     if platform == "gpu":
         half = q_BHSK.dtype in (jnp.bfloat16, jnp.float16)
-        return "cudnn" if half and K <= 128 and K % 8 == 0 and S > gpu.FEW_QUERIES else "gpu"
+        return "cudnn" if half and K <= 128 and K % 8 == 0 else "xla"
     return "plain"  # on a CPU XLA fuses the definition as well as anything
 
 
-def _library(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS, *, interpret: bool, implementation: str):
-    """jax.nn's own; cuDNN takes no ranges, so the mask is a bias that XLA forms for it."""
-    del interpret
-    S = q_BHSK.shape[2]
-    if implementation == "cudnn":  # its gradient with a bias wants even lengths
-        q_BHSK, k_BGTK = (_even(x, 2) for x in (q_BHSK, k_BGTK))
-        v_BTM, valid_BT = _even(v_BTM, 1), _even(valid_BT, 1)
+def _tpu(*inputs):
+    """Ours, interpreted off TPUs."""
+    return tpu.attention(*inputs, interpret=sharding.platform() != "tpu")
+
+
+def _xla(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS):
+    """XLA's products and softmax, through jax.nn."""
+    return _library(q_BHSK, k_BGTK, v_BTM, seen_BS, "xla", mask=valid_BT[:, None, None, :])
+
+
+def _cudnn(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS):
+    """cuDNN's kernel, through jax.nn; off GPUs XLA computes the same.
+
+    cuDNN hides the keys after the first n of a row. (It hides others by a bias of [S, T] scores alone,
+    whose gradient it computes too.) No order of the keys changes a result, so the valid ones go first.
+    """
+    order_BT = jnp.argsort(~valid_BT, axis=1, stable=True)
+    n_B = jnp.maximum(jnp.sum(valid_BT, axis=1, dtype=jnp.int32), 1)  # it has no rows without a key
+    # Zeros, whatever lay there: the select gives those keys a gradient of exactly zero, too.
+    first_BT = jnp.arange(valid_BT.shape[1])[None] < n_B[:, None]
+    k_BGTK = jnp.where(first_BT[:, None, :, None], _reorder(k_BGTK, order_BT, 1), 0)
+    v_BTM = jnp.where(first_BT[:, :, None], _reorder(v_BTM, order_BT, 0), 0)
+    # Its gradient wants even lengths.
+    S, T = q_BHSK.shape[2], k_BGTK.shape[2]
+    q_BHSK = jnp.pad(q_BHSK, ((0, 0), (0, 0), (0, S % 2), (0, 0)))
+    k_BGTK = jnp.pad(k_BGTK, ((0, 0), (0, 0), (0, T % 2), (0, 0)))
+    v_BTM = jnp.pad(v_BTM, ((0, 0), (0, T % 2), (0, 0)))
+    name = "cudnn" if sharding.platform() == "gpu" else "xla"
+    return _library(q_BHSK, k_BGTK, v_BTM, seen_BS, name, key_value_seq_lengths=n_B)
+
+
+def _library(q_BHSK, k_BGTK, v_BTM, seen_BS, implementation, **hidden):
+    """jax.nn's attention, which has the positions before the heads."""
+    (B, G, T, K), S = k_BGTK.shape, seen_BS.shape[1]
     with jax.numpy_dtype_promotion("standard"):  # JAX's own promotes bfloat16 to float32 silently
         out_BSHK = jax.nn.dot_product_attention(
-            *_by_position(q_BHSK, k_BGTK, v_BTM),
-            mask=valid_BT[:, None, None, :],
+            jnp.moveaxis(q_BHSK, 1, 2),
+            jnp.moveaxis(k_BGTK, 1, 2),
+            v_BTM.reshape(B, T, G, K),
             implementation=implementation,
+            **hidden,
         )
-    return _side_by_side(checkpoint_name(out_BSHK[:, :S], KEPT), seen_BS)
+    return jnp.where(seen_BS[:, :, None], checkpoint_name(out_BSHK[:, :S], KEPT).reshape(B, S, -1), 0)
 
 
-def _even(x, axis):
-    """One more, of zeros, where the length is odd."""
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, x.shape[axis] % 2)
-    return jnp.pad(x, pad)
+def _reorder(x, order_BT, axis):
+    """The keys of each row in its order; `axis` is that of the keys within a row. An order names every
+    key once, so the gradient needs no atomic sums."""
+
+    def row(x, order_T):
+        return x.at[(slice(None),) * axis + (order_T,)].get(unique_indices=True, mode="promise_in_bounds")
+
+    return jax.vmap(row)(x, order_BT)
 
 
-def _gpu(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS, *, interpret: bool):
-    inputs = _by_position(q_BHSK, k_BGTK, v_BTM)
-    return _side_by_side(gpu.attention(*inputs, valid_BT, interpret=interpret), seen_BS)
-
-
-def _by_position(q_BHSK, k_BGTK, v_BTM):
-    B, G, T, K = k_BGTK.shape
-    return jnp.moveaxis(q_BHSK, 1, 2), jnp.moveaxis(k_BGTK, 1, 2), v_BTM.reshape(B, T, G, K)
-
-
-def _side_by_side(out_BSHK, seen_BS):
-    return jnp.where(seen_BS[:, :, None], out_BSHK.reshape(*out_BSHK.shape[:2], -1), 0)
-
-
-_KERNELS = {
-    "xla": functools.partial(_library, implementation="xla"),
-    "cudnn": functools.partial(_library, implementation="cudnn"),
-    "tpu": tpu.attention,
-    "gpu": _gpu,
-}
+_KERNELS = {"xla": _xla, "cudnn": _cudnn, "tpu": _tpu}

@@ -45,7 +45,7 @@ class Config:
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "plain", "xla", "cudnn", "tpu", "gpu"] = "auto"
+    attention: Literal["auto", "plain", "xla", "cudnn", "tpu"] = "auto"
     pad: Literal["hard", "soft"] = "hard"  # soft: the additive bias that the reference trains with
     # What the backward pass recomputes: "none", nothing; "full", each layer from its input; else what
     # isn't named, as "attention+qkv" (names of KEEPABLE).

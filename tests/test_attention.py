@@ -1,5 +1,7 @@
 """Every implementation of attention against a dense softmax in float64."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,14 +144,18 @@ class TestXla(AttentionChecks):
     implementation = "xla"
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is there on GPUs only")
-class TestCudnn:
-    """It takes 16 bits only."""
+class TestCudnn(AttentionChecks):
+    implementation = "cudnn"  # XLA stands in for its kernel, but for GPUs: what it is given is the same
 
-    implementation = "cudnn"
-    run = AttentionChecks.run
-    test_bfloat16 = AttentionChecks.test_bfloat16
+    @pytest.fixture(autouse=True)
+    def _only_what_it_takes(self, request):
+        if jax.default_backend() == "gpu" and request.node.originalname not in (
+            "test_bfloat16",
+            "test_gradients_of_odd_lengths",
+        ):
+            pytest.skip("cuDNN takes 16 bits only")
 
+    @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN is there on GPUs only")
     def test_gradients_of_odd_lengths(self):
         q, k, v = inputs(dtype=jnp.bfloat16, S=387, T=387, K=128)
         valid = validity("left padding", 2, 387)
@@ -188,8 +194,49 @@ class TestTpu(AttentionChecks):
             tpu.attention(q, k, v, np.ones((1, 1), bool), np.ones((1, 1), bool))
 
 
-class TestGpu(AttentionChecks):
-    implementation = "gpu"  # in interpret mode, but for GPUs
+def on_gpu(monkeypatch):
+    """What this process would choose and lower if its devices were GPUs with cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+
+
+def lower_for_cuda(f, B, S, T, H, G, K, dtype):
+    """The program of f(q, k, v, valid, q_valid)."""
+    shapes = [(B, H, S, K), (B, G, T, K), (B, T, G * K)]
+    x = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    x += [jax.ShapeDtypeStruct(shape, jnp.bool_) for shape in ((B, T), (B, S))]
+    with jax.numpy_dtype_promotion("standard"):  # jax.nn's own gradients promote silently
+        return jax.jit(f).trace(*x).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def gradients(q, k, v, valid, q_valid):
+    out, pull = jax.vjp(lambda *x: attention(*x, valid, q_valid), q, k, v)
+    return pull(out)
+
+
+CUSTOM_CALL = re.compile(r"custom_call @(\S+?)\(")
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    "shape", [(4, 1539, 1539, 32, 8, 128), (2, 387, 387, 4, 4, 64), (1, 32, 4095, 8, 8, 128)]
+)
+def test_16_bits_on_a_gpu_are_cudnns_without_a_matrix_of_scores(shape, dtype, monkeypatch):
+    on_gpu(monkeypatch)
+    forward = lower_for_cuda(attention, *shape, dtype)
+    assert CUSTOM_CALL.findall(forward) == ["__cudnn$fmhaSoftmax"]
+    both = lower_for_cuda(gradients, *shape, dtype)
+    assert CUSTOM_CALL.findall(both) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert f"{shape[1]}x{shape[2]}x" not in forward + both
+
+
+@pytest.mark.parametrize(("K", "dtype"), [(128, jnp.float32), (256, jnp.bfloat16), (12, jnp.bfloat16)])
+def test_the_rest_on_a_gpu_is_xlas(K, dtype, monkeypatch):
+    on_gpu(monkeypatch)
+    for f in (attention, gradients):
+        assert not CUSTOM_CALL.findall(lower_for_cuda(f, 2, 387, 387, 4, 2, K, dtype))
 
 
 def test_soft_padding_adds_one_and_hides_nothing():

@@ -127,7 +127,7 @@ def test_loss_and_gradients_are_those_of_one_device(sizes, of_one_device):
     assert_equal(got, of_one_device)
 
 
-@pytest.mark.parametrize("implementation", ["tpu", "gpu"])
+@pytest.mark.parametrize("implementation", ["tpu", "xla"])
 def test_kernels_see_their_own_rows_and_heads(implementation, of_one_device):
     config = dataclasses.replace(CONFIG, attention=implementation)
     assert_equal(gradients(config, make_mesh(2, 2, 2)), of_one_device)
