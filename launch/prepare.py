@@ -27,17 +27,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import jax
 import numpy as np
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from launch import fail
-from mmada_jax import convert, sharding, vq
+from mmada_jax import convert, sharding
 from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import images, sources
 from mmada_jax.data.records import Record, pack
 from mmada_jax.metrics import Progress
+from mmada_jax.vision import Vision
 
 # Images that a device encodes at a time; records that go through together where none does.
 IMAGES, RECORDS = 8, 64
@@ -265,20 +265,15 @@ class Encoder:
             )
         self.size, self.codes = size, (size // down) ** 2
         self.sha256 = convert.sha256(folder.tensors())
-        self._mesh, self._config = sharding.make_mesh(), folder.config
-        everywhere = jax.tree.map(lambda _: sharding.replicated(self._mesh), folder.params)
-        self._params = sharding.put_params(folder.params, everywhere, np.dtype("float32"))
-        self._encode = jax.jit(vq.encode, static_argnums=1)
-        self.batch = IMAGES * self._mesh.size
+        side = size // down
+        self._vision = Vision.place(folder.params, folder.config, (side, side), sharding.make_mesh())
+        self.batch = IMAGES * self._vision.mesh.size
 
     def __call__(self, pixels: list[np.ndarray]) -> np.ndarray:
         """At most `batch` images uint8 [I, J, 3] -> codes int32 [n, N]."""
-        batch = np.zeros((self.batch, self.size, self.size, 3), np.float32)
-        for i, image in enumerate(pixels):
-            batch[i] = image.astype(np.float32) / 127.5 - 1
-        with jax.set_mesh(self._mesh):
-            codes = self._encode(self._params, self._config, sharding.put_batch(self._mesh, batch))
-        return np.asarray(codes).reshape(self.batch, -1)[: len(pixels)]
+        batch = np.zeros((self.batch, self.size, self.size, 3), np.uint8)
+        batch[: len(pixels)] = pixels
+        return self._vision.encode(batch).reshape(self.batch, -1)[: len(pixels)]
 
 
 # ---- Shards --------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
         hidden = (ids[0] == model.vocab.mask).reshape(model.grid)
         codes = np.where(ids == model.vocab.mask, model.vocab.image_offset, ids)
         pixels = model.decode(model.vocab.image_codes(codes).reshape(-1, *model.grid))[0].copy()
-        down = model.vq_config.downsampling
+        down = model.vision.config.downsampling
         pixels[np.repeat(np.repeat(hidden, down, 0), down, 1)] = 0
         images.append(pixels)
     scans = digits.load("test")

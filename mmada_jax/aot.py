@@ -84,10 +84,8 @@ def lower_draw(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     B, L = run.batch_size, _row_length(run)
     rows = jax.ShapeDtypeStruct((B, L), np.int32), jax.ShapeDtypeStruct((B, L), bool)
     with jax.set_mesh(mesh):
-        return api.decoder(mesh).lower(
-            params, *rows, _key(), rows, config=model, vocab=VOCAB, start=run.max_text + 2,
-            length=n_image, rule=denoise.ImageRule(),
-        )  # fmt: skip
+        draw = api.decoder(mesh, model, VOCAB, run.max_text + 2, n_image, denoise.ImageRule())
+        return draw.lower(params, *rows, _key(), rows)
 
 
 def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -122,7 +120,7 @@ def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.
 def rl_model(run: RLRun, mesh: jax.sharding.Mesh | None) -> api.MMaDA:
     """What a run of the 8B would load, without its params and tokenizer: it draws 512 x 512 pixels."""
     config = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=VOCAB.rows, **run.model)
-    return api.MMaDA(None, config, VOCAB, None, None, vq.PRESETS["magvitv2"], 512, (32, 32), mesh)
+    return api.MMaDA(None, config, VOCAB, None, 512, (32, 32), mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ model.draw(["a handwritten seven"])[0].image.save("seven.png")
 
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -20,10 +19,9 @@ from mmada_jax.convert.folder import Source, image_tokenizer_of, open_folder
 from mmada_jax.data.images import fit_mask, to_pixels
 from mmada_jax.data.tokenizer import TextTokenizer, chat, conversation_end
 from mmada_jax.denoise import ImageRule, TextRule
+from mmada_jax.vision import Vision
 from mmada_jax.vocab import Vocab
 
-# Of images that the tokenizer has at a time.
-MOST_PIXELS = 2**22
 Direction = Literal["left", "right", "up", "down"]
 Conversation = Sequence[Mapping[str, str]]
 # A question of the user, a conversation, or token ids as they are.
@@ -61,18 +59,18 @@ class Job:
 class MMaDA:
     """A model with its tokenizers. All methods are batched and take a `seed`.
 
-    `vq_params` is None for a model without an image tokenizer, which has text alone.
+    `vision` is None for a model without an image tokenizer, which has text alone. `grid` counts the rows
+    and columns of image tokens in the rows that it was trained on.
     """
 
     params: Any
     config: transformer.Config
     vocab: Vocab
     tokenizer: TextTokenizer
-    vq_params: Any
-    vq_config: vq.Config | None
     max_text: int
-    grid: tuple[int, int]  # rows and columns of image tokens
+    grid: tuple[int, int]
     mesh: jax.sharding.Mesh
+    vision: Vision | None = None
 
     @classmethod
     def load(
@@ -104,8 +102,8 @@ class MMaDA:
             raise FileNotFoundError(f"{path} has no tokenizer.json; copy that of the model there")
         config, codes = source.config, source.values.get("codebook_size") or 0
         vocab = tokenizer.vocab(codes, config.vocab)
-        vision = image_tokenizer_of(source, image_tokenizer)
-        grid = _grid(source, vision.config.downsampling if vision else 16, image_size)
+        images = image_tokenizer_of(source, image_tokenizer)
+        grid = _grid(source, images.config.downsampling if images else 16, image_size)
         max_text = source.values.get("max_text", 512) if max_text is None else max_text
         if type(max_text) is not int or max_text < 1:
             raise ValueError(f"{path}: max_text is {max_text!r}, it must be a number of tokens")
@@ -118,21 +116,8 @@ class MMaDA:
         mesh = mesh or sharding.make_mesh()
         places = sharding.tree_shardings(mesh, source.axes, source.params)
         params = sharding.put_params(source.params, places, dtype and np.dtype(dtype))
-        vq_params = None
-        if vision:
-            everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), vision.params)
-            vq_params = sharding.put_params(vision.params, everywhere, np.dtype("float32"))
-        return cls(
-            params,
-            config,
-            vocab,
-            tokenizer,
-            vq_params,
-            vision and vision.config,
-            max_text,
-            grid,
-            mesh,
-        )
+        vision = images and Vision.place(images.params, images.config, grid, mesh)
+        return cls(params, config, vocab, tokenizer, max_text, grid, mesh, vision)
 
     @property
     def n_image(self) -> int:
@@ -142,8 +127,7 @@ class MMaDA:
     @property
     def image_size(self) -> tuple[int, int]:
         """Rows and columns of an image in pixels. Raises ValueError without an image tokenizer."""
-        down = self._vision().downsampling
-        return self.grid[0] * down, self.grid[1] * down
+        return self._vision().image_size
 
     # ---- Tasks ----------------------------------------------------------------------------------
 
@@ -292,7 +276,7 @@ class MMaDA:
         rule: ImageRule | None = None,
     ) -> Job:
         """The rows of `inpaint`."""
-        down = self._vision().downsampling
+        down = self._vision().config.downsampling
         _same_length(images=images, masks=masks)
         pairs = zip(masks, images, strict=True)
         masks = np.stack([fit_mask(mask, image, self.image_size) for mask, image in pairs])
@@ -302,20 +286,12 @@ class MMaDA:
 
     def run(self, job: Job, seed: int = 0) -> np.ndarray:
         """Fills the span of a job; ids [B, length]."""
-        n, other = len(job.rows.tokens), job.unconditional
+        run = decoder(self.mesh, self.config, self.vocab, job.start, job.length, job.rule)
+        tokens, valid = self._rows(job.rows)
+        other = None if job.unconditional is None else self._rows(job.unconditional)
         with jax.set_mesh(self.mesh):
-            tokens = decoder(self.mesh)(
-                self.params,
-                *self._rows(job.rows),
-                jax.random.key(seed),
-                None if other is None else self._rows(other),
-                config=self.config,
-                vocab=self.vocab,
-                start=job.start,
-                length=job.length,
-                rule=job.rule,
-            )
-        return np.asarray(tokens)[:n, job.start : job.start + job.length]
+            tokens = run(self.params, tokens, valid, jax.random.key(seed), other)
+        return np.asarray(tokens)[: len(job.rows.tokens), job.start : job.start + job.length]
 
     def steps(self, job: Job, seed: int = 0):
         """The same as a Python loop: yields ids [B, length] after every step."""
@@ -340,11 +316,12 @@ class MMaDA:
                 return
             yield np.asarray(tokens)[:n, job.start : job.start + job.length]
 
-    def _rows(self, batch: layout.Batch) -> tuple[np.ndarray, np.ndarray]:
+    def _rows(self, batch: layout.Batch) -> tuple[jax.Array, jax.Array]:
         """Tokens and validity, the last row repeated until the rows divide among the devices."""
         more = -len(batch.tokens) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         pad = ((0, more), (0, 0))
-        return np.pad(batch.tokens, pad, "edge"), np.pad(batch.valid, pad, "edge")
+        rows = np.pad(batch.tokens, pad, "edge"), np.pad(batch.valid, pad, "edge")
+        return sharding.put_batch(self.mesh, rows)
 
     # ---- Images ---------------------------------------------------------------------------------
 
@@ -355,37 +332,25 @@ class MMaDA:
         floats in [-1, 1], [I, J] or [I, J, C]. One of another size is brought to the model's: the shorter
         side first, then the middle is cut out.
         """
-        channels = self._vision().pixel_channels
+        channels = self._vision().config.pixel_channels
         _some(images)
         return np.stack([to_pixels(image, self.image_size, channels) for image in images])
 
     def decode(self, codes_Bij: np.ndarray) -> np.ndarray:
         """Codes [B, i, j] -> pixels [B, I, J, C] around [-1, 1]."""
-        config = self._vision()
-        return self._in_parts(lambda part: _vq_decode(self.vq_params, part, config), np.asarray(codes_Bij))
+        return self._vision().decode(codes_Bij)
 
     def encode(self, images: Sequence[Any]) -> np.ndarray:
         """Images as `pixels` takes them -> codes [B, i, j]."""
-        config = self._vision()
-        return self._in_parts(lambda part: _vq_encode(self.vq_params, part, config), self.pixels(images))
+        return self._vision().encode(self.pixels(images))
 
-    def _in_parts(self, function: Callable[[np.ndarray], jax.Array], x_B: np.ndarray) -> np.ndarray:
-        """`function` of so many images at a time as the memory takes; the last part is filled up, so that
-        one compilation serves all."""
-        size = max(1, MOST_PIXELS // math.prod(self.image_size))
-        if len(x_B) <= size:
-            return np.asarray(function(x_B))
-        parts = [x_B[i : i + size] for i in range(0, len(x_B), size)]
-        parts[-1] = np.concatenate([parts[-1], np.repeat(x_B[:1], size - len(parts[-1]), axis=0)])
-        return np.concatenate([np.asarray(function(part)) for part in parts])[: len(x_B)]
-
-    def _vision(self) -> vq.Config:
-        if self.vq_config is None:
+    def _vision(self) -> Vision:
+        if self.vision is None:
             raise ValueError(
                 "this model was loaded without an image tokenizer and has text alone; give "
                 "MMaDA.load(..., image_tokenizer=FOLDER), as that of showlab/magvitv2"
             )
-        return self.vq_config
+        return self.vision
 
     def _image_ids(self, codes_Bij: np.ndarray) -> np.ndarray:
         return self.vocab.image_ids(codes_Bij.reshape(len(codes_Bij), -1))
@@ -462,11 +427,18 @@ class MMaDA:
 
 
 @functools.cache
-def decoder(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
-    """The jitted decoding for a mesh: (params, tokens, valid, key, unconditional rows or None), and
-    config, vocab, start, length, rule by name -> tokens [B, L]."""
+def decoder(
+    mesh: jax.sharding.Mesh,
+    config: transformer.Config,
+    vocab: Vocab,
+    start: int,
+    length: int,
+    rule: denoise.Rule,
+) -> Callable[..., jax.Array]:
+    """The jitted decoding (params, tokens, valid, key, unconditional rows or None) -> tokens [B, L], which
+    every process gets whole."""
 
-    def run(params, tokens_BL, valid_BL, key, unconditional, *, config, vocab, start, length, rule):
+    def run(params, tokens_BL, valid_BL, key, unconditional):
         return denoise.denoise(
             functools.partial(transformer.hidden_states, params, config),
             functools.partial(transformer.unembed, params, config),
@@ -480,21 +452,14 @@ def decoder(mesh: jax.sharding.Mesh) -> Callable[..., jax.Array]:
             unconditional=unconditional,
         )
 
+    params = sharding.tree_shardings(mesh, transformer.param_axes(config), transformer.param_shapes(config))
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(
         run,
-        static_argnames=("config", "vocab", "start", "length", "rule"),
+        in_shardings=(params, rows, rows, everywhere, rows),
+        out_shardings=everywhere,
         compiler_options=sharding.compiler_options(mesh),
     )
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _vq_encode(params, pixels_BIJC, config):
-    return vq.encode(params, config, pixels_BIJC)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _vq_decode(params, codes_Bij, config):
-    return vq.decode(params, config, codes_Bij)
 
 
 def _grid(source: Source, down: int, image_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -214,16 +214,17 @@ def masked_nll(
     """
     if wrong := [ratio for ratio in ratios if not 0 < ratio <= 1]:
         raise ValueError(f"ratio {wrong[0]} hides nothing or too much; it must be in (0, 1]")
-    if len(batch.task) % sharding.parts("batch"):
+    mesh = jax.sharding.get_mesh()
+    mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh.empty else mesh
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if len(batch.task) % shards:
         raise ValueError(
-            f"{len(batch.task)} rows can't be spread over {sharding.parts('batch')} data shards; "
-            "give a multiple of that"
+            f"{len(batch.task)} rows can't be spread over {shards} data shards; give a multiple of that"
         )
     key = jax.random.key(0) if key is None else key
-    ratios_R = np.array(ratios, np.float32)
-    sums_RT, hidden_RT, rows_T = jax.device_get(
-        _hidden_nll(params, batch, key, ratios_R, model, vocab, chunk)
-    )
+    with jax.set_mesh(mesh):
+        sums = _hidden_nll(mesh, model, vocab, chunk)(params, batch, key, np.array(ratios, np.float32))
+    sums_RT, hidden_RT, rows_T = jax.device_get(sums)
     with np.errstate(invalid="ignore"):
         nll_RT = sums_RT / hidden_RT
     return {
@@ -233,26 +234,36 @@ def masked_nll(
     }
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5, 6))
-def _hidden_nll(params, batch, key, ratios_R, model, vocab, chunk):
-    """Per ratio and task, the summed nll of the hidden tokens and their number; the rows of each task."""
-    is_task_BT = batch.task[:, None] == jnp.arange(len(layout.TASKS))[None]
+@functools.cache
+def _hidden_nll(mesh, model, vocab, chunk):
+    """The jitted (params, batch, key, ratios) -> per ratio and task, the summed nll of the hidden tokens
+    and their number; the rows of each task."""
 
-    def at_ratio(ratio):
-        seen = corrupt.corrupt(key, batch, vocab, corrupt.Config(), ratio)
-        hidden_BL = seen.tokens_BL != seen.targets_BL
-        h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, batch.valid)
-        logp_BL = loss.token_log_probs(h_BLD, params["head_DV"], seen.targets_BL, hidden_BL, chunk)
+    def run(params, batch, key, ratios_R):
+        is_task_BT = batch.task[:, None] == jnp.arange(len(layout.TASKS))[None]
 
-        def by_task(x_BL):
-            x_B = jnp.sum(x_BL, axis=1, dtype=jnp.float32)
-            return jnp.sum(jnp.where(is_task_BT, x_B[:, None], 0), axis=0)
+        def at_ratio(ratio):
+            seen = corrupt.corrupt(key, batch, vocab, corrupt.Config(), ratio)
+            hidden_BL = seen.tokens_BL != seen.targets_BL
+            h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, batch.valid)
+            logp_BL = loss.token_log_probs(h_BLD, params["head_DV"], seen.targets_BL, hidden_BL, chunk)
 
-        return by_task(-logp_BL), by_task(hidden_BL)
+            def by_task(x_BL):
+                x_B = jnp.sum(x_BL, axis=1, dtype=jnp.float32)
+                return jnp.sum(jnp.where(is_task_BT, x_B[:, None], 0), axis=0)
 
-    rows_T = jnp.sum(is_task_BT, axis=0)
-    sums_RT, hidden_RT = jax.lax.map(at_ratio, ratios_R)
-    return [sharding.constrain(x, *[None] * x.ndim) for x in (sums_RT, hidden_RT, rows_T)]
+            return by_task(-logp_BL), by_task(hidden_BL)
+
+        return *jax.lax.map(at_ratio, ratios_R), jnp.sum(is_task_BT, axis=0)
+
+    params = sharding.tree_shardings(mesh, transformer.param_axes(model), transformer.param_shapes(model))
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(
+        run,
+        in_shardings=(params, sharding.batch_sharding(mesh), everywhere, everywhere),
+        out_shardings=everywhere,
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def generations(

@@ -63,10 +63,14 @@ def init_state(
 
     # On a CPU most of the time of a start goes into optimising code that runs once.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=hurry)(key)
+    create = jax.jit(
+        init, in_shardings=shardings.step, out_shardings=shardings, compiler_options=hurry
+    )  # the step lies everywhere, as the key does
+    return create(key)
 
 
 def start_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Step 0 of a run that goes on from `params`, which lie by `shardings` already."""
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    init = jax.jit(optimizer.init, in_shardings=(shardings.params,), out_shardings=shardings.opt_state)
+    opt_state = init(params)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)

@@ -51,6 +51,7 @@ from mmada_jax.run import (
     relative,
 )
 from mmada_jax.state import TrainState, init_state, start_state, state_shardings
+from mmada_jax.vision import Vision
 from mmada_jax.vocab import Vocab
 
 
@@ -373,10 +374,11 @@ def model_program(
     def encode(rows):
         return rows.batch
 
-    vq_params = None
+    vision = None
     if data.encodes or run.eval_every:
-        vq_params, _ = load_vq(image_tokenizer_of(run, workdir))
-        encode = pipeline.make_encoder(mesh, vq_params, what.vq, what.vocab, run.max_text)
+        params, _ = load_vq(image_tokenizer_of(run, workdir))
+        vision = Vision.place(params, what.vq, what.grid, mesh)
+        encode = pipeline.make_encoder(vision, what.vocab, run.max_text)
     return Program(
         objective=model_objective(run, what.model, what.vocab),
         load=data.load,
@@ -386,7 +388,7 @@ def model_program(
         tokenizer=what.tokenizer,
         accumulate=run.accumulate,
         start=what.start and what.start.params,
-        evaluate=evaluation(run, workdir, what, mesh, vq_params, encode) if run.eval_every else None,
+        evaluate=evaluation(run, workdir, what, vision, encode) if run.eval_every else None,
         data=data.description,
     )
 
@@ -395,11 +397,11 @@ def evaluation(
     run: ModelRun,
     workdir: pathlib.Path,
     what: Plan,
-    mesh: jax.sharding.Mesh,
-    vq_params: Any,
+    vision: Vision,
     encode: Callable[[pipeline.Rows], layout.Batch],
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
     """(params, step, metrics) -> values on the held-out rows; samples are shown in the metrics."""
+    mesh = vision.mesh
     rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
     own = pipeline.own_rows(mesh, run.eval_rows)
 
@@ -415,9 +417,8 @@ def evaluation(
         values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
         if run.samples:
             model = MMaDA(
-                params, what.model, what.vocab, what.tokenizer, vq_params, what.vq, run.max_text,
-                what.grid, mesh,
-            )  # fmt: skip
+                params, what.model, what.vocab, what.tokenizer, run.max_text, what.grid, mesh, vision
+            )
             exact, picture, lines = evaluate.generations(
                 model, on_host, run.samples, run.answer_block, run.seed
             )
@@ -464,7 +465,7 @@ def watch_sigterm(mesh: jax.sharding.Mesh) -> Iterator[Callable[[], bool | jax.A
     in_main = threading.current_thread() is threading.main_thread()
     before = in_main and signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    anywhere = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
+    anywhere = jax.jit(jnp.any, in_shardings=each, out_shardings=sharding.replicated(mesh))
 
     def ask():
         if jax.process_count() == 1:

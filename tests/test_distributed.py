@@ -1,6 +1,7 @@
 """Several processes on the loopback: the same numbers, one checkpoint, one end."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -12,9 +13,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from configs import cot, unigrpo
 from mmada_jax import metrics, optim, sharding
 from mmada_jax.checkpoint import Checkpoints
+from mmada_jax.data import digits
 from mmada_jax.run import parse
 from mmada_jax.sharding import initialize_distributed, several_processes
 from mmada_jax.state import state_shardings
@@ -125,6 +129,61 @@ def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, 
         for name in (n for n in a if n.endswith(("/reward", "/entropy", "/loss", "/groups_that_differ"))):
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert list((tmp_path / "two/samples").glob("*.png"))
+
+
+# Runs of both programs, one after the other, in a process of two.
+RUNS = """
+import json, sys
+from mmada_jax import sharding, train
+from mmada_jax.rl import train as rl
+
+address, number, runs = sys.argv[1:]
+sharding.initialize_distributed(address, 2, int(number))
+for config, workdir in json.loads(runs):
+    (rl if config["program"] == "rl" else train).train(config, workdir)
+"""
+
+
+def test_two_processes_show_samples_of_every_kind(smoke_config, image_tokenizer, free_port, tmp_path):
+    scan = ((digits.canvas(*digits.load("test").pixels[:2])[..., 0] + 1) * 127.5).astype(np.uint8)
+    Image.fromarray(scan).save(tmp_path / "scan.png")
+    (tmp_path / "asked.jsonl").write_text(
+        '{"prompt": "which digits?", "answer": "1", "image": "scan.png"}\n'
+    )
+    small = {"n_layers": 1, "unroll": 1, "d_mlp": 64}
+    often = {"image_tokenizer": str(image_tokenizer), "steps": 1, "eval_every": 1, "samples": 1}
+    often |= {"eval_rows": 8, "batch_size": 8, "model": smoke_config["model"] | small}
+    thinks = cot.get_config("digits,smoke").to_dict()
+    learns = unigrpo.get_config("digits,smoke").to_dict() | {"init": str(tmp_path / "cot")}
+    reading = {"layout": "mmu", "data": {"path": str(tmp_path / "asked.jsonl"), "format": "jsonl"}}
+    learns["tasks"]["reading"] = learns["tasks"].pop("arithmetic") | reading
+    learns["objective"]["mu"] = 1
+    runs = [
+        (smoke_config | often, str(tmp_path / "pretrain")),
+        (thinks | often, str(tmp_path / "cot")),
+        (learns, str(tmp_path / "rl")),
+    ]
+    xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    with contextlib.ExitStack() as stack:
+        two = [
+            stack.enter_context(subprocess.Popen(
+                [sys.executable, "-c", RUNS, f"127.0.0.1:{free_port}", str(number), json.dumps(runs)],
+                env=os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            ))
+            for number in (0, 1)
+        ]  # fmt: skip
+        for process in two:
+            stack.callback(process.kill)
+        said = [process.communicate()[0] for process in reversed(two)]
+    assert [process.returncode for process in two] == [0, 0], "".join(said)
+    for workdir in ("pretrain", "cot"):
+        (row,) = metrics.read(tmp_path / workdir / "metrics.jsonl")
+        assert any(name.startswith("held_out_") for name in row), row
+        assert (tmp_path / workdir / "samples/00000001.png").is_file()
+        assert (tmp_path / workdir / "samples/00000001.md").read_text().count("\n") >= 3
+    samples = {path.name for path in (tmp_path / "rl/samples").iterdir()}
+    assert {"000000-drawing.png", "000001-reading.md"} <= samples
 
 
 def test_processes_that_do_not_meet_end_with_one_line(free_port, tmp_path):

@@ -12,7 +12,7 @@ LAYERS = (
     "files vocab schedule config chips hlo kernels.* rl.verifier rl.workers",
     "attention sharding layout data.records data.tokenizer data.images data.sources.* data.digits",
     "transformer vq clip",
-    "corrupt loss denoise",
+    "corrupt loss denoise vision",
     "state optim checkpoint metrics run convert.* data.pipeline rl.prompts rl.unigrpo rl.rewards",
     "train rl.train rl.rollout rl.diagnose evaluate api aot",
 )
@@ -142,3 +142,35 @@ def test_the_reader_sees_imports(tmp_path):
     (tmp_path / "m.py").write_text(source)
     found = set(imports(tmp_path / "m.py", "m"))
     assert found == {("a.b", False), ("mmada_jax.vq", False), ("torch.nn", True)}
+
+
+def jits(tree):
+    """(line, keywords) of every use of jax.jit, also as a decorator or within partial."""
+
+    def is_jit(node):
+        return isinstance(node, ast.Attribute) and ast.unparse(node) == "jax.jit"
+
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = [node for node in calls if is_jit(node.func) or any(map(is_jit, node.args))]
+    yield from ((node.lineno, {keyword.arg for keyword in node.keywords}) for node in called)
+    within = {id(inner) for node in called for inner in ast.walk(node) if is_jit(inner)}
+    yield from ((node.lineno, set()) for node in ast.walk(tree) if is_jit(node) and id(node) not in within)
+
+
+def test_every_jit_says_where_its_arrays_lie():
+    # What the compiler chooses may lie on the devices of other processes, where nothing can read it.
+    bare = []
+    for path in sorted((ROOT / "mmada_jax").rglob("*.py")):
+        if path.name == "denoise.py":
+            continue
+        for line, keywords in jits(ast.parse(path.read_text())):
+            if missing := {"in_shardings", "out_shardings"} - keywords:
+                bare.append(f"{path.relative_to(ROOT)}:{line} lacks {', '.join(sorted(missing))}")
+    assert not bare, "\n".join(bare)
+
+
+def test_the_reader_sees_jits():
+    source = (
+        "@jax.jit\ndef f(): ...\ng = jax.jit(f, in_shardings=1)\n@partial(jax.jit, donate=0)\ndef h(): ..."
+    )
+    assert sorted(jits(ast.parse(source))) == [(1, set()), (3, {"in_shardings"}), (4, {"donate"})]

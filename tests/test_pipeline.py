@@ -16,6 +16,7 @@ from mmada_jax.data import pipeline, records, sources
 from mmada_jax.data.pipeline import Pipeline, Shape, rows_per_task
 from mmada_jax.data.records import Record
 from mmada_jax.data.tokenizer import TextTokenizer, chat
+from mmada_jax.vision import Vision
 
 MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
 SIDE, N_IMAGE, MAX_TEXT, CODES = 32, 4, 48, 64
@@ -330,7 +331,8 @@ def test_images_without_codes_are_encoded_on_the_devices(tokenizer, tiny_vq):
     batches = []
     for sizes in ({"devices": jax.devices()[:1]}, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = sharding.make_mesh(**sizes)
-        encode = pipeline.make_encoder(mesh, params, config, vocab, MAX_TEXT)
+        vision = Vision.place(jax.device_get(params), config, (2, 2), mesh)
+        encode = pipeline.make_encoder(vision, vocab, MAX_TEXT)
         batches.append(jax.device_get(encode(sharding.put_batch(mesh, loaded.rows))))
     np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
     encoded = 0

@@ -24,6 +24,7 @@ from mmada_jax.convert import magvit
 from mmada_jax.convert.folder import inspect, open_folder
 from mmada_jax.data import images, sources
 from mmada_jax.data.records import Record, unpack
+from mmada_jax.vision import Vision
 
 PREPARE = str(ROOT / "launch" / "prepare.py")
 VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
@@ -175,11 +176,11 @@ def tokenizer(tmp_path_factory):
 
 def api_codes(tokenizer, pixels):
     """What the model of the API would be given."""
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = open_folder(tokenizer).params
-    params = sharding.put_params(params, jax.tree.map(lambda _: place, params))
     grid = (pixels[0].shape[0] // 2, pixels[0].shape[1] // 2)
-    return MMaDA(None, None, None, None, params, VQ, 0, grid, None).encode(pixels).reshape(len(pixels), -1)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    vision = Vision.place(open_folder(tokenizer).params, VQ, grid, mesh)
+    model = MMaDA(None, None, None, None, 0, grid, mesh, vision)
+    return model.encode(pixels).reshape(len(pixels), -1)
 
 
 @pytest.mark.parametrize("how", ["crop", "squash", "pad"])

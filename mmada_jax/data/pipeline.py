@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from mmada_jax import layout, sharding, vq
+from mmada_jax import layout, sharding
 from mmada_jax.data import digits, images, records, sources
 from mmada_jax.data.records import Record
 from mmada_jax.data.tokenizer import TextTokenizer, chat
+from mmada_jax.vision import Vision, codes_of
 from mmada_jax.vocab import Vocab
 
 T = TypeVar("T")
@@ -388,19 +389,13 @@ def _begin_worker(_number: int, _count: int) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def make_encoder(
-    mesh: jax.sharding.Mesh, vq_params: Any, vq_config: vq.Config, vocab: Vocab, max_text: int
-) -> Callable[[Rows], layout.Batch]:
+def make_encoder(vision: Vision, vocab: Vocab, max_text: int) -> Callable[[Rows], layout.Batch]:
     """Global rows -> their batch with the tokens of all images, made on all devices by the tokenizer."""
-    everywhere = sharding.replicated(mesh)
+    rows_on = sharding.batch_sharding(vision.mesh)
     first_T = np.array([layout.image_start(task, max_text) for task in layout.TASKS], np.int32)
 
-    @functools.partial(jax.jit, in_shardings=(everywhere, sharding.batch_sharding(mesh)))
     def encode(params, rows):
-        pixels_BIJC = rows.pixels_BIJC
-        if pixels_BIJC.dtype == jnp.uint8:
-            pixels_BIJC = pixels_BIJC.astype(jnp.float32) / np.float32(127.5) - 1
-        codes_Bij = vq.encode(params, vq_config, pixels_BIJC)
+        codes_Bij = codes_of(params, vision.config, rows.pixels_BIJC)
         ids_BN = codes_Bij.reshape(len(codes_Bij), -1).astype(jnp.int32) + jnp.int32(vocab.image_offset)
         placed_BL = jax.vmap(
             lambda tokens_L, ids_N, first: jax.lax.dynamic_update_slice(tokens_L, ids_N, (first,))
@@ -408,5 +403,7 @@ def make_encoder(
         tokens_BL = jnp.where(rows.encode_B[:, None], placed_BL, rows.batch.tokens)
         return rows.batch._replace(tokens=tokens_BL)
 
-    params = jax.device_put(vq_params, everywhere)
-    return lambda rows: rows.batch if rows.pixels_BIJC is None else encode(params, rows)
+    encode = jax.jit(
+        encode, in_shardings=(sharding.replicated(vision.mesh), rows_on), out_shardings=rows_on
+    )
+    return lambda rows: rows.batch if rows.pixels_BIJC is None else encode(vision.params, rows)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmada_jax import optim
+from mmada_jax import optim, sharding
 from mmada_jax.rl import unigrpo
 from mmada_jax.rl.rollout import read
 from mmada_jax.rl.train import (
@@ -105,10 +105,12 @@ def gradients_of(run, model, program, masking, rolled, mesh, shardings) -> list[
     score = make_score(run, model, program.at, mesh, shardings)
     objective = make_objective(run, model, program.at)
 
-    @jax.jit
     def add(sums, params, batch):
         grads = jax.grad(lambda params: objective.loss(params, objective.prepare(None, batch))[0])(params)
         return jax.tree.map(lambda a, b: a + b / mu, sums, grads)
+
+    rows = sharding.batch_sharding(mesh)
+    add = jax.jit(add, in_shardings=(shardings, shardings, rows), out_shardings=shardings)
 
     out = []
     for i, (rollout, chosen) in enumerate(rolled):

@@ -344,9 +344,12 @@ class ClipScore:
         if not folder:
             raise ValueError("reward 'clip' needs a model: set its folder to a CLIP from Hugging Face")
         params, config, self._tokenizer = clip_folder.load(folder)
-        self._params, self._batch, self._size = jax.device_put(params), batch, config.image_size
-        self._image = jax.jit(lambda p, x: clip.normalise(clip.image_features(p, config, x)))
-        self._text = jax.jit(lambda p, x: clip.normalise(clip.text_features(p, config, x)))
+        # The first process scores alone, so on a device of its own.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        self._params, self._batch, self._size = jax.device_put(params, here), batch, config.image_size
+        jit = functools.partial(jax.jit, in_shardings=here, out_shardings=here)
+        self._image = jit(lambda p, x: clip.normalise(clip.image_features(p, config, x)))
+        self._text = jit(lambda p, x: clip.normalise(clip.text_features(p, config, x)))
 
     def __call__(self, prompts, completions, images, answers):
         """Images are pixels [I, J, C], uint8 or floats in [-1, 1]; prompts beyond 77 tokens are cut."""

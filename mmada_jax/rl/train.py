@@ -333,7 +333,7 @@ def check_model(
     """Raises ValueError if a task's rules, prompts or rewards don't fit the model."""
     for name, task in run.tasks.items():
         try:
-            if task.layout != "lm_chat" and model.vq_config is None:
+            if task.layout != "lm_chat" and model.vision is None:
                 raise ValueError(
                     f"layout {task.layout} needs an image tokenizer; name it in config.image_tokenizer"
                 )
@@ -351,7 +351,7 @@ def check_model(
                 prompt_ids(model, task, prompt)
             images = None
             if task.layout == "t2i":
-                size = (*model.image_size, model.vq_config.pixel_channels)
+                size = (*model.image_size, model.vision.config.pixel_channels)
                 images = np.broadcast_to(np.float32(0), (len(prompts[name]), *size))
             texts, answers = ([getattr(p, field) for p in prompts[name]] for field in ("text", "answer"))
             rewards[name].check(texts, answers, images)
