@@ -25,11 +25,13 @@ setup(
     extras_require={
         # The quickstart: real scans and their judge (scikit-learn), curves in the report.
         "digits": ["scikit-learn", "matplotlib"],
-        # Rewards: comparison of mathematical answers; tasks with verifiers.
-        "rl": ["math-verify", "reasoning-gym"],
+        # Rewards: comparison of mathematical answers.
+        "rl": ["math-verify"],
+        # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).
+        "gym": ["reasoning-gym"],
         # pytorch_model*.bin; the PyTorch twin that the benchmark and the tests compare against.
         "torch": ["torch", "transformers>=4.46"],
-        # Reports of compilation for TPUs; libtpu fits one version of jax only.
+        # Reports of compilation for TPUs; libtpu fits one version of jax only, so this extra alone pins it.
         "aot": ["jax==0.10.2", "libtpu==0.0.42.1"],
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
     },

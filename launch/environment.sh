@@ -18,7 +18,7 @@ find_python() {
 make_venv() {
   local python
   python=$(find_python) || return 1
-  if ! "$python" -m venv .venv 2>/dev/null; then
+  if ! "$python" -m venv .venv >/dev/null 2>&1; then
     # Debian and Ubuntu ship venv as a package of its own.
     rm -rf .venv
     local version
@@ -26,7 +26,8 @@ make_venv() {
     echo "installing python$version-venv ..."
     local sudo=""
     [ "$(id -u)" = 0 ] || sudo=sudo
-    $sudo apt-get update -qq && $sudo apt-get install -y -qq "python$version-venv" >/dev/null || {
+    { $sudo apt-get update -qq &&
+      $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "python$version-venv"; } >/dev/null || {
       echo "error: $python can't make a virtual environment; install python$version-venv and try again" >&2
       return 1
     }
@@ -41,19 +42,25 @@ install_extras() {
   if [ -x .venv/bin/python ] && [ "$(cat .venv/installed-"$1" 2>/dev/null)" = "$stamp" ]; then
     return
   fi
-  [ -x .venv/bin/python ] || make_venv || return 1
+  # One that was killed half-way has no pip yet.
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv || return 1
   echo "installing mmada_jax[$1] into .venv ..."
   # A CPU build of torch by its exact version, before anything asks for torch at large.
-  case ",$1," in *,torch,*) .venv/bin/python -m pip install -q "torch==2.13.0" 2>&1 | quiet ;; esac
-  .venv/bin/python -m pip install -q -e ".[$1]" 2>&1 | quiet
+  case ",$1," in *,torch,*) pip_install "torch==2.13.0" || return 1 ;; esac
+  pip_install -e ".[$1]" || return 1
   .venv/bin/python -c 'import jax, mmada_jax' || return 1
   echo "$stamp" >.venv/installed-"$1"
 }
 
-quiet() { grep -v -e '^WARNING: Location' -e '^\[notice\]' -e '^$' || true; }
+pip_install() {
+  .venv/bin/python -m pip install -q "$@" 2>&1 | { grep -v -e '^WARNING: Location' -e '^\[notice\]' -e '^$' || true; }
+  [ "${PIPESTATUS[0]}" = 0 ] || {
+    echo "error: pip couldn't install $*; what it says is above" >&2
+    return 1
+  }
+}
 
 install_extras "$1" || exit 1
-export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 # XLA asks for its buffers anew in every step. That glibc keeps the freed ones, in large pages, instead
 # of handing them back to the kernel, makes a training step on a virtual machine about 1.3 times as fast.
 malloc=glibc.malloc

@@ -1,8 +1,20 @@
 #!/usr/bin/env bash
-# Makes the environment with the test extras and runs ruff and all tests.
-#   bash launch/test.sh [pytest options]
+# Makes the environment and runs ruff and the tests.
+#   bash launch/test.sh [pytest options]         what runs without PyTorch, libtpu and a compiler
+#   bash launch/test.sh --all [pytest options]   everything; PyTorch is large, pycosat may want a compiler
 set -euo pipefail
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh" aot,digits,rl,torch,test
+extras=digits,rl,test
+if [ "${1-}" = --all ]; then
+  extras=aot,digits,gym,rl,torch,test
+  shift
+fi
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$extras"
+.venv/bin/python - <<'END'
+import importlib.metadata as m, sys
+found = {d.metadata["Name"].lower(): d.version for d in m.distributions()}
+names = ("jax", "flax", "numpy", "libtpu", "torch", "reasoning-gym")
+print("Python", sys.version.split()[0], *(f"{name} {found.get(name, '-')}" for name in names), sep=", ")
+END
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

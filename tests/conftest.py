@@ -1,10 +1,12 @@
 """Strict promotion and eight fake devices for every test; the goldens' loader."""
 
+import importlib.util
 import json
 import os
 import pathlib
 import socket
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
@@ -15,6 +17,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Mark of a test -> the packages that it needs beside those of the default test command.
+EXTRAS = {"torch": ("torch", "transformers"), "aot": ("libtpu",), "gym": ("reasoning_gym",)}
+
+
+def pytest_collection_modifyitems(items):
+    for mark, packages in EXTRAS.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if missing:
+            reason = f"needs {' and '.join(missing)}: bash launch/test.sh --all"
+            for item in items:
+                if item.get_closest_marker(mark):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+
+
 GOLDENS = pathlib.Path(os.environ.get("MMADA_GOLDENS", pathlib.Path(__file__).parent / "goldens"))
 
 
@@ -34,6 +50,31 @@ def golden_weights(settings: dict) -> dict[str, np.ndarray]:
         is_norm = key.endswith("norm.weight") or "ln_f" in key or (
             "norm" in key and key.endswith("weight"))  # fmt: skip
         state[key] = 1 + np.float32(0.1) * w if is_norm else w * np.float32(settings["weights"]["scale"])
+    return state
+
+
+CLIP_WORDS = ["a", "handwritten", "seven", "two", "three", "and"]
+
+
+def clip_tokenizer(eos):
+    """Of whole words, for a tiny CLIP."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocab = {"<s>": 8, "</s>": eos, "[u]": 10, **{word: i for i, word in enumerate(CLIP_WORDS)}}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="[u]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 8), ("</s>", eos)])
+    return made
+
+
+def write_clip(settings, folder):
+    """A tiny CLIP of the goldens (`models` of clip.json) as a folder of Hugging Face's; its state dict."""
+    from safetensors.numpy import save_file
+
+    state = {key: np.asarray(value) for key, value in golden_weights(settings).items()}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(settings["config"]))
+    clip_tokenizer(9).save(str(folder / "tokenizer.json"))
     return state
 
 

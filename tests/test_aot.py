@@ -62,6 +62,7 @@ def test_options_are_those_of_the_chip():
     assert chips.of_kind("TPU v6 lite").compiler_options["xla_tpu_scoped_vmem_limit_kib"] == "65536"
 
 
+@pytest.mark.aot
 def test_training_step(small):
     run = launch("--config", small, "--topology", "v5p:2x2x1", "--json")
     assert run.returncode == 0, run.stderr
@@ -84,6 +85,7 @@ def test_training_step(small):
     assert gathers["bytes"] > 2 * 512 * 134656
 
 
+@pytest.mark.aot
 def test_drawing_with_the_8b_on_a_tensor_mesh():
     flags = ["--step", "draw", "--topology", "v5e:2x2", "--config.batch_size=1"]
     run = launch("--config", "configs/pretrain.py:8b,phase=3", *flags)
@@ -93,6 +95,7 @@ def test_drawing_with_the_8b_on_a_tensor_mesh():
     assert "this is not a throughput" in run.stdout
 
 
+@pytest.mark.aot
 def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change():
     flags = ["--topology", "v5e:4x4", "--config.batch_size=128", "--json"]
     run = launch("--config", "configs/pretrain.py:8b,phase=3", *flags)
@@ -108,9 +111,17 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change():
     ("flags", "message"),
     [
         (["--topology", "v5p:5x5x5"], "unknown topology 'v5p:5x5x5'; known are"),
-        (["--topology", "v5p:4x4x4", "--config.batch_size=100"], "the next that is: 128"),
+        pytest.param(
+            ["--topology", "v5p:4x4x4", "--config.batch_size=100"],
+            "the next that is: 128",
+            marks=pytest.mark.aot,
+        ),
         (["--topology", "v5p:4x4x4", "--config.model.remat=qvk"], "it must be 'none', 'full', or some of"),
-        (["--topology", "v5p:4x4x4", "--config.mesh.tensor=3"], "doesn't fit 64 devices"),
+        pytest.param(
+            ["--topology", "v5p:4x4x4", "--config.mesh.tensor=3"],
+            "doesn't fit 64 devices",
+            marks=pytest.mark.aot,
+        ),
         (["--topology", "v5p:4x4x4", "--config.batchsize=8"], "unknown config key"),
         (["--topology", "v5p:4x4x4", "--config.loss_chunk=0"], "loss_chunk is 0"),
         (["--topology", "v5e:16x16", "--step", "draw"], "32 can't be split over the 256 chips"),

@@ -5,91 +5,58 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import load_golden, write_clip
 from PIL import Image
 
 from mmada_jax import clip
 from mmada_jax.convert import clip as clip_folder
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-WORDS = ["a", "handwritten", "seven", "two", "three", "and"]
-EOS = 9  # below the largest id, so that the two ways to find the end differ
+SETTINGS, ARRAYS = load_golden("clip")  # what transformers gives; goldens/make_clip.py made it
+EOS = SETTINGS["models"][0]["end"]
 
 
-def model_of(eos, activation, seed=0):
-    text = {
-        "vocab_size": 12, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
-        "num_attention_heads": 3, "max_position_embeddings": 10, "eos_token_id": eos,
-        "hidden_act": activation,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": 24, "patch_size": 8, "hidden_act": activation,
-    }  # fmt: skip
-    torch.manual_seed(seed)
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-    model = transformers.CLIPModel(config).eval()
-    with torch.no_grad():  # away from the ones and zeros that would hide a mistake
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn_like(parameter)
-    return model
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocab = {"<s>": 8, "</s>": EOS, "[u]": 10, **{word: i for i, word in enumerate(WORDS)}}
-    made = Tokenizer(models.WordLevel(vocab, unk_token="[u]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 8), ("</s>", EOS)])
-    return made
-
-
-@pytest.fixture(scope="module", params=[(EOS, "quick_gelu"), (2, "gelu")], ids=["eos", "largest"])
-def both(request, tmp_path_factory):
-    model = model_of(*request.param)
+@pytest.fixture(scope="module", params=[0, 1], ids=["eos", "largest"])
+def model(request, tmp_path_factory):
+    """(its number, its state dict, its folder)"""
     folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    tokenizer().save(str(folder / "tokenizer.json"))
-    return model, folder
+    return request.param, write_clip(SETTINGS["models"][request.param], folder), folder
 
 
-def test_features_and_logits_equal_those_of_transformers(both):
-    model, folder = both
+def test_features_and_logits_equal_those_of_transformers(model):
+    i, _, folder = model
     params, config, _ = clip_folder.load(folder)
-    rng = np.random.default_rng(0)
-    pixels = rng.standard_normal((5, 3, 24, 24)).astype(np.float32)
-    tokens = rng.integers(3, 8, (4, 10)).astype(np.int32)
-    for row, end in zip(tokens, (9, 4, 6, 1), strict=True):
-        row[end:] = EOS if config.eos else 11
-    with torch.no_grad():
-        inputs = {"input_ids": torch.tensor(tokens).long(), "pixel_values": torch.tensor(pixels)}
-        want = model(**inputs)
-        image = model.visual_projection(model.vision_model(inputs["pixel_values"]).pooler_output)
-        text = model.text_projection(model.text_model(inputs["input_ids"]).pooler_output)
-    ours_image = clip.image_features(params, config, pixels.transpose(0, 2, 3, 1))
-    ours_text = clip.text_features(params, config, tokens)
-    np.testing.assert_allclose(ours_image, image, atol=1e-5, rtol=1e-5)
-    np.testing.assert_allclose(ours_text, text, atol=1e-5, rtol=1e-5)
-    logits = np.exp(params["scale"]) * clip.normalise(ours_image) @ clip.normalise(ours_text).T
-    np.testing.assert_allclose(logits, want.logits_per_image, atol=1e-5, rtol=1e-5)
+    image = clip.image_features(params, config, ARRAYS["pixels"].transpose(0, 2, 3, 1))
+    text = clip.text_features(params, config, ARRAYS[f"{i}.tokens"])
+    np.testing.assert_allclose(image, ARRAYS[f"{i}.image"], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(text, ARRAYS[f"{i}.text"], atol=1e-5, rtol=1e-5)
+    logits = np.exp(params["scale"]) * clip.normalise(image) @ clip.normalise(text).T
+    np.testing.assert_allclose(logits, ARRAYS[f"{i}.logits"], atol=1e-5, rtol=1e-5)
 
 
-def test_the_image_of_a_row_does_not_depend_on_the_others(both):
-    params, config, _ = clip_folder.load(both[1])
+@pytest.mark.torch
+def test_the_goldens_are_what_transformers_gives():
+    from goldens import make_clip
+
+    settings, arrays = make_clip.make()
+    assert settings["vit_b_32_state_dict_shapes"] == SETTINGS["vit_b_32_state_dict_shapes"]
+    for ours, theirs in zip(settings["models"], SETTINGS["models"], strict=True):
+        assert ours["state_dict_shapes"] == theirs["state_dict_shapes"]
+    assert arrays.keys() == ARRAYS.keys()
+    for name, array in arrays.items():
+        np.testing.assert_allclose(array, ARRAYS[name], atol=1e-4, err_msg=name)
+
+
+def test_the_image_of_a_row_does_not_depend_on_the_others(model):
+    params, config, _ = clip_folder.load(model[2])
     pixels = np.random.default_rng(1).standard_normal((3, 24, 24, 3)).astype(np.float32)
     alone = clip.image_features(params, config, np.repeat(pixels[1:2], 3, axis=0))
     np.testing.assert_allclose(clip.image_features(params, config, pixels)[1], alone[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (31, 50), (57, 40), (24, 25), (9, 100), (225, 224)])
+@pytest.mark.parametrize("size", SETTINGS["sizes"], ids=str)
 def test_pictures_are_prepared_as_by_the_processor(size):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    theirs = CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    want = theirs(Image.fromarray(pixels), return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+    want = ARRAYS["picture.{}x{}".format(*size)]
     np.testing.assert_allclose(clip.preprocess([pixels], 24), want, atol=1e-5)
     np.testing.assert_allclose(clip.preprocess([Image.fromarray(pixels)], 24), want, atol=1e-5)
 
@@ -104,18 +71,17 @@ def test_floats_in_one_channel_are_pictures_too():
     np.testing.assert_allclose(out[1, 4, 4], black, atol=1e-5)
 
 
-def test_long_texts_keep_their_end(both):
-    _, config, texts = clip_folder.load(both[1])
+def test_long_texts_keep_their_end(model):
+    _, config, texts = clip_folder.load(model[2])
     for n in (1, 8, 30):
         ids = texts.encode(" ".join(["two"] * n)).ids
         assert len(ids) == config.max_text and ids.count(EOS) == 1
         assert ids.index(EOS) == min(n + 1, config.max_text - 1)
 
 
-def test_old_files_with_position_ids_are_read(both):
-    model, _ = both
-    state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    config = clip_folder.config_from_hf(model.config.to_dict())
+def test_old_files_with_position_ids_are_read(model):
+    i, state, _ = model
+    config = clip_folder.config_from_hf(SETTINGS["models"][i]["config"])
     key = "text_model.embeddings.position_ids"
     old = state | {key: np.arange(10)[None]}
     a, b = (jax.tree.map(np.asarray, clip_folder.params_of(s, config)) for s in (state, old))
@@ -124,10 +90,9 @@ def test_old_files_with_position_ids_are_read(both):
         clip_folder.params_of(state | {key: np.arange(10)[None] + 1}, config)
 
 
-def test_every_offender_is_listed_in_one_error(both):
-    model, _ = both
-    state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
-    config = clip_folder.config_from_hf(model.config.to_dict())
+def test_every_offender_is_listed_in_one_error(model):
+    i, state, _ = model
+    state, config = dict(state), clip_folder.config_from_hf(SETTINGS["models"][i]["config"])
     state["more"] = state.pop("visual_projection.weight")
     state["logit_scale"] = np.zeros(2, np.float32)
     with pytest.raises(ValueError, match=r"\(3 problems\)") as error:
@@ -156,12 +121,11 @@ def test_other_models_are_refused(change, message):
 def test_a_bare_config_is_vit_b_32():
     config = clip_folder.config_from_hf({"model_type": "clip"})
     shapes = {key: rule.torch_shape for key, rule in clip_folder.key_table(config).items()}
-    with torch.device("meta"):
-        theirs = transformers.CLIPModel(transformers.CLIPConfig())
-    assert shapes == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
+    published = SETTINGS["vit_b_32_state_dict_shapes"]
+    assert shapes == {key: tuple(shape) for key, shape in published.items()}
 
 
-def test_folders_that_are_no_clip_are_refused(both, tmp_path):
+def test_folders_that_are_no_clip_are_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         clip_folder.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
@@ -169,12 +133,12 @@ def test_folders_that_are_no_clip_are_refused(both, tmp_path):
     with pytest.raises(ValueError, match="no JSON"):
         clip_folder.load(tmp_path)
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((both[1] / name).read_bytes())
+        (tmp_path / name).write_bytes((model[2] / name).read_bytes())
     with pytest.raises(ValueError, match="no tokenizer"):
         clip_folder.load(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["text_config"]["eos_token_id"] = 5
     (tmp_path / "config.json").write_text(json.dumps(values))
-    (tmp_path / "tokenizer.json").write_bytes((both[1] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((model[2] / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="doesn't end texts with 5"):
         clip_folder.load(tmp_path)

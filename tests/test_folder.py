@@ -64,7 +64,7 @@ def publish(folder, state, values=VALUES, form="single"):
     for i, part in enumerate(parts, 1):
         name = f"{stem}.{suffix}" if len(parts) == 1 else f"{stem}-{i:05}-of-{len(parts):05}.{suffix}"
         if suffix == "bin":
-            torch = pytest.importorskip("torch")
+            torch = pytest.importorskip("torch", reason="needs torch: bash launch/test.sh --all")
             torch.save({key: to_tensor(torch, state[key]) for key in part}, folder / name)
         else:
             save_file({key: np.ascontiguousarray(state[key]) for key in part}, folder / name)
@@ -401,7 +401,7 @@ class Bomb:
 
 
 def test_a_pickle_with_code_in_it(weights, tmp_path, monkeypatch):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs torch: bash launch/test.sh --all")
     monkeypatch.chdir(tmp_path)
     src = publish(tmp_path / "src", weights, form="bin")
     state = {key: torch.from_numpy(array) for key, array in weights.items()}
@@ -721,7 +721,6 @@ def exported(model_workdir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers():
-    pytest.importorskip("torch")
     library = pytest.importorskip("transformers")
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
@@ -735,6 +734,7 @@ def close(ours, theirs, tolerance):
     assert np.linalg.norm(np.asarray(ours, np.float32) - theirs) < tolerance * np.linalg.norm(theirs)
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")  # transformers' own
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_logits_of_the_exported_folder(weights, tmp_path, transformers, dtype, tolerance):
@@ -795,6 +795,7 @@ def test_the_exported_config_has_all_fields_of_the_published_one(exported, weigh
     assert values.keys() >= SIZES
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_of_llada_with_one_kv_head_loads_too(tmp_path, transformers, caplog):
     values = {k: v for k, v in VALUES.items() if k not in ("n_kv_heads", "codebook_size")}
@@ -811,6 +812,7 @@ def test_a_model_of_llada_with_one_kv_head_loads_too(tmp_path, transformers, cap
     assert model.state_dict().keys() == state.keys()
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_codes_and_pixels_of_the_exported_image_tokenizer(transformers, tmp_path):
     import torch
@@ -835,6 +837,7 @@ def test_codes_and_pixels_of_the_exported_image_tokenizer(transformers, tmp_path
     np.testing.assert_allclose(rebuilt, arrays["reconstruction"], atol=1e-4)
 
 
+@pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")
 def test_the_exported_tokenizer_renders_the_same_conversation(exported, transformers):
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported, trust_remote_code=True)

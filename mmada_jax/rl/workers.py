@@ -17,6 +17,7 @@ import numpy as np
 
 from mmada_jax.rl import verifier
 
+_EXTRA = {"math_verify": "rl", "reasoning_gym": "gym"}  # the extra of this project that brings a library
 # Seconds that a process may take to start.
 _START = 120.0
 
@@ -104,8 +105,10 @@ class Workers:
         except (RuntimeError, TimeoutError) as error:
             self._forget(child)
             if "ModuleNotFoundError" in str(error):
-                package = self._library.replace("_", "-")
-                raise ImportError(f"this reward needs {package}: pip install 'mmada_jax[rl]'") from None
+                package, extra = self._library.replace("_", "-"), _EXTRA[self._library]
+                raise ImportError(
+                    f"this reward needs {package}: pip install 'mmada_jax[{extra}]'"
+                ) from None
             raise
         return child
 
