@@ -1,30 +1,37 @@
 """Metrics of a run: JSON lines (always), TensorBoard, and one progress line with speed and ETA."""
 
 import contextlib
+import datetime
+import io
 import json
 import math
 import pathlib
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from PIL import Image
 
 from mmada_jax import chips
+from mmada_jax.board import Board
+from mmada_jax.disk import Growing, write_whole
 
-_COUNTS = ("skipped", "failed_saves")  # in the progress line where there are any
-_UNSHOWN = (*_COUNTS, "lr")
+_COUNTS = ("skipped", "failed_saves", "failed_writes")  # in the progress line where there are any
+_UNSHOWN = (*_COUNTS, "lr", "scored")
 
 
 class Metrics:
     """Writes WORKDIR/metrics.jsonl and WORKDIR/tensorboard; rows beyond `resume_step` are dropped,
     since the run is about to write them again. Only the first process writes and prints.
 
-    `flops_per_step` is what the model asks for on all devices, 0 if it isn't known; `began` the
-    time.perf_counter() when this start of the run did.
+    What the disk refuses ends no run: it is reported once, kept, and tried again with every row, which
+    counts these failures (`failed_writes`).
+
+    `flops_per_step` is what the model asks for on all devices, or gives it by a row's values; 0 if it
+    isn't known. `began` is the time.perf_counter() when this start of the run did.
     """
 
     def __init__(
@@ -32,43 +39,50 @@ class Metrics:
         workdir: str | pathlib.Path,
         steps: int,
         resume_step: int = 0,
-        flops_per_step: int = 0,
+        flops_per_step: int | Callable[[Mapping[str, float]], float] = 0,
         began: float | None = None,
     ):
-        from tensorboardX import SummaryWriter
-
         self._silent = jax.process_index() > 0
         self._steps, self._last, self._last_time = steps, resume_step, time.perf_counter()
         self._waited = self._paused = 0.0  # seconds since the last row
-        self._failed = False
-        peak = chips.peak_tflops(jax.devices()[0].device_kind)
-        self._ideal_seconds = flops_per_step / (peak * 1e12 * jax.device_count()) if peak else 0.0
+        self._failed = 0
+        self._flops = flops_per_step
+        self._peak = (chips.peak_tflops(jax.devices()[0].device_kind) or 0) * 1e12 * jax.device_count()
         if self._silent:
             return
-        workdir = pathlib.Path(workdir)
-        path = workdir / "metrics.jsonl"
-        rows = read(path)
+        self._workdir = pathlib.Path(workdir)
+        path = self._workdir / "metrics.jsonl"
+        try:
+            rows = read(path)
+        except OSError as error:
+            rows, aside = [], path.with_name("metrics.unreadable.jsonl")
+            warn(f"{path} can't be read ({error}); it is now called {aside.name}")
+            path.replace(aside)
         kept = [row for row in rows if row["step"] <= resume_step]
         # The time of steps that are to be repeated was spent, and for nothing.
-        spent = rows[-1].get("wall_seconds", 0.0) if rows else 0.0
+        spent = _last(rows, "wall_seconds")
         self._began = (self._last_time if began is None else began) - spent
-        self._productive = kept[-1].get("productive_seconds", 0.0) if kept else 0.0
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(path)
-        self._samples = workdir / "samples"
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._productive = _last(kept, "productive_seconds")
+        self._file = Growing(path, lambda: map(_line, kept))
+        now = datetime.datetime.now().timestamp()
+        self._board = Board(self._workdir, now - self._seconds(), kept, resume_step)
+        for begin in (self._file.add, self._board.begin):
+            with self.surviving():
+                begin()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._silent:
+        if self._silent or not self._file.waiting:
             return
-        with self._surviving():
-            self._file.close()
-            self._board.close()
+        with self.surviving():
+            self._file.add()
+        with self.surviving():
+            self._board.begin()
+        if self._file.waiting:
+            rows = self._file.waiting.count(b"\n")
+            warn(f"the last {rows} rows of {self._file.path} were never written")
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -105,24 +119,30 @@ class Metrics:
         hbm_gib            of the fullest device of this process, where it can be asked
         goodput            productive_seconds / wall_seconds: time of steps that count, over all since
                            the run was first started; the time that it was down isn't known
+        failed_writes      of metrics and samples in this start of the run, if there are any
+
+        A value that isn't finite is null in metrics.jsonl, and left out of TensorBoard.
         """
         if self._silent:
             return
         now = time.perf_counter()
         busy = now - self._last_time - self._paused
-        wall = now - self._began
+        wall = self._seconds()
         self._productive += busy - self._waited
         row = {"step": step, **values}
         if shown is None:
             shown = [n for n in values if n not in _UNSHOWN and not n.startswith("held_out")]
+        if self._failed:
+            row["failed_writes"] = self._failed
         line = [f"step {step}/{self._steps}", *(f"{name} {values[name]:.3g}" for name in shown)]
-        line += [f"{name} {values[name]:.0f}" for name in _COUNTS if values.get(name)]
+        line += [f"{name} {row[name]:.0f}" for name in _COUNTS if row.get(name)]
         if step > self._last:  # else nothing is known of the speed yet
             seconds, wait = busy / (step - self._last), self._waited / busy
             row |= {"tokens_per_second": tokens_per_step / seconds, "data_wait": wait}
             line.append(f"{tokens_per_step / seconds:,.0f} tokens/s")
-            if self._ideal_seconds:
-                row["mfu"] = self._ideal_seconds / seconds
+            flops = self._flops(values) if callable(self._flops) else self._flops
+            if flops and self._peak:
+                row["mfu"] = flops / self._peak / seconds
                 line.append(f"MFU {row['mfu']:.1%}")
             line += [f"waiting for data {wait:.0%}"] if wait > 0.02 else []
             line.append(f"ETA {duration(seconds * (self._steps - step))}")
@@ -134,41 +154,45 @@ class Metrics:
             "productive_seconds": self._productive,
             "wall_seconds": wall,
         }
-        with self._surviving():
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()  # what can't be written stays in the buffer, and is tried again
-            for name, value in row.items():
-                if name != "step" and math.isfinite(value):
-                    self._board.add_scalar(name, value, step)
-        print("  ".join(line), flush=True)
+        for write, entry in ((self._file.add, _line(row)), (self._board.add, row)):
+            with self.surviving():
+                write(entry)
+        tell("  ".join(line))
         self.restart_clock(step)
 
     def show(self, step: int, picture: Image.Image | None, lines: Sequence[str]) -> None:
         """Saves samples: WORKDIR/samples/STEP.png and STEP.md, and both for TensorBoard."""
         if self._silent:
             return
-        path, text = self._samples / f"{step:08}", "".join(f"- {line}\n" for line in lines)
-        with self._surviving():
-            path.parent.mkdir(exist_ok=True)
-            path.with_suffix(".md").write_text(text)
-            self._board.add_text("samples", text, step)
-            if picture is not None:
-                picture.save(path.with_suffix(".png"))
-                pixels = np.asarray(picture.convert("RGB"))
-                self._board.add_image("samples", pixels, step, dataformats="HWC")
+        text = "".join(f"- {line}\n" for line in lines).encode()
+        png = b"" if picture is None else png_of(picture)
+        with self.surviving():
+            self._board.show(step, self._seconds(), text, png)
+        self.save_samples(f"{step:08}", text, png)
+
+    def save_samples(self, name: str, text: bytes, png: bytes = b"") -> None:
+        """Writes WORKDIR/samples/NAME.md and, unless it is empty, NAME.png."""
+        for suffix, data in ((".md", text), (".png", png)):
+            if data and not self._silent:
+                with self.surviving():
+                    write_whole(self._workdir / "samples" / f"{name}{suffix}", data)
 
     @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
-        """A disk that is full doesn't end the run; it is said once."""
+    def surviving(self) -> Iterator[None]:
+        """What the operating system refuses within doesn't end the run; it is counted, and said once.
+        Libraries' errors about the data, which have no number, are raised."""
         try:
             yield
         except OSError as error:
+            if error.errno is None:
+                raise
             if not self._failed:
-                print(
-                    f"warning: metrics or samples couldn't be written ({error}); training goes on",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
-            self._failed = True
+                warn(f"metrics or samples couldn't be written ({error}); training goes on")
+            self._failed += 1
+
+    def _seconds(self) -> float:
+        """Since the run was first started, without the time that it was down."""
+        return time.perf_counter() - self._began
 
 
 class Progress:
@@ -215,15 +239,72 @@ class Progress:
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line cut off by a crash is left out."""
+    """The rows of a metrics.jsonl, null as nan; none if there is no such file.
+
+    Lines that are damaged are left out, and a warning counts them; a last line cut off by a crash isn't
+    worth one. Raises OSError where the file can't be read.
+    """
     path = pathlib.Path(path)
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    if not path.is_file():
+        return []
+    rows, damaged = [], []
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last], 1):
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number <= len(lines):
+            damaged.append((number, line))
+    if damaged:
+        number, line = damaged[0]
+        warn(
+            f"{path}: {len(damaged)} of {len(lines)} lines are damaged and left out; the first is line "
+            f"{number}: {line[:60]!r}"
+        )
     return rows
+
+
+def _row(line: bytes) -> dict[str, float] | None:
+    """What a line of metrics.jsonl says, None if that is no row."""
+    try:
+        row = json.loads(line)
+        row = {name: math.nan if value is None else value for name, value in row.items()}
+        for value in row.values():
+            math.isfinite(value)  # raises for what is no number
+        return row if isinstance(row["step"], int) else None
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
+        return None
+
+
+def _line(row: Mapping[str, float]) -> bytes:
+    """A row as a line of metrics.jsonl; JSON has no NaN and no infinity."""
+    values = {name: float(value) if isinstance(value, np.generic) else value for name, value in row.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return json.dumps(finite, allow_nan=False).encode() + b"\n"
+
+
+def _last(rows: Sequence[Mapping[str, float]], name: str) -> float:
+    """The last finite value of that name, 0 if there is none."""
+    return next((row[name] for row in reversed(rows) if math.isfinite(row.get(name, math.nan))), 0.0)
+
+
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def tell(line: str) -> None:
+    """Prints a line; a log that lies on a full disk, or whose reader has gone, ends no run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def warn(line: str) -> None:
+    """Prints a warning on stderr, likewise."""
+    with contextlib.suppress(OSError):
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-    "files vocab schedule config chips hlo kernels.* rl.verifier rl.workers",
+    "files disk board vocab schedule config chips hlo kernels.* rl.verifier rl.workers",
     "attention sharding layout data.records data.tokenizer data.images data.sources.* data.digits",
     "transformer vq clip",
     "corrupt loss denoise vision",

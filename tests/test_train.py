@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import numpy as np
@@ -201,84 +200,3 @@ def test_bad_configurations_are_refused_before_anything_is_written(smoke_config,
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             train(good | change, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_metrics_drop_what_will_be_written_again_and_a_torn_line(tmp_path):
-    with metrics.Metrics(tmp_path, 10) as m:
-        for step in (1, 2, 3):
-            m.write(step, {"loss": float(step)}, 100)
-    with (tmp_path / "metrics.jsonl").open("a") as f:
-        f.write('{"step": 4, "lo')
-    with metrics.Metrics(tmp_path, 10, resume_step=2) as m:
-        m.write(3, {"loss": 30.0}, 100)
-    assert losses(tmp_path) == {1: 1.0, 2: 2.0, 3: 30.0}
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """What metrics take for the time; tests turn it on."""
-    clock = types.SimpleNamespace(now=1000.0)
-    clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(metrics, "time", clock)
-    return clock
-
-
-def test_a_row_tells_speed_waits_and_utilisation(tmp_path, clock, monkeypatch, capsys):
-    monkeypatch.setattr("mmada_jax.chips.peak_tflops", lambda kind: 5)
-    flops = 10**12 * jax.device_count()
-    with metrics.Metrics(tmp_path, 100, flops_per_step=flops, began=990.0) as m:
-        clock.now += 20  # compilation, and the first step
-        m.restart_clock(1)
-        m.write(1, {"loss": 3.0}, 100)
-        clock.now += 6
-        with m.waiting():
-            clock.now += 2
-        with m.pausing():
-            clock.now += 100
-        m.write(5, {"loss": 2.5, "lr": 1e-3, "skipped": 0.0, "failed_saves": 0}, 100)
-        clock.now += 4
-        m.write(9, {"loss": 2.25, "lr": 1e-3, "skipped": 2.0, "failed_saves": 1}, 100)
-    first, second, third = rows(tmp_path)
-    assert first == {"step": 1, "loss": 3.0, "goodput": 0, "productive_seconds": 0, "wall_seconds": 30}
-    assert second == {
-        "step": 5, "loss": 2.5, "lr": 1e-3, "skipped": 0, "failed_saves": 0, "tokens_per_second": 50,
-        "data_wait": 0.25, "mfu": 0.1, "goodput": 6 / 138, "productive_seconds": 6, "wall_seconds": 138,
-    }  # fmt: skip
-    assert (third["tokens_per_second"], third["data_wait"], third["mfu"]) == (100, 0, 0.2)
-    assert capsys.readouterr().out.splitlines() == [
-        "step 1/100  loss 3",
-        "step 5/100  loss 2.5  50 tokens/s  MFU 10.0%  waiting for data 25%  ETA 3m10s",
-        "step 9/100  loss 2.25  skipped 2  failed_saves 1  100 tokens/s  MFU 20.0%  ETA 1m31s",
-    ]
-
-
-def test_goodput_is_over_all_starts_of_a_run(tmp_path, clock):
-    with metrics.Metrics(tmp_path, 9) as m:
-        for step in (1, 2, 3, 4):
-            clock.now += 5
-            m.write(step, {}, 1)
-    clock.now += 1000  # the run is down
-    with metrics.Metrics(tmp_path, 9, resume_step=2, began=clock.now - 4) as m:
-        clock.now += 6
-        m.restart_clock(3)
-        clock.now += 10
-        m.write(4, {}, 1)
-    assert [row["goodput"] for row in rows(tmp_path)] == [1, 1, (10 + 10) / (20 + 4 + 6 + 10)]
-
-
-def test_what_is_not_known_is_left_out(tmp_path):
-    with metrics.Metrics(tmp_path, 3, flops_per_step=10**9) as m:
-        time.sleep(0.01)
-        m.write(1, {"loss": 2.5}, 100)
-    assert not {"mfu", "hbm_gib"} & rows(tmp_path)[0].keys()  # of a CPU
-
-
-def test_a_full_disk_does_not_end_the_metrics(tmp_path, capsys):
-    with metrics.Metrics(tmp_path, 3) as m:
-        m._file.close()
-        m._file = pathlib.Path("/dev/full").open("w")  # noqa: SIM115
-        m.write(1, {"loss": 2.5}, 100)
-        m.write(2, {"loss": 2.5}, 100)
-    shown = capsys.readouterr()
-    assert shown.err.count("couldn't be written") == 1
-    assert "step 2/3" in shown.out

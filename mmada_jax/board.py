@@ -1,0 +1,104 @@
+"""TensorBoard's file of a run, written by the thread that calls.
+
+tensorboardX makes the summaries. Its writer isn't used: a thread of its own writes, dies of the first
+error, and blocks the program once its queue of ten is full.
+"""
+
+import math
+import pathlib
+import socket
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mmada_jax.disk import Growing
+
+
+class Board:
+    """One file in WORKDIR/tensorboard, begun anew at each start of a run: with the `rows` and the samples
+    that the workdir holds up to the step `last`. The files of earlier starts are removed once it is whole:
+    whatever these lack after a kill, or have beyond that step, the board is the same as the rows.
+
+    `began` is when the run would have begun if it had never been down, in seconds since 1970.
+    """
+
+    def __init__(self, workdir: pathlib.Path, began: float, rows: Sequence[Mapping[str, float]], last: int):
+        self._began = began
+        folder, name = (
+            workdir / "tensorboard",
+            f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}",
+        )
+        self._old = [path for path in folder.glob("events.out.tfevents.*") if path.name != name]
+
+        def begin() -> Iterator[bytes]:
+            yield _record(wall_time=began, file_version="brain.Event:2")
+            yield from map(self._row, rows)
+            seconds = {row["step"]: row.get("wall_seconds", 0.0) for row in rows}
+            for text in sorted((workdir / "samples").glob("*.md")):
+                if text.stem.isdigit() and (step := int(text.stem)) <= last:
+                    picture = text.with_suffix(".png")
+                    png = picture.read_bytes() if picture.is_file() else b""
+                    yield self._samples(step, seconds.get(step, 0.0), text.read_bytes(), png)
+
+        self._file = Growing(folder / name, begin)
+
+    def begin(self) -> None:
+        """Writes the file as it begins, and what has waited. This and all others raise OSError where the
+        disk refuses, and what they were to write waits."""
+        self._write(b"")
+
+    def add(self, row: Mapping[str, float]) -> None:
+        """Writes the finite values of a row."""
+        self._write(self._row(row))
+
+    def show(self, step: int, seconds: float, text: bytes, png: bytes) -> None:
+        """Writes samples, `seconds` after the run began: Markdown and, unless it is empty, a picture."""
+        self._write(self._samples(step, seconds, text, png))
+
+    def _write(self, entry: bytes) -> None:
+        self._file.add(entry)
+        for path in self._old:
+            path.unlink(missing_ok=True)
+        self._old = []
+
+    def _row(self, row: Mapping[str, float]) -> bytes:
+        from tensorboardX import summary
+
+        values = [
+            value
+            for name, x in row.items()
+            if name != "step" and math.isfinite(x)
+            for value in summary.scalar(name, x).value
+        ]
+        return self._event(row["step"], row.get("wall_seconds", 0.0), values)
+
+    def _samples(self, step: int, seconds: float, text: bytes, png: bytes) -> bytes:
+        from tensorboardX import summary
+
+        values = list(summary.text("samples", text.decode(errors="replace")).value)
+        if png:
+            height, width = reversed(struct.unpack(">II", png[16:24]))
+            image = summary.Summary.Image(
+                height=height, width=width, colorspace=3, encoded_image_string=png
+            )
+            values.append(summary.Summary.Value(tag="samples", image=image))
+        return self._event(step, seconds, values)
+
+    def _event(self, step: int, seconds: float, values: list[Any]) -> bytes:
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        seconds = seconds if math.isfinite(seconds) else 0.0
+        return _record(step=step, wall_time=self._began + seconds, summary=Summary(value=values))
+
+
+def _record(**event: Any) -> bytes:
+    """An Event as a TFRecord: its length and its bytes, each with a checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    data = Event(**event).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join(
+        (length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data)))
+    )

@@ -1,0 +1,46 @@
+"""Files that are written whole or not at all, and files that grow, also while the disk is full."""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
+    """Writes a file whole or not at all, and its folder where that is missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several programs may write the same
+    try:
+        with temporary.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Growing:
+    """A file that is begun anew and grows by whole entries, each on the disk when `add` returns.
+
+    `begin` gives what it begins with. What the disk refuses is kept in memory, in `waiting`, and tried
+    again with the next entry: readers never see a part of one for longer than that.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], begin: Callable[[], Iterable[bytes]]):
+        self.path, self.waiting = pathlib.Path(path), bytearray()
+        self._begin, self._size = begin, -1  # bytes on the disk that are whole entries; -1: not begun
+
+    def add(self, entry: bytes = b"") -> None:
+        """Writes what has waited, and `entry`. Raises OSError where the disk refuses."""
+        self.waiting += entry
+        if self._size < 0:
+            write_whole(self.path, self._begin())
+            self._size = self.path.stat().st_size
+        if self.waiting:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                if file.tell() > self._size:
+                    file.truncate(self._size)  # a part of an entry, left when the disk refused
+                self._size = min(file.tell(), self._size)  # somebody may have emptied or removed it
+                file.write(self.waiting)
+            self._size += len(self.waiting)
+            self.waiting.clear()
