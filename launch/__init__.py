@@ -1,9 +1,26 @@
 """The programs, and how they end when something is wrong."""
 
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import NoReturn
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Runs a program with absl's flags and a --config, and ends it as `fail` does."""
+    from absl import app
+
+    from mmada_jax.config import parse_flags
+
+    try:
+        app.run(main, flags_parser=parse_flags)
+    except KeyboardInterrupt:
+        os.write(2, b"stopped by Ctrl-C before there was anything to save\n")
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
+        fail(error)
 
 
 def fail(error: Exception) -> NoReturn:

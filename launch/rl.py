@@ -15,15 +15,13 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from launch import fail
-from launch.train import CONFIG, COORDINATOR, DISTRIBUTED, NUM_PROCESSES, PROCESS_ID, TIMEOUT, WORKDIR
-from mmada_jax.config import parse_flags
+from launch import run
+from launch.train import CONFIG, WORKDIR, connect
 from mmada_jax.rl.diagnose import diagnose
 from mmada_jax.rl.train import train
 from mmada_jax.rl.unigrpo import MASKINGS
-from mmada_jax.sharding import initialize_distributed
 
 DIAGNOSE = flags.DEFINE_bool("diagnose", False, "Measure the gradients of maskings; train nothing.")
 COMPARED = flags.DEFINE_list("maskings", list(MASKINGS), "What --diagnose compares.")
@@ -35,9 +33,7 @@ def main(argv):
     logging.set_verbosity(logging.FATAL)  # what Orbax would log of an error is in what is reported of it
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
-    initialize_distributed(
-        COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value, TIMEOUT.value
-    )
+    connect("launch/rl.py --diagnose" if DIAGNOSE.value else "launch/rl.py")
     if not DIAGNOSE.value:
         train(CONFIG.value, WORKDIR.value)
         return
@@ -53,7 +49,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except Exception as error:
-        fail(error)
+    run(main)

@@ -15,13 +15,12 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import vq
-from launch import fail
-from mmada_jax.config import parse_flags
-from mmada_jax.sharding import initialize_distributed
+from launch import run
+from mmada_jax.distributed import initialize_distributed, together
 from mmada_jax.train import check, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
@@ -38,14 +37,21 @@ DISTRIBUTED = flags.DEFINE_bool(
 TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.")
 
 
+def connect(program: str) -> None:
+    """Meets the other processes of the run; all must run the same program with the same configuration."""
+    initialize_distributed(
+        COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value, TIMEOUT.value
+    )
+    with together(program, TIMEOUT.value) as same:
+        same |= {"config": CONFIG.value.to_dict(), "workdir": os.path.abspath(WORKDIR.value)}
+
+
 def main(argv):
     """Trains; the image tokenizer first, if the model needs one and names none."""
     logging.set_verbosity(logging.FATAL)  # what Orbax would log of an error is in what is reported of it
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
-    initialize_distributed(
-        COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value, TIMEOUT.value
-    )
+    connect("launch/train.py")
     config, workdir = CONFIG.value, WORKDIR.value
     if config.program == "model" and not config.image_tokenizer:
         config.image_tokenizer = "image_tokenizer"
@@ -53,13 +59,10 @@ def main(argv):
         check(config, workdir, tokenizer)
         state = train(tokenizer, os.path.join(workdir, config.image_tokenizer))
         if int(state.step) < tokenizer.steps:
-            return  # SIGTERM
+            return  # a signal
     train(config, workdir)
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    try:
-        app.run(main, flags_parser=parse_flags)
-    except Exception as error:
-        fail(error)
+    run(main)

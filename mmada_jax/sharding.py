@@ -7,12 +7,7 @@ that one line.
 """
 
 import dataclasses
-import functools
-import os
-import socket
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -48,80 +43,6 @@ class AxisRules:
 
 USE = AxisRules()
 REST = AxisRules(embed="fsdp")
-
-
-def initialize_distributed(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    distributed: bool | None = None,
-    timeout: int = 300,
-) -> None:
-    """Connects the processes of one run to each other. Call it before anything else asks for devices.
-
-    `coordinator`, HOST:PORT of process 0, and the two numbers say who is who, all three or none.
-    Without them jax finds out by itself (Cloud TPU, Slurm, Open MPI): if `distributed`, or, where that
-    is None, if the environment says that there are several. Otherwise nothing happens.
-    Raises ValueError for what can't be meant, OSError if the port is taken, ConnectionError if the
-    processes don't find each other within `timeout` seconds.
-    """
-    explicit = (coordinator, num_processes, process_id)
-    if any(x is not None for x in explicit):
-        _check_explicit(*explicit)
-    elif not (several_processes(os.environ) if distributed is None else distributed):
-        return
-    # Its handler would swallow SIGTERM until training has its own, which saves at a step that all agree on.
-    jax.config.update("jax_enable_preemption_service", False)
-    me = "this process" if coordinator is None else f"process {process_id} of {num_processes}"
-    at = "the coordinator" if coordinator is None else coordinator
-    # Past its own timeout jax aborts with a stack trace.
-    connect = functools.partial(jax.distributed.initialize, initialization_timeout=2 * timeout)
-    try:
-        _call_within(timeout, functools.partial(connect, *explicit))
-    except TimeoutError as error:
-        raise ConnectionError(
-            f"{me} and the others didn't meet at {at} within {timeout} s; is that the address of "
-            "process 0, and are all of them started?"
-        ) from error
-    except (RuntimeError, ValueError) as error:
-        raise ConnectionError(f"{me} can't connect at {at}: {str(error).splitlines()[0]}") from error
-
-
-def _call_within(seconds: float, f: Callable[[], None]) -> None:
-    """Raises what `f` raises, or TimeoutError while `f` runs on; it doesn't keep Python from exiting."""
-    done: Future[None] = Future()
-
-    def call():
-        try:
-            done.set_result(f())
-        except Exception as error:
-            done.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    done.result(seconds)
-
-
-def _check_explicit(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    if None in (coordinator, num_processes, process_id):
-        raise ValueError("coordinator, num_processes and process_id belong together: give all or none")
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(f"coordinator is {coordinator!r}; it must be HOST:PORT")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"process_id is {process_id}; it must be from 0 to num_processes - 1")
-    if process_id == 0:
-        with socket.create_server(("", int(port))):  # raises OSError if it is taken, where jax would crash
-            pass
-
-
-def several_processes(environment: Mapping[str, str]) -> bool:
-    """Whether Slurm's or the TPU's environment variables say that this process is one of several."""
-    # In a Slurm job, only what srun starts is one of several; the batch script itself is alone.
-    slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
-    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES", ""))
-    # Off TPUs libtpu leaves a sentence there, which child processes inherit.
-    tpu = "," in hosts and " " not in hosts
-    return slurm or tpu or "MEGASCALE_COORDINATOR_ADDRESS" in environment
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> jax.sharding.Mesh:

@@ -11,9 +11,8 @@ import functools
 import json
 import pathlib
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mmada_jax import config as config_lib
 from mmada_jax import convert, corrupt, evaluate, layout, loss, optim, sharding, transformer, vq
@@ -33,12 +31,14 @@ from mmada_jax.checkpoint import (
     claim_workdir,
     differences,
     has_step,
+    newest_step,
     write_whole,
 )
 from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import digits, pipeline, sources
 from mmada_jax.data.tokenizer import TextTokenizer
-from mmada_jax.metrics import Metrics
+from mmada_jax.distributed import together, watch_signals
+from mmada_jax.metrics import Metrics, tell
 from mmada_jax.run import (
     ModelRun,
     Plan,
@@ -79,7 +79,7 @@ class Program:
     load: Callable[[int, Sequence[int]], pipeline.Loaded]
     encode: Callable[[Any], Any]
     tokens_per_step: int
-    flops_per_step: int = 0  # 0: not known
+    flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # by a step's values; 0: not known
     tokenizer: TextTokenizer | None = None
     accumulate: int = 1
     start: Any = None
@@ -99,15 +99,18 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     """Trains until `config.steps`, from the newest checkpoint of the workdir if there is one.
 
     Raises ValueError for a configuration that doesn't fit, itself or the workdir, before any
-    compute. SIGTERM saves and returns: `state.step` is then less than `config.steps`. Where there are
-    several processes, all call this; the first one writes and prints.
+    compute. SIGTERM and Ctrl-C save and return: `state.step` is then less than `config.steps`. Where
+    there are several processes, all call this; the first one writes and prints.
     """
     # ---- Configuration --------------------------------------------------------------------------
     began = time.perf_counter()
-    run, mesh, what = check(config, workdir)
-    workdir, first_process = pathlib.Path(workdir), jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first_process else lambda *_: None
-    program = model_program(run, workdir, mesh, what) if what else vq_program(run)
+    workdir = pathlib.Path(workdir)
+    with together("training") as same:
+        run, mesh, what = check(config, workdir)
+        program = model_program(run, workdir, mesh, what) if what else vq_program(run)
+        same |= start_of(run, workdir) | {"data": program.data}
+    first_process = jax.process_index() == 0
+    say = tell if first_process else lambda *_: None
     claim_workdir(workdir, config_lib.to_dict(run))
     if first_process and program.tokenizer:
         program.tokenizer.save(workdir / "tokenizer.json")
@@ -120,7 +123,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     n_params = sum(x.size for x in jax.tree.leaves(shapes.params))
     root = jax.random.key(run.seed)
     with (
-        watch_sigterm(mesh) as sigterm,  # until the last save is complete
+        watch_signals(mesh) as signalled,  # until the last save is complete
         Checkpoints(workdir, run.keep) as checkpoints,
         jax.set_mesh(mesh),
     ):
@@ -158,13 +161,13 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     upcoming = ahead.submit(next, batches)
                 skipped.count(loaded.skipped, len(own))
                 batch = program.encode(sharding.put_batch(mesh, loaded.rows, own, run.batch_size))
-                stop = sigterm()
+                stop = signalled()
                 state, values = step_fn(state, root, batch)
                 done = step + 1
                 if step == first:
                     jax.block_until_ready(values)
                     metrics.restart_clock(done)
-                stop = bool(stop)
+                stop = int(stop)
                 measure = program.evaluate and (done % run.eval_every == 0 or done == run.steps)
                 log = done % run.log_every == 0 or done == run.steps or measure
                 save = done % run.save_every == 0 or done == run.steps or stop
@@ -183,7 +186,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                         with metrics.pausing():
                             checkpoints.save(state)
                 if stop:
-                    say(f"stopped by SIGTERM after step {done}; run again to resume")
+                    say(f"stopped by {signal.Signals(stop).name} after step {done}; run again to resume")
                     break
     return state
 
@@ -211,6 +214,17 @@ def check(
     else:
         preset_of(vq.PRESETS, run.preset)
     return run, mesh, what
+
+
+def start_of(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """What all processes of a run must begin with alike."""
+    return {
+        "config": config_lib.to_dict(run),
+        "workdir": str(workdir.absolute()),
+        "newest step": newest_step(workdir).name if has_step(workdir) else None,
+        "devices": jax.local_device_count(),
+        "kind of device": jax.local_devices()[0].device_kind,
+    }
 
 
 def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
@@ -301,7 +315,7 @@ def model_objective(run: ModelRun, model: transformer.Config, vocab: Vocab) -> O
             f"loss_{task}": jnp.sum(jnp.where(rows.task_B == layout.TASKS.index(task), each_B, 0))
             for task in tasks
         }
-        return total, by_task
+        return total, by_task | {"scored": jnp.sum(seen.weights_BL != 0, dtype=jnp.float32)}
 
     return Objective(
         functools.partial(transformer.init_params, config=model),
@@ -374,6 +388,10 @@ def model_program(
     def encode(rows):
         return rows.batch
 
+    def flops(values):  # the loss has logits only where tokens are scored
+        logits = round(values["scored"]) * what.model.vocab
+        return 3 * transformer.forward_flops(what.model, run.batch_size, what.shape.length, logits)
+
     vision = None
     if data.encodes or run.eval_every:
         params, _ = load_vq(image_tokenizer_of(run, workdir))
@@ -384,7 +402,7 @@ def model_program(
         load=data.load,
         encode=encode,
         tokens_per_step=run.batch_size * what.shape.length,
-        flops_per_step=3 * transformer.forward_flops(what.model, run.batch_size, what.shape.length),
+        flops_per_step=flops,
         tokenizer=what.tokenizer,
         accumulate=run.accumulate,
         start=what.start and what.start.params,
@@ -451,30 +469,3 @@ def vq_program(run: VQRun) -> Program:
         encode=lambda pixels_BIJC: pixels_BIJC,
         tokens_per_step=run.batch_size * digits.HEIGHT * digits.WIDTH // vq_config.downsampling**2,
     )
-
-
-@contextlib.contextmanager
-def watch_sigterm(mesh: jax.sharding.Mesh) -> Iterator[Callable[[], bool | jax.Array]]:
-    """Gives a function whose answer is true once SIGTERM has arrived.
-
-    Where there are several processes, all must call it at the same steps, and get the same answer: true
-    if SIGTERM arrived at any. The answer is then an array, ready when the work queued before is done.
-    """
-    received: list[int] = []
-    # Outside of the main thread the caller handles signals.
-    in_main = threading.current_thread() is threading.main_thread()
-    before = in_main and signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    anywhere = jax.jit(jnp.any, in_shardings=each, out_shardings=sharding.replicated(mesh))
-
-    def ask():
-        if jax.process_count() == 1:
-            return bool(received)
-        flags = jax.make_array_from_callback((mesh.size,), each, lambda _: np.array([bool(received)]))
-        return anywhere(flags)
-
-    try:
-        yield ask
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)

@@ -19,8 +19,8 @@ from configs import cot, unigrpo
 from mmada_jax import metrics, optim, sharding
 from mmada_jax.checkpoint import Checkpoints
 from mmada_jax.data import digits
+from mmada_jax.distributed import initialize_distributed, several_processes
 from mmada_jax.run import parse
-from mmada_jax.sharding import initialize_distributed, several_processes
 from mmada_jax.state import state_shardings
 from mmada_jax.train import model_program
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-import sys
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +29,8 @@ from mmada_jax import train as train_lib
 from mmada_jax.api import MMaDA
 from mmada_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
 from mmada_jax.convert import llada
-from mmada_jax.metrics import Metrics
+from mmada_jax.distributed import together, watch_signals
+from mmada_jax.metrics import Metrics, png_of, tell, warn
 from mmada_jax.optim import Config as OptimConfig
 from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl import unigrpo
@@ -157,17 +158,20 @@ class Program:
 def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     """Trains until `config.iterations`, from the newest checkpoint of the workdir if there is one.
 
-    Raises ValueError or OSError for what doesn't fit before any compute. SIGTERM saves when the
-    iteration is complete and returns. Where there are several processes, all call this; the first one
-    computes the rewards, writes and prints.
+    Raises ValueError or OSError for what doesn't fit before any compute. SIGTERM and Ctrl-C save
+    when the iteration is complete and return. Where there are several processes, all call this; the
+    first one computes the rewards, writes and prints.
     """
     # ---- Configuration --------------------------------------------------------------------------
     began = time.perf_counter()
-    run, mesh, prompts, rewards = check(config, workdir)
-    workdir, first_process = pathlib.Path(workdir), jax.process_index() == 0
-    say = functools.partial(print, flush=True) if first_process else lambda *_: None
-    model = load(run, workdir, mesh)
-    check_model(run, model, prompts, rewards)
+    workdir = pathlib.Path(workdir)
+    with together("reinforcement learning") as same:
+        run, mesh, prompts, rewards = check(config, workdir)
+        model = load(run, workdir, mesh)
+        check_model(run, model, prompts, rewards)
+        same |= train_lib.start_of(run, workdir)
+    first_process = jax.process_index() == 0
+    say = tell if first_process else lambda *_: None
     claim_workdir(workdir, description(run, model))
     if first_process:
         model.tokenizer.save(workdir / "tokenizer.json")
@@ -177,7 +181,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     optimizer = optim.make(run.optim, run.iterations * mu)
     root = jax.random.key(run.seed)
     with (
-        train_lib.watch_sigterm(mesh) as sigterm,  # until the last save is complete
+        watch_signals(mesh) as signalled,  # until the last save is complete
         Checkpoints(workdir, run.keep) as checkpoints,
         ThreadPoolExecutor(1) as pool,
         contextlib.ExitStack() as stack,
@@ -217,9 +221,12 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
             return [program.score(state.params, reference, rollout, key, n) for n in range(mu)]
 
         with Metrics(workdir, run.iterations, first, began=began) as metrics:
+            compiled: set[str] = set()
             for iteration in range(first, run.iterations):
                 name, _ = run.turn(iteration)
                 program = programs[name]
+                calls = {f"updates of {name}", f"rollouts of {run.turn(iteration + run.ahead)[0]}"}
+                compiles, compiled = not calls <= compiled, compiled | calls
                 clock = Clock()
                 asked, rollout, scored = ahead or (*roll(iteration), None)
                 host = multihost_utils.process_allgather(rollout, tiled=True)
@@ -252,9 +259,12 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 clock.lap("updates")
 
                 # ---- What there is to see -------------------------------------------------------
-                done, stop = iteration + 1, bool(sigterm())
+                done, stop = iteration + 1, int(signalled())
+                if compiles:
+                    metrics.restart_clock(done)
                 if done % run.log_every == 0 or done == run.iterations:
-                    values |= measures(program, host, each, of_updates, None if run.ahead else clock)
+                    known = None if run.ahead or compiles else clock
+                    values |= measures(program, host, each, of_updates, known)
                     values["seconds_waiting_for_rewards"] = clock.seconds["rewards"]
                     values = {f"{name}/{key}": float(value) for key, value in values.items()}
                     shown = [f"{name}/{key}" for key in SHOWN] + [
@@ -265,14 +275,14 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     metrics.write(done, values, program.at.row * len(host.tokens_RL), shown)
                     optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
                 if run.samples_every and iteration % run.samples_every < len(run.cycle) and first_process:
-                    save_samples(
-                        workdir, iteration, name, asked, responses, total_R, each, run.objective.responses
-                    )
+                    text, png = samples(asked, responses, total_R, each, run.objective.responses)
+                    metrics.save_samples(f"{iteration:06}-{name}", text, png)
                 if done % run.save_every == 0 or done == run.iterations or stop:
                     with metrics.pausing():
                         checkpoints.save(bundle(state, reference, ahead and ahead[1:]))
                 if stop:
-                    say(f"stopped by SIGTERM after iteration {done}; run again to resume")
+                    name = signal.Signals(stop).name
+                    say(f"stopped by {name} after iteration {done}; run again to resume")
                     break
     return state
 
@@ -568,7 +578,7 @@ def readable(model: MMaDA, program: Program, position: int) -> Prompt:
             return prompt._replace(image=read_image(prompt.image, model.image_size))
         except (ValueError, OSError) as error:
             if prompt.image not in program.unreadable and jax.process_index() == 0:
-                print(f"warning: {error}; another prompt stands in", file=sys.stderr, flush=True)
+                warn(f"{error}; another prompt stands in")
             program.unreadable.add(prompt.image)
     raise ValueError(f"none of the images of {n} prompts can be read; the last is {prompt.image}")
 
@@ -629,7 +639,8 @@ def measures(
     updates: list[dict[str, Any]],
     clock: Clock | None,
 ) -> dict[str, float]:
-    """Metrics of a rollout and its updates; without a clock no speeds, where they overlap."""
+    """Metrics of a rollout and its updates; without a clock no speeds, where they overlap
+    or where something was compiled."""
     response_RL = host.response_RL
     length_R = response_RL.sum(axis=1)
     out = {name: np.mean([values[name] for values in updates]) for name in updates[0]}
@@ -647,21 +658,20 @@ def measures(
     }
 
 
-def save_samples(workdir, iteration, name, asked, responses, total_R, each, G) -> None:
-    """WORKDIR/samples/ITERATION-TASK.md with every response of the first prompts; images beside it."""
+def samples(asked, responses, total_R, each, G) -> tuple[bytes, bytes]:
+    """Every response of the first prompts as Markdown; and their images as a PNG, empty without any."""
     texts, images = responses
-    path = workdir / "samples" / f"{iteration:06}-{name}"
-    path.parent.mkdir(exist_ok=True)
     lines, n = [], 4 * G
     for i, (prompt, text) in enumerate(zip(asked[:n], texts[:n], strict=True)):
         if i % G == 0:
             lines.append(f"\n## {prompt.text}\n\nanswer: {prompt.answer}\n\n")
         parts = ", ".join(f"{key} {value_R[i]:.3g}" for key, value_R in each.items())
         lines.append(f"- {total_R[i]:.3g} ({parts}) {text!r}\n")
-    path.with_suffix(".md").write_text("".join(lines))
+    png = b""
     if images is not None:
         grid = vq.to_uint8(images[:n])
         grid = np.concatenate(
             [np.concatenate(list(grid[i : i + G]), axis=1) for i in range(0, len(grid), G)]
         )
-        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(path.with_suffix(".png"))
+        png = png_of(Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid))
+    return "".join(lines).encode(errors="replace"), png
