@@ -63,6 +63,7 @@ for path in $(realpath -m $named | sort -u); do
   if [ -f "$path" ]; then
     install -D "$path" "$root$path"
   elif [ -d "$path" ] && [[ $path == /*/* ]]; then
+    path=${path%/simple} # an index names files beside it
     mounted "$root$path" --bind -o ro "$path"
   fi
 done
