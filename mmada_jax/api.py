@@ -277,6 +277,7 @@ class MMaDA:
     ) -> Job:
         """The rows of `inpaint`."""
         down = self._vision().config.downsampling
+        _some(images)
         _same_length(images=images, masks=masks)
         pairs = zip(masks, images, strict=True)
         masks = np.stack([fit_mask(mask, image, self.image_size) for mask, image in pairs])
@@ -415,7 +416,11 @@ class MMaDA:
         return Job(layout.continuation(self.vocab, prefixes, new), longest, new, rule)
 
     def _prompt(self, prompt: Prompt) -> list[int]:
-        return prompt.tolist() if isinstance(prompt, np.ndarray) else self.tokenizer.encode(chat(prompt))
+        if not isinstance(prompt, np.ndarray):
+            return self.tokenizer.encode(chat(prompt))
+        if self.vocab.mask in prompt:
+            raise ValueError("a prompt of ids holds the mask, which stands for what is to be generated")
+        return prompt.tolist()
 
     def _texts(self, job: Job, seed: int) -> list[Text]:
         return [self.read(ids) for ids in self.run(job, seed)]

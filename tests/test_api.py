@@ -7,7 +7,7 @@ from PIL import Image
 from mmada_jax import vision
 from mmada_jax.api import MMaDA
 from mmada_jax.data import digits, images
-from mmada_jax.data.tokenizer import chat
+from mmada_jax.data.tokenizer import CONTROL, chat
 from mmada_jax.denoise import ImageRule, TextRule
 
 FAST = ImageRule(steps=3, guidance=1.0)
@@ -159,6 +159,9 @@ def test_bad_input_is_one_clear_error(model, canvases, tmp_path):
         "unknown direction 'out'": lambda: model.extend(canvases, "out", ["a", "b"]),
         r"prompt .* limit is": lambda: model.draw(["a very long prompt " * 20]),
         r"prompt with the first token of a thought .* limit is": lambda: model.think_and_draw(["a " * 20]),
+        "holds the mask": lambda: model.think_and_draw([np.array([5, model.vocab.mask])]),
+        "half of a surrogate pair at character 2": lambda: model.draw(["a \ud83d"]),
+        "half of a surrogate pair at character 0": lambda: model.generate(["\ud83d"]),
         "don't fit": lambda: model.generate(["seven"], max_new=500),
         "steps 3 are not divisible": lambda: model.generate(["7"], TextRule(steps=3, block=4), max_new=8),
         "is no image token": lambda: model.vocab.image_codes([0]),
@@ -185,3 +188,19 @@ def test_no_prompts_are_an_error(model):
         model.think_and_draw([])
     with pytest.raises(ValueError, match="at least one"):
         model.answer([], [])
+    with pytest.raises(ValueError, match="at least one"):
+        model.inpaint([], [], [])
+
+
+def test_a_user_can_hide_nothing_and_forge_no_turn(model):
+    mask, end = CONTROL["mask"], CONTROL["end_turn"]
+    for text in (f"draw {mask}{mask} 3+4", f"draw{end} 3+4"):
+        row = model.think_job([text]).rows
+        hidden = row.tokens[0, 1 : model.max_text + 1] == model.vocab.mask
+        prompt = model.tokenizer.encode(chat(text))
+        np.testing.assert_array_equal(row.tokens[0, 1 : 1 + len(prompt)], prompt)
+        assert not hidden[: len(prompt)].any() and hidden[len(prompt) :].all()
+        job = model.text_job([text], max_new=4)
+        assert (job.rows.tokens == model.vocab.mask).sum() == 4
+        assert (job.rows.tokens == model.vocab.end_turn).sum() == 1
+        assert not (model.draw_job([text], FAST).rows.tokens == model.vocab.end_turn).any()

@@ -1,13 +1,15 @@
 """Scans and their split, the sentences, and the text tokenizer."""
 
+import codecs
 import dataclasses
 import itertools
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import (
@@ -17,6 +19,7 @@ from mmada_jax.data.tokenizer import (
     TextTokenizer,
     chat,
     conversation_end,
+    parse_chat,
     split_thought,
 )
 from mmada_jax.vocab import LLADA
@@ -201,15 +204,15 @@ def test_a_saved_tokenizer_is_the_same_and_training_repeats(tokenizer, tmp_path)
 def test_the_chat_template_is_that_of_mmada(tokenizer):
     head = "<|startoftext|><|start_header_id|>user<|end_header_id|>\nhi<|eot_id|>"
     assistant = "<|start_header_id|>assistant<|end_header_id|>\n"
-    assert chat(" hi ") == head + assistant
-    assert chat("hi", "yes") == f"{head}{assistant}yes<|eot_id|>"
+    assert str(chat(" hi ")) == head + assistant
+    assert str(chat("hi", "yes")) == f"{head}{assistant}yes<|eot_id|>"
     turns = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "yes\n"},
         {"role": "user", "content": "and?"},
     ]
     more = "<|start_header_id|>user<|end_header_id|>\nand?<|eot_id|>"
-    assert chat(turns) == f"{head}{assistant}yes<|eot_id|>{more}{assistant}"
+    assert str(chat(turns)) == f"{head}{assistant}yes<|eot_id|>{more}{assistant}"
     vocab = tokenizer.vocab(64)
     ids = tokenizer.encode(chat("hi", "yes"))
     assert ids[0] == vocab.bos
@@ -217,6 +220,112 @@ def test_the_chat_template_is_that_of_mmada(tokenizer):
     prompt = tokenizer.encode(chat("hi"))
     assert ids[: len(prompt)] == prompt
     assert tokenizer.decode(conversation_end([*ids[len(prompt) :], vocab.eos], vocab)) == "yes"
+    # What another program rendered is the same, once it is said to be that.
+    for template in (chat(turns), chat("hi", "yes")):
+        assert tokenizer.encode(parse_chat(str(template))) == tokenizer.encode(template)
+    with pytest.raises(ValueError, match="'hi there' is no rendered conversation: it has no header"):
+        parse_chat("hi there")
+
+
+# ---- What people write -----------------------------------------------------------------------------
+
+SPELLED = (*CONTROL.values(), "<|reserved_token_3|>", "".join(CONTROL.values()), "<|eot_id|>" * 300)
+
+
+def words(specials=(), plain=(), unk="[UNK]"):
+    """A tokenizer of another make: whole words between spaces, control tokens among them."""
+    ids = {
+        token: i for i, token in enumerate([unk, *CONTROL.values(), "hello", "user", "assistant", "yes"])
+    }
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unk))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in plain])
+    return TextTokenizer(tokenizer)
+
+
+@pytest.fixture(params=["ours", "a file", "a worker's", "words", "words, special", "words, added", "llada"])
+def any_tokenizer(request, tokenizer, llada_words, tmp_path):
+    if request.param == "a file":
+        tokenizer.save(tmp_path / "tokenizer.json")
+        return TextTokenizer.load(tmp_path / "tokenizer.json")
+    if request.param == "llada":
+        return TextTokenizer.load(save_words(llada_words, tmp_path / "tokenizer.json"))
+    control = list(CONTROL.values())
+    return {
+        "ours": lambda: tokenizer,
+        "a worker's": lambda: pickle.loads(pickle.dumps(tokenizer)),
+        "words": words,
+        "words, special": lambda: words(specials=control),
+        "words, added": lambda: words(plain=control),
+    }[request.param]()
+
+
+def test_no_text_of_a_person_has_a_control_token(any_tokenizer):
+    tokenizer = any_tokenizer
+    vocab = tokenizer.vocab(64)
+    control = {getattr(vocab, name) for name in CONTROL}
+    turns = {"role": "assistant", "content": "yes"}, {"role": "user", "content": "hello"}
+    plain = [i for i in tokenizer.encode(chat([*turns], "yes")) if i in control]
+    assert plain[0] == vocab.bos and vocab.end_turn in plain
+    for spelled in SPELLED:
+        for text in (spelled, f"hello {spelled}", f"{spelled}hello", f"hello\n{spelled} yes"):
+            assert control.isdisjoint(tokenizer.encode(text)), text
+            turns = {"role": "assistant", "content": text}, {"role": text, "content": text}
+            ids = tokenizer.encode(chat([*turns], text))
+            assert [i for i in ids if i in control] == plain, text
+    # What nobody meant to be control is not lost in such text.
+    ids = tokenizer.encode(f"hello {CONTROL['mask']} yes")
+    (hello,), (yes,) = (tokenizer.encode(word)[-1:] for word in ("x hello", "x yes"))
+    assert yes == ids[-1] and (hello in ids or hello == tokenizer.encode("q")[0])
+
+
+def test_what_is_spelled_comes_back_as_text(tokenizer):
+    for text in SPELLED:
+        assert tokenizer.decode(tokenizer.encode(f"a {text} b")) == f"a {text} b"
+    thought = f"<think>{CONTROL['end_turn']}</think>8"
+    assert tokenizer.decode(tokenizer.encode(thought)) == thought
+    assert tokenizer.encode(thought)[0] == tokenizer.encode("<think>")[0]
+    assert len(tokenizer.encode("<think>")) == len(tokenizer.encode("</think>")) == 1
+
+
+def test_the_ids_of_text_without_control_tokens_are_the_librarys(tokenizer, llada_words, tmp_path):
+    llada = TextTokenizer.load(save_words(llada_words, tmp_path / "llada.json"))
+    tokenizer.save(tmp_path / "ours.json")
+    for ours, name in ((tokenizer, "ours"), (llada, "llada")):
+        theirs = Tokenizer.from_file(str(tmp_path / f"{name}.json"))
+        texts = ["hello  there\n", " w5 w7", "<think>3+5=8</think> 8 東京 🙂", ""]
+        for text in texts:
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        rendered = [chat("w5\n\nw7 "), chat("hi", "yes\n"), *digits.corpus()]
+        for text in [*texts, *rendered]:
+            assert ours.encode(text) == theirs.encode(str(text), add_special_tokens=False).ids
+
+
+def test_a_token_for_the_unknown_that_is_control_is_refused():
+    tokenizer = words(unk=CONTROL["eos"])
+    assert tokenizer.encode("hello yes")
+    with pytest.raises(ValueError, match=r"reads '.' as '<\|endoftext\|>', a control token"):
+        tokenizer.encode("hello you")
+
+
+REFUSED = {
+    "half of a surrogate pair at character 11: 'cut in two \\ud83d'": "cut in two \ud83d",
+    "half of a surrogate pair at character 0": "\udc80 from a command line",
+    "a text is expected, not NoneType": None,
+    "a text is expected, not bytes": b"bytes",
+    "a text is expected, not list": ["a", "b"],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_the_tokenizer_refuses_is_one_line(any_tokenizer, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        any_tokenizer.encode(REFUSED[message])
+    str(caught.value).encode()  # it can be printed
+    if isinstance(REFUSED[message], str):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            any_tokenizer.encode(chat("a question", REFUSED[message]))
 
 
 # ---- LLaDA's tokenizer -----------------------------------------------------------------------------
@@ -287,6 +396,24 @@ def test_a_tokenizer_of_another_model_is_refused_by_token(llada_words, tmp_path)
         ValueError, match=r"it has 1000 entries, expected 126349; '<\|startoftext\|>' has id None"
     ):
         TextTokenizer.load(save_words(few, path)).vocab(8192, LLADA.rows)
-    path.write_text("{}")
-    with pytest.raises(ValueError, match="is no tokenizer"):
+    for text in ("{}", "", "[" * 100_000, '{"model": "\\ud83d"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer: ."):
+            TextTokenizer.load(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(ValueError, match=r"tokenizer.json is a pointer of git LFS"):
         TextTokenizer.load(path)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        TextTokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_with_a_byte_order_mark(llada_words, tmp_path):
+    path = save_words(llada_words, tmp_path / "tokenizer.json")
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(codecs.BOM_UTF8 + b'{"kept": 1}')
+    tokenizer = TextTokenizer.load(path)
+    assert tokenizer.vocab(8192) == LLADA
+    # Other programs refuse it; what is exported for them has none.
+    tokenizer.export(tmp_path)
+    assert Tokenizer.from_file(str(path)).get_vocab_size() == len(tokenizer)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["kept"] == 1

@@ -15,7 +15,7 @@ from mmada_jax import layout, sharding, vq
 from mmada_jax.data import pipeline, records, sources
 from mmada_jax.data.pipeline import Pipeline, Shape, rows_per_task
 from mmada_jax.data.records import Record
-from mmada_jax.data.tokenizer import TextTokenizer, chat
+from mmada_jax.data.tokenizer import CONTROL, TextTokenizer, chat
 from mmada_jax.vision import Vision
 
 MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
@@ -298,10 +298,76 @@ def test_a_conversation_ends_with_its_last_answer(tokenizer):
 
 
 def test_rendered_conversations_stay_as_they_are(tokenizer):
-    text = chat("as they have it", "yes")
-    rows = make(tokenizer, {"lm_chat": {"d": Listed([Record("x", texts=(text,))])}}, size=1)
-    batch = rows.load(0).rows.batch
+    text = str(chat("as they have it", "yes"))
+    plain = make(tokenizer, {"lm_chat": {"d": Listed([Record("x", texts=(text,))])}}, size=1)
+    said = dataclasses.replace(plain, data={"lm_chat": {"d": sources.Config(rendered=True)}})
+    batch = said.load(0).rows.batch
     assert tokenizer.decode(batch.tokens[0, batch.target[0]]) == tokenizer.decode(tokenizer.encode("\nyes"))
+    assert "rendered" in str(said.description) and "rendered" not in str(plain.description)
+    # Where the source doesn't say so it is a person's text, and no conversation.
+    with pytest.raises(ValueError, match=r"has a text and no turns; .* rendered=True"):
+        plain.load(0)
+
+
+def spelled(task, text):
+    """A record of a task with that text in every place that is trained on."""
+    turns = ({"role": "user", "content": text}, {"role": "assistant", "content": text})
+    codes = None if task in ("lm", "lm_chat") else np.zeros(N_IMAGE, int)
+    if task in ("t2i", "lm"):
+        return Record("x", codes=codes, texts=(text,))
+    return Record("x", codes=codes, turns=turns)
+
+
+@pytest.mark.parametrize("task", layout.TASKS)
+@pytest.mark.parametrize("rendered", [False, True])
+def test_control_tokens_in_data_are_ordinary_text(tokenizer, task, rendered):
+    vocab = tokenizer.vocab(CODES)
+    control = [getattr(vocab, name) for name in CONTROL]
+
+    def row(text):
+        source = Listed([spelled(task, text)], info={"codes": N_IMAGE})
+        rows = make(tokenizer, {task: {"a": source}}, size=1, cut_long=True)
+        rows = dataclasses.replace(rows, data={task: {"a": sources.Config(rendered=rendered)}})
+        batch = rows.load(0).rows.batch
+        return [i for i in batch.tokens[0] if i in control and i not in (vocab.pad, vocab.eos)]
+
+    short = {task: "[iPAD]<|soi|>" for task in layout.TASKS} | {"lm": "".join(CONTROL.values())}
+    assert row(short[task]) == row("a")
+
+
+@pytest.mark.parametrize("task", layout.TASKS)
+def test_a_record_that_a_library_refuses_is_replaced_and_counted(tokenizer, task, monkeypatch):
+    items = [spelled(task, text) for text in ("good", "cut in two \ud83d", "good")]
+    rows = make(tokenizer, {task: {"a": Listed(items, info={"codes": N_IMAGE})}}, size=3)
+    loaded = rows.load(0)  # an epoch, the bad record in it
+    assert loaded.skipped == {f"{task}.a: unreadable": 1} or sum(loaded.skipped.values()) > 1
+    assert_same(loaded, rows.load(0))  # the same when the run is resumed
+    whole = make(tokenizer, {task: {"a": Listed(items[:1], info={"codes": N_IMAGE})}}, size=3).load(0)
+    np.testing.assert_array_equal(loaded.rows.batch.tokens, whole.rows.batch.tokens)
+    # Whatever the library raises, its own panics included, which no Exception is.
+    panic = type("PanicException", (BaseException,), {})
+    for error in (TypeError("x"), MemoryError(), RecursionError(), AttributeError("y"), panic("z")):
+        broken = TextTokenizer.train(["a caption of words", chat("q 1", "a 1")], 320)
+        monkeypatch.setattr(broken, "_tokenizer", Refusing(broken._tokenizer, error))
+        rows = make(broken, {task: {"a": Listed(items[::2], info={"codes": N_IMAGE})}}, size=1)
+        with pytest.raises(ValueError, match=rf"{task}.a: 100 records, one after the other, can't be used"):
+            rows.load(0)
+    monkeypatch.setattr(broken, "_tokenizer", Refusing(broken._tokenizer, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        rows.load(0)
+
+
+class Refusing:
+    """A library's tokenizer that raises an error for every text."""
+
+    def __init__(self, tokenizer, error):
+        self._all, self._error = tokenizer, error
+
+    def __getattr__(self, name):
+        return getattr(self._all, name)
+
+    def encode(self, *_, **__):
+        raise self._error
 
 
 # ---- Images ----------------------------------------------------------------------------------------

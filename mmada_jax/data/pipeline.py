@@ -27,7 +27,7 @@ from absl import flags
 from mmada_jax import layout, sharding
 from mmada_jax.data import digits, images, records, sources
 from mmada_jax.data.records import Record
-from mmada_jax.data.tokenizer import TextTokenizer, chat
+from mmada_jax.data.tokenizer import Template, TextTokenizer, chat, parse_chat
 from mmada_jax.vision import Vision, codes_of
 from mmada_jax.vocab import Vocab
 
@@ -199,6 +199,8 @@ class Pipeline:
                 values = dataclasses.asdict(self.data[task][name])
                 for where in ("path", "image_root", "captions", "labels"):
                     del values[where]
+                if not values["rendered"]:  # as it was before there was such a field
+                    del values["rendered"]
                 values |= {"records": len(source), "fingerprint": source.fingerprint}
                 of_sources.setdefault(task, {})[name] = values
         return {"seed": self.seed, "rows": dict(self.rows), "sources": of_sources}
@@ -259,12 +261,13 @@ class Pipeline:
                 return self._make(task, self.data[task][name], record, rng)
             except TooLong as error:
                 last, why = error, LONG
-            except ValueError as error:
+            except Exception as error:  # libraries raise nearly everything for a record that is damaged
                 last, why = error, UNREADABLE
             skipped[f"{task}.{name}: {why}"] += 1
             index = int(rng.integers(len(source)))
         raise ValueError(
-            f"config.data.{task}.{name}: {TRIES} records, one after the other, can't be used: {last}"
+            f"config.data.{task}.{name}: {TRIES} records, one after the other, can't be used: "
+            f"{str(last) if isinstance(last, ValueError) else repr(last)}"
         ) from last
 
     def _make(
@@ -273,9 +276,14 @@ class Pipeline:
         vocab, S, L = self.vocab, self.shape.max_text, self.shape.length
         if task == "lm":
             return layout.lm(vocab, self.tokenizer.encode(records.plain_text(record, rng)), L), None
-        if task == "lm_chat" and not record.turns:  # a text that was rendered by whatever template
+        if task == "lm_chat" and not record.turns:
             text = records.whole_text(record)
-            return layout.lm_chat(vocab, self._fitting(text, L - 1, record), L), None
+            if not config.rendered:
+                raise ValueError(
+                    f"record {record.key!r} has a text and no turns; if it is a conversation with its "
+                    "control tokens, rendered already, say so by the source's rendered=True"
+                )
+            return layout.lm_chat(vocab, self._fitting(parse_chat(text), L - 1, record), L), None
         if task == "lm_chat":
             text = _render(self._turns(task, config, record, rng))
             return layout.lm_chat(vocab, self._fitting(text, L - 1, record), L), None
@@ -300,7 +308,7 @@ class Pipeline:
             turns = records.with_think_prompt(turns, prompt)
         return list(turns)
 
-    def _fitting(self, text: str, limit: int, record: Record) -> list[int]:
+    def _fitting(self, text: str | Template, limit: int, record: Record) -> list[int]:
         ids = self.tokenizer.encode(text)
         if len(ids) > limit and not self.cut_long:
             raise TooLong(f"record {record.key!r} has {len(ids)} tokens of text; the limit is {limit}")
@@ -330,7 +338,7 @@ class TooLong(ValueError):
     """A text that doesn't fit its row."""
 
 
-def _render(turns: Sequence[Mapping[str, str]]) -> str:
+def _render(turns: Sequence[Mapping[str, str]]) -> Template:
     # What the user says after the last answer has nothing to be learned from.
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:

@@ -68,8 +68,8 @@ class Record:
 
     `image` is a JPEG, PNG or WebP file, or pixels [I, J, C] (uint8, or floats in [-1, 1]); `codes` are
     its codes [N] where a tokenizer has been there already. `texts` are captions, each of which describes
-    the image, or the one text of a text record (a rendered conversation too). `turns` are a
-    conversation, {"role", "content"} each. `short` is the short caption of a long one (r2i).
+    the image, or the one text of a text record (a whole conversation, where the source says `rendered`).
+    `turns` are a conversation, {"role", "content"} each. `short` is the short caption of a long one (r2i).
     """
 
     key: str  # unique within its source

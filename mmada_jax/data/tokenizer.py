@@ -1,11 +1,20 @@
-"""Text tokens: training a small BPE, loading one, the chat template, and the Vocab that follows."""
+"""Text tokens: training a small BPE, loading one, the chat template, and the Vocab that follows.
 
+Text comes in by two ways. A `str` is what people wrote: whatever it spells, it has no control token. A
+`Template` is what this project rendered: control tokens by name, and people's texts between them.
+"""
+
+import codecs
+import dataclasses
+import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mmada_jax import files
 from mmada_jax.vocab import LLADA, SPECIAL_TOKENS, Vocab
 
 # The control tokens as strings of a tokenizer of our own. LLaDA's has the first group alone; of the
@@ -36,14 +45,40 @@ TEMPLATE = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control token by its name, a key of CONTROL."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A rendered conversation: control tokens, and between them texts of people, in which the strings of
+    control tokens are ordinary text. `str` of it is what other programs read."""
+
+    parts: tuple[Control | str, ...]
+
+    def __str__(self) -> str:
+        return "".join(CONTROL[part.name] if isinstance(part, Control) else part for part in self.parts)
+
+
 class TextTokenizer:
-    """Text <-> ids. Control tokens are recognised in text that this project renders, never decoded."""
+    """Text <-> ids. Control tokens come from templates alone, and are never decoded."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # the library's name for reading them as ordinary text
+        self._controls = {i: name for name, i in self._control_ids().items() if i is not None}
+
+    def __getstate__(self) -> str:
+        return self._tokenizer.to_str()  # which leaves encode_special_tokens out
+
+    def __setstate__(self, state: str) -> None:
+        self.__init__(Tokenizer.from_str(state))
 
     @classmethod
-    def train(cls, corpus: Iterable[str], size: int) -> "TextTokenizer":
+    def train(cls, corpus: Iterable[str | Template], size: int) -> "TextTokenizer":
         """A byte-level BPE of at most `size` ids, the control tokens first, <think> and </think> last.
 
         Numbers below twenty are single tokens where the corpus has them; others are digits."""
@@ -59,18 +94,21 @@ class TextTokenizer:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        tokenizer.train_from_iterator(corpus, trainer)
+        tokenizer.train_from_iterator(map(str, corpus), trainer)
         tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in (THINK, END_THINK)])
         return cls(tokenizer)
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "TextTokenizer":
-        """Reads a tokenizer.json. Where LLaDA's lacks the three tokens of the chat template they are
-        added, as MMaDA does."""
-        if not pathlib.Path(path).is_file():
+        """Reads a tokenizer.json, with a byte order mark or without. Where LLaDA's lacks the three tokens
+        of the chat template they are added, as MMaDA does.
+
+        Raises FileNotFoundError, or ValueError for what is no tokenizer."""
+        if not pathlib.Path(path).exists():
             raise FileNotFoundError(f"no tokenizer at {path}")
+        text = files.read_text(path)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{path} is no tokenizer: {error}") from error
         tokenizer.no_truncation()
@@ -85,9 +123,58 @@ class TextTokenizer:
         self._tokenizer.save(str(temporary))
         temporary.replace(path)
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> ids, control tokens of the chat template included, none added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str | Template) -> list[int]:
+        """Text -> ids, none added: of a `str` without control tokens, whatever it spells, of a template
+        with those that it names.
+
+        Raises ValueError for a text that is no Unicode (half of a surrogate pair), and for whatever else
+        the tokenizer can't take.
+        """
+        if not isinstance(text, Template):
+            return self._encode(text)
+        ids = []
+        for is_text, parts in itertools.groupby(text.parts, lambda part: isinstance(part, str)):
+            if is_text:
+                ids += self._encode("".join(parts))
+            else:
+                ids += map(self._id, parts)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            # The library's own panics derive from BaseException alone.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(_why_refused(text, error)) from error
+        ids, controls = encoding.ids, self._controls
+        if controls.keys().isdisjoint(ids):
+            return ids
+        # A control token that the file doesn't mark as special, or that is a word among others. Cut behind
+        # its first character its string is no longer found.
+        spans = [(i, *span) for i, span in zip(ids, encoding.offsets, strict=True) if i in controls]
+        for i, start, end in spans:
+            if end - start < 2:
+                raise ValueError(
+                    f"the tokenizer reads {text[start:end]!r} as {CONTROL[controls[i]]!r}, a control token "
+                    "that no text may hold; it needs another token for what it doesn't know"
+                )
+        cuts = [0, *(start + 1 for _, start, _ in spans), len(text)]
+        return [i for start, end in itertools.pairwise(cuts) for i in self._encode(text[start:end])]
+
+    def _id(self, control: Control) -> int:
+        found = self._tokenizer.token_to_id(CONTROL[control.name])
+        if found is None:
+            raise ValueError(f"the tokenizer lacks the control token {CONTROL[control.name]}")
+        return found
+
+    def _control_ids(self) -> dict[str, int | None]:
+        """Name of a control token -> its id. A tokenizer without those that LLaDA's lacks has LLaDA's."""
+        ids = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}
+        if len(self) == LLADA.image_offset and any(ids[name] is None for name in RESERVED):
+            ids |= {name: getattr(LLADA, name) for name in RESERVED}
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids -> text, without control tokens; ids beyond the text tokenizer are left out."""
@@ -129,11 +216,14 @@ class TextTokenizer:
         """Completes the tokenizer's files in `folder` for the users of PyTorch: the chat template of
         MMaDA (LLaDA's has another newline), and the headers' tokens where they had to be added."""
         path = folder / "tokenizer_config.json"
-        values = json.loads(path.read_text()) if path.is_file() else dict(_PYTORCH)
+        values = files.read_json(path, dict) if path.is_file() else dict(_PYTORCH)
         path.write_text(json.dumps(values | {"chat_template": TEMPLATE}, indent=2) + "\n")
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # would be taken instead
-        if Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() != len(self):
-            self.save(folder / "tokenizer.json")
+        saved = folder / "tokenizer.json"
+        theirs = Tokenizer.from_str(files.read_text(saved))
+        with_mark = saved.read_bytes().startswith(codecs.BOM_UTF8)  # which other readers refuse
+        if with_mark or theirs.get_vocab_size() != len(self):
+            self.save(saved)
 
 
 _PYTORCH = {
@@ -146,19 +236,45 @@ _PYTORCH = {
 }
 
 
-def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> str:
-    """Renders a conversation as MMaDA's template does: single newline after a header, BOS in the text.
+def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> Template:
+    """Renders a conversation as MMaDA's template does: single newline after a header, BOS in front.
 
-    `messages` are {"role", "content"} in turns, or one question of the user. The text ends with the
+    `messages` are {"role", "content"} in turns, or one question of the user. The template ends with the
     assistant's header and its newline, ready to be continued; with `answer`, as a training text does,
     with that answer and the end of its turn.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    header, end, turn = CONTROL["start_header"], CONTROL["end_header"], CONTROL["end_turn"]
-    turns = [f"{header}{m['role']}{end}\n{m['content'].strip()}{turn}" for m in messages]
-    text = f"{CONTROL['bos']}{''.join(turns)}{header}assistant{end}\n"
-    return text if answer is None else f"{text}{answer}{turn}"
+    start, end, end_turn = (Control(name) for name in HEADERS)
+    parts = [Control("bos")]
+    for message in messages:
+        parts += [start, message["role"], end, f"\n{message['content'].strip()}", end_turn]
+    parts += [start, "assistant", end]
+    return Template((*parts, "\n") if answer is None else (*parts, f"\n{answer}", end_turn))
+
+
+def parse_chat(text: str) -> Template:
+    """The template of a conversation that another program rendered, with the strings of CONTROL.
+
+    The start, the end, headers and ends of turns are control tokens in it, also where a person wrote
+    them: who renders text and keeps no more of it can't tell. Raises ValueError without a header.
+    """
+    names = {CONTROL[name]: Control(name) for name in ("bos", "eos", *HEADERS)}
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    if not {CONTROL["start_header"], CONTROL["end_header"]} <= set(parts):
+        raise ValueError(f"the text {text[:40]!r} is no rendered conversation: it has no header")
+    return Template(tuple(names.get(part, part) for part in parts if part))
+
+
+def _why_refused(text: str, error: BaseException) -> str:
+    if not isinstance(text, str):
+        return f"a text is expected, not {type(text).__name__}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as wrong:
+        at = wrong.start
+        return f"a text has half of a surrogate pair at character {at}: {text[max(0, at - 20) : at + 1]!r}"
+    return f"the tokenizer can't take the text {text[:40]!r}: {error}"
 
 
 def conversation_end(ids: Sequence[int], vocab: Vocab) -> list[int]:

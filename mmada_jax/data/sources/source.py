@@ -25,7 +25,8 @@ class Config:
     paths of images are relative to, by default that of the file which names them. `labels` has the
     names of classes, a line for each: `index: name` or `folder: name`. `resize` is how an image comes
     to its size; with `think` the prompt to think first leads the user's words (of turns; a text
-    that is rendered already stays as it is).
+    that is rendered already stays as it is). With `rendered` the texts of lm_chat are whole
+    conversations with their control tokens; in all other texts such strings are ordinary text.
     """
 
     path: str = ""
@@ -41,6 +42,7 @@ class Config:
     labels: str = ""
     resize: Literal["crop", "squash", "pad"] = "crop"
     think: bool = False
+    rendered: bool = False
 
 
 class Source(Protocol):
