@@ -14,7 +14,8 @@ from mmada_jax.checkpoint import has_step, newest_params, open_params, read_conf
 from mmada_jax.convert import in_memory, llada, magvit
 from mmada_jax.corrupt import Config as LossConfig
 from mmada_jax.data import digits, records, sources
-from mmada_jax.data.pipeline import Shape, rows_per_task
+from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
+from mmada_jax.data.texts import sample_texts
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.optim import Config as OptimConfig
 from mmada_jax.vocab import Vocab
@@ -80,8 +81,8 @@ class ModelRun(Run):
     `init` is what it starts from: the workdir of an earlier stage or a checkpoint; from scratch if
     empty. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun, or a
     converted checkpoint. Both paths, and that of `text_tokenizer` (a tokenizer.json or its folder, by
-    default that of `init`, and without one trained on the digits' texts with `text_vocab` ids), are
-    relative to the run's workdir or absolute.
+    default that of `init`), are relative to the run's workdir or absolute. Without a text tokenizer one
+    of `text_vocab` ids is trained on what a sample of the run's own rows says.
 
     `mixture` shares the rows of a batch among the tasks, `data` names the sources of each task, with
     paths below `data_root` (itself relative to the workdir, or absolute), and `held_out` those of the
@@ -205,7 +206,12 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -
     if start:
         return TextTokenizer.load(start.tokenizer)
     if run.text_vocab:
-        return TextTokenizer.train(digits.corpus(), run.text_vocab)
+        tasks = [task for task, weight in run.mixture.items() if weight]
+        opened = open_sources(
+            run.data, tasks, str(relative(run.data_root, workdir)) if run.data_root else ""
+        )
+        texts = sample_texts(run.data, opened, run.think_prompt, run.think_draw_prompt)
+        return TextTokenizer.train(texts, run.text_vocab)
     raise ValueError(
         "there is no text tokenizer: config.init is empty, and so are config.text_tokenizer and "
         "config.text_vocab; name a tokenizer.json, or a checkpoint to start from"

@@ -10,8 +10,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
     "files disk board vocab schedule config chips hlo kernels.* rl.verifier rl.workers",
-    "attention sharding distributed layout data.records data.tokenizer data.images data.sources.* "
-    "data.digits",
+    "attention sharding distributed layout data.records data.tokenizer data.texts data.images "
+    "data.sources.* data.digits",
     "transformer vq clip",
     "corrupt loss denoise vision",
     "state optim checkpoint metrics run convert.* data.pipeline rl.prompts rl.unigrpo rl.rewards",

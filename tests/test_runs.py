@@ -1,8 +1,10 @@
 """What a user meets who trains on files: one clear error with nothing written, a count, or a run."""
 
+import hashlib
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from mmada_jax import convert, metrics, optim, run, sharding, transformer, vq
 from mmada_jax.checkpoint import write_params
 from mmada_jax.convert import magvit
 from mmada_jax.convert.folder import open_folder
+from mmada_jax.data import digits
 from mmada_jax.data.records import Record, pack
 from mmada_jax.data.tokenizer import TextTokenizer, chat
 from mmada_jax.run import parse
@@ -156,6 +159,31 @@ def config(smoke_config, files):
         "eval_rows": 8,
         "samples": 2,
     }
+
+
+def test_without_a_tokenizer_one_is_trained_on_the_runs_own_texts(config, files, tmp_path):
+    own = config | {"text_tokenizer": "", "text_vocab": 340}
+    tokenizer = run.plan(parse(own), tmp_path).tokenizer
+    assert len(tokenizer) <= 340
+    given = TextTokenizer.load(files / "tokenizer.json")
+    on_digits = TextTokenizer.train(digits.corpus(), 340)
+    for text in ("picture 3", "the text of line 7", "say 5", chat("say 5", "say 5")):
+        assert len(tokenizer.encode(text)) <= len(given.encode(text)) + 2
+    assert len(tokenizer.encode("the text of line")) < len(on_digits.encode("the text of line")) / 2
+    again = run.plan(parse(own), tmp_path).tokenizer
+    assert pickle.dumps(again) == pickle.dumps(tokenizer)
+    # Nothing is said that the rows of the run's tasks don't say.
+    of_one = own | {"mixture": {**own["mixture"], "lm": 0}}
+    tokenizer = run.plan(parse(of_one), tmp_path).tokenizer
+    assert len(tokenizer.encode("the text of line")) > 5
+
+
+def test_the_digits_keep_their_tokenizer_to_the_bit(smoke_config, image_tokenizer, tmp_path):
+    values = smoke_config | {"image_tokenizer": str(image_tokenizer)}
+    run.plan(parse(values), tmp_path).tokenizer.save(tmp_path / "tokenizer.json")
+    ids = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    # Models were trained with it.
+    assert hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest()[:16] == "d5e9dddf84731914"
 
 
 def changed(config, changes):

@@ -27,7 +27,8 @@ from absl import flags
 from mmada_jax import layout, sharding
 from mmada_jax.data import digits, images, records, sources
 from mmada_jax.data.records import Record
-from mmada_jax.data.tokenizer import Template, TextTokenizer, chat, parse_chat
+from mmada_jax.data.texts import text_of
+from mmada_jax.data.tokenizer import Template, TextTokenizer
 from mmada_jax.vision import Vision, codes_of
 from mmada_jax.vocab import Vocab
 
@@ -274,39 +275,18 @@ class Pipeline:
         self, task: str, config: sources.Config, record: Record, rng: np.random.Generator
     ) -> tuple[layout.Batch, np.ndarray | None]:
         vocab, S, L = self.vocab, self.shape.max_text, self.shape.length
+        codes, pixels = self._image(config, record) if layout.image_start(task, S) else (None, None)
+        text = text_of(task, config, record, rng, self.think_prompt, self.think_draw_prompt)
         if task == "lm":
-            return layout.lm(vocab, self.tokenizer.encode(records.plain_text(record, rng)), L), None
-        if task == "lm_chat" and not record.turns:
-            text = records.whole_text(record)
-            if not config.rendered:
-                raise ValueError(
-                    f"record {record.key!r} has a text and no turns; if it is a conversation with its "
-                    "control tokens, rendered already, say so by the source's rendered=True"
-                )
-            return layout.lm_chat(vocab, self._fitting(parse_chat(text), L - 1, record), L), None
+            return layout.lm(vocab, self.tokenizer.encode(text), L), None
         if task == "lm_chat":
-            text = _render(self._turns(task, config, record, rng))
             return layout.lm_chat(vocab, self._fitting(text, L - 1, record), L), None
-        codes, pixels = self._image(config, record)
         if task == "t2i":
-            caption = records.drawing_caption(record, rng)
-            ids = self._fitting(caption, S - 2, record) if rng.random() >= self.cond_dropout else []
+            ids = self._fitting(text, S - 2, record) if rng.random() >= self.cond_dropout else []
             return layout.t2i(vocab, ids, codes, S), pixels
-        ids = self._fitting(_render(self._turns(task, config, record, rng)), S - 1, record)
+        ids = self._fitting(text, S - 1, record)
         row = layout.r2i(vocab, ids, codes, S) if task == "r2i" else layout.mmu(vocab, codes, ids, S)
         return row, pixels
-
-    def _turns(
-        self, task: str, config: sources.Config, record: Record, rng: np.random.Generator
-    ) -> list[Mapping[str, str]]:
-        if task == "r2i":
-            turns = record.turns or records.thinking_turns(record)
-        else:
-            turns = records.reading_turns(record, rng) if task == "mmu" else record.turns
-        if config.think:
-            prompt = self.think_draw_prompt if task == "r2i" else self.think_prompt
-            turns = records.with_think_prompt(turns, prompt)
-        return list(turns)
 
     def _fitting(self, text: str | Template, limit: int, record: Record) -> list[int]:
         ids = self.tokenizer.encode(text)
@@ -336,14 +316,6 @@ class Pipeline:
 
 class TooLong(ValueError):
     """A text that doesn't fit its row."""
-
-
-def _render(turns: Sequence[Mapping[str, str]]) -> Template:
-    # What the user says after the last answer has nothing to be learned from.
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers:
-        raise ValueError("a conversation has no answer of the assistant")
-    return chat(turns[: answers[-1]], turns[answers[-1]]["content"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -273,7 +273,7 @@ def _why_refused(text: str, error: BaseException) -> str:
         text.encode()
     except UnicodeEncodeError as wrong:
         at = wrong.start
-        return f"a text has half of a surrogate pair at character {at}: {text[max(0, at - 20) : at + 1]!r}"
+        return f"a text has half of a surrogate pair: {text[max(0, at - 20) : at + 1]!r}"
     return f"the tokenizer can't take the text {text[:40]!r}: {error}"
 
 

@@ -1,0 +1,80 @@
+"""What records say: the text of a row, and a sample of such texts to train a text tokenizer on."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from mmada_jax.data import digits, records, sources
+from mmada_jax.data.records import Record
+from mmada_jax.data.tokenizer import END_THINK, THINK, Template, chat, parse_chat
+
+# Of one's own texts a tokenizer is trained on so many records of each source, and so many characters of
+# each record: 16 million characters of a source.
+SAMPLED_RECORDS, SAMPLED_CHARACTERS = 4096, 4096
+
+
+def text_of(
+    task: str,
+    config: sources.Config,
+    record: Record,
+    rng: np.random.Generator,
+    think_prompt: str,
+    think_draw_prompt: str,
+) -> str | Template:
+    """The text that a record has in a row of a task. Raises ValueError if it has none."""
+    if task == "lm":
+        return records.plain_text(record, rng)
+    if task == "t2i":
+        return records.drawing_caption(record, rng)
+    if task == "lm_chat" and not record.turns:
+        text = records.whole_text(record)
+        if not config.rendered:
+            raise ValueError(
+                f"record {record.key!r} has a text and no turns; if it is a conversation with its control "
+                "tokens, rendered already, say so by the source's rendered=True"
+            )
+        return parse_chat(text)
+    if task == "r2i":
+        turns = record.turns or records.thinking_turns(record)
+    else:
+        turns = records.reading_turns(record, rng) if task == "mmu" else record.turns
+    if config.think:
+        prompt = think_draw_prompt if task == "r2i" else think_prompt
+        turns = records.with_think_prompt(turns, prompt)
+    # What the user says after the last answer has nothing to be learned from.
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise ValueError("a conversation has no answer of the assistant")
+    return chat(turns[: answers[-1]], turns[answers[-1]]["content"])
+
+
+def sample_texts(
+    data: Mapping[str, Mapping[str, sources.Config]],
+    opened: Mapping[str, Mapping[str, sources.Source]],
+    think_prompt: str,
+    think_draw_prompt: str,
+) -> Iterator[str]:
+    """What rows say, of records that lie evenly in each source, for training a text tokenizer: always the
+    same, without control tokens and the tags of thoughts. Of the digits all that is ever said."""
+    formats = {data[task][name].format for task, of_task in opened.items() for name in of_task}
+    if "digits" in formats:
+        yield from digits.corpus()
+    for task, of_task in opened.items():
+        for name, source in of_task.items():
+            config, rng = data[task][name], np.random.default_rng(0)
+            if config.format == "digits":
+                continue
+            for index in np.unique(np.linspace(0, len(source) - 1, SAMPLED_RECORDS).astype(int)):
+                try:
+                    record = source[int(index)]
+                    text = text_of(task, config, record, rng, think_prompt, think_draw_prompt)
+                except Exception:  # as in training, where it is counted
+                    continue
+                left = SAMPLED_CHARACTERS
+                for part in text.parts if isinstance(text, Template) else [text]:
+                    if isinstance(part, str) and left > 0:
+                        # Half of a surrogate pair can't be read, all else of its text can.
+                        part = part[:left].encode(errors="ignore").decode()
+                        left -= len(part)
+                        yield from re.split(f"{THINK}|{END_THINK}", part)
