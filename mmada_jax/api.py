@@ -127,7 +127,13 @@ class MMaDA:
     @property
     def image_size(self) -> tuple[int, int]:
         """Rows and columns of an image in pixels. Raises ValueError without an image tokenizer."""
-        return self._vision().image_size
+        down = self.vq_config.downsampling
+        return self.grid[0] * down, self.grid[1] * down
+
+    @functools.cached_property
+    def vq_config(self) -> vq.Config:
+        """The architecture of the image tokenizer. Raises ValueError without one."""
+        return self._vision().config
 
     # ---- Tasks ----------------------------------------------------------------------------------
 
@@ -276,7 +282,7 @@ class MMaDA:
         rule: ImageRule | None = None,
     ) -> Job:
         """The rows of `inpaint`."""
-        down = self._vision().config.downsampling
+        down = self.vq_config.downsampling
         _some(images)
         _same_length(images=images, masks=masks)
         pairs = zip(masks, images, strict=True)
@@ -333,7 +339,7 @@ class MMaDA:
         floats in [-1, 1], [I, J] or [I, J, C]. One of another size is brought to the model's: the shorter
         side first, then the middle is cut out.
         """
-        channels = self._vision().config.pixel_channels
+        channels = self.vq_config.pixel_channels
         _some(images)
         return np.stack([to_pixels(image, self.image_size, channels) for image in images])
 
