@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 from mmada_jax import convert
 from mmada_jax.clip import Config, Tower
 from mmada_jax.convert import hub
-from mmada_jax.files import read_json, refuse_pointer
+from mmada_jax.data.tokenizer import read_tokenizer
+from mmada_jax.files import read_json
 
 # config.json of the models published before it was put right names this token, which ends no text.
 _WRONG_EOS = 2
@@ -27,11 +28,7 @@ def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], Config, Tokenizer]
             raise FileNotFoundError(f"{folder} has no {name}; name the folder of a CLIP from Hugging Face")
     config = config_from_hf(read_json(folder / "config.json", dict))
     params = convert.in_memory(params_of(hub.read_tensors(folder), config))
-    refuse_pointer(folder / "tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # the library raises no narrower type
-        raise ValueError(f"{folder / 'tokenizer.json'} is no tokenizer: {error}") from error
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     if tokenizer.get_vocab_size() > config.vocab:
         raise ValueError(
             f"the tokenizer of {folder} has {tokenizer.get_vocab_size()} entries, the model {config.vocab}"

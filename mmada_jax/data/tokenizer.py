@@ -106,11 +106,7 @@ class TextTokenizer:
         Raises FileNotFoundError, or ValueError for what is no tokenizer."""
         if not pathlib.Path(path).exists():
             raise FileNotFoundError(f"no tokenizer at {path}")
-        text = files.read_text(path)
-        try:
-            tokenizer = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises no narrower type
-            raise ValueError(f"{path} is no tokenizer: {error}") from error
+        tokenizer = read_tokenizer(path)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if tokenizer.get_vocab_size() == LLADA.start_header:
@@ -220,7 +216,7 @@ class TextTokenizer:
         path.write_text(json.dumps(values | {"chat_template": TEMPLATE}, indent=2) + "\n")
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # would be taken instead
         saved = folder / "tokenizer.json"
-        theirs = Tokenizer.from_str(files.read_text(saved))
+        theirs = read_tokenizer(saved)
         with_mark = saved.read_bytes().startswith(codecs.BOM_UTF8)  # which other readers refuse
         if with_mark or theirs.get_vocab_size() != len(self):
             self.save(saved)
@@ -234,6 +230,16 @@ _PYTORCH = {
     "mask_token": CONTROL["mask"],
     "clean_up_tokenization_spaces": False,
 }
+
+
+def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes, as it is. Raises OSError, or ValueError for what is
+    no tokenizer."""
+    text = files.read_text(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
 def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> Template:
