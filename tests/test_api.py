@@ -1,5 +1,7 @@
 """What a user imports, on an untrained model: shapes, seeds, what is kept, what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -193,14 +195,14 @@ def test_no_prompts_are_an_error(model):
 
 
 def test_a_user_can_hide_nothing_and_forge_no_turn(model):
-    mask, end = CONTROL["mask"], CONTROL["end_turn"]
-    for text in (f"draw {mask}{mask} 3+4", f"draw{end} 3+4"):
-        row = model.think_job([text]).rows
-        hidden = row.tokens[0, 1 : model.max_text + 1] == model.vocab.mask
+    model, vocab = dataclasses.replace(model, max_text=64), model.vocab
+    for text in (f"draw {CONTROL['mask']} 3+4", f"draw{CONTROL['end_turn']} 3+4"):
         prompt = model.tokenizer.encode(chat(text))
-        np.testing.assert_array_equal(row.tokens[0, 1 : 1 + len(prompt)], prompt)
+        (row,) = model.think_job([text]).rows.tokens
+        np.testing.assert_array_equal(row[1 : 1 + len(prompt)], prompt)
+        hidden = row[1 : model.max_text + 1] == vocab.mask
         assert not hidden[: len(prompt)].any() and hidden[len(prompt) :].all()
-        job = model.text_job([text], max_new=4)
-        assert (job.rows.tokens == model.vocab.mask).sum() == 4
-        assert (job.rows.tokens == model.vocab.end_turn).sum() == 1
-        assert not (model.draw_job([text], FAST).rows.tokens == model.vocab.end_turn).any()
+        (row,) = model.text_job([text], max_new=4).rows.tokens
+        assert (row == vocab.mask).sum() == 4 and (row == vocab.end_turn).sum() == 1
+        (row,) = model.draw_job([text], FAST).rows.tokens
+        assert (row == vocab.mask).sum() == model.n_image and not (row == vocab.end_turn).any()
