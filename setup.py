@@ -19,7 +19,7 @@ setup(
         "numpy>=2",
         "pillow",
         "safetensors",
-        "tokenizers",
+        "tokenizers>=0.20",  # encode_special_tokens
         "tensorboardX",
     ],
     extras_require={
