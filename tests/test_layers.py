@@ -9,10 +9,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-    "files disk board vocab schedule config chips hlo kernels.* rl.verifier rl.workers",
+    "files disk board vocab schedule config chips hlo kernels.* rl.verifier rl.workers rl.quantities",
     "attention sharding distributed layout data.records data.tokenizer data.texts data.images "
     "data.sources.* data.digits",
-    "transformer vq clip",
+    "transformer vq clip rl.answers",
     "corrupt loss denoise vision",
     "state optim checkpoint metrics run convert.* data.pipeline rl.prompts rl.unigrpo rl.rewards",
     "train rl.train rl.rollout rl.diagnose evaluate api aot",

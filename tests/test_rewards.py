@@ -13,9 +13,12 @@ import pytest
 from conftest import load_golden, write_clip
 
 from mmada_jax.data import digits
+from mmada_jax.rl import answers, rewards, workers
 from mmada_jax.rl import prompts as prompts_lib
-from mmada_jax.rl import rewards, workers
-from mmada_jax.rl.rewards import Combined, Unscored, answer_of
+from mmada_jax.rl.answers import answer_of
+from mmada_jax.rl.rewards import Combined
+from mmada_jax.rl.workers import Unscored
+from tests.answer_pairs import RIGHT, WRONG
 
 math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="needs math-verify"
@@ -40,6 +43,14 @@ def score(reward, completions, answers=None, prompts=None, images=None):
         (r"\boxed{1} or \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
         (r"\boxed{1} or \boxed{\frac{1}{2}", "1"),
         (r"\boxed {a{b}c} d", "a{b}c"),
+        (r"\boxed5", "5"),
+        (r"\boxed{\left\{ x \right.} is it", r"\left\{ x \right."),
+        (r"\fbox{7}", "7"),
+        ("3 * 6 = 18\n#### 18", "18"),
+        ("#### Answer\n18", "#### Answer\n18"),
+        ("<think>x</think><answer>\n18\n</answer> done", "18"),
+        (r"<answer>\boxed{18}</answer>", "18"),
+        ("<answer>17</answer> or <answer> 18", "18"),
         ("<think>unfinished", "<think>unfinished"),
         ("<think>x</think>", ""),
         ("", ""),
@@ -47,6 +58,18 @@ def score(reward, completions, answers=None, prompts=None, images=None):
 )
 def test_the_answer_of_a_completion(completion, answer):
     assert answer_of(completion) == answer
+
+
+@pytest.mark.parametrize("part", [r"\boxed{", r"\boxed{1}", "{", "}", r"\boxed1 ", "<answer>", "\n"])
+def test_the_answer_of_a_long_completion_is_found_in_linear_time(part):
+    short, long = (min(_seconds(answer_of, part * n) for _ in range(3)) for n in (4_000, 64_000))
+    assert long < 64 * short + 0.05  # in quadratic time 256 times
+
+
+def _seconds(function, *arguments):
+    begun = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - begun
 
 
 def test_exact_compares_strings():
@@ -73,6 +96,14 @@ def test_exact_compares_strings():
 )
 def test_format(completion, good):
     assert score(rewards.well_formed(), [completion])[0] == good
+
+
+def scores_of(reward, completions, answers):
+    """The scores, and the rows without one."""
+    try:
+        return score(reward, completions, answers), {}
+    except Unscored as error:
+        return error.scores, error.errors
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +136,21 @@ def test_correct_knows_the_letters_of_choices():
     ]  # fmt: skip
     got = score(rewards.Correct(), [found for _, found, _ in cases], [want for want, _, _ in cases])
     assert got.tolist() == [want for _, _, want in cases]
+
+
+@math_verify
+@pytest.mark.parametrize(("pairs", "right"), [(RIGHT, 1), (WRONG, 0)], ids=["right", "wrong"])
+def test_answers_as_models_write_them(correct, pairs, right):
+    assert len(pairs) > 200
+    got, errors = scores_of(correct, [found for _, found in pairs], [wanted for wanted, _ in pairs])
+    assert not errors
+    assert [pair for pair, one in zip(pairs, got, strict=True) if one != right] == []
+
+
+@pytest.mark.parametrize("part", ["1,", "1 ", "$", "*a", "one ", "the answer is ", "A, ", "½"])
+def test_answers_of_any_length_are_read_soon(part):
+    for wanted in ("18", "B", "blue", "x^2"):
+        assert _seconds(answers.verdict, wanted, part * (200_000 // len(part))) < 5
 
 
 @math_verify
@@ -141,14 +187,6 @@ def test_a_batch_that_is_too_slow_keeps_the_rows_that_it_has():
         assert combined.failures["correct"] >= 9
         scores, _ = combined(["p"], ["0.5"], None, ["1/2"])  # and the next batch is a new one
         assert scores.tolist() == [1]
-
-
-def scores_of(reward, completions, answers):
-    """The scores, and the rows without one."""
-    try:
-        return score(reward, completions, answers), {}
-    except Unscored as error:
-        return error.scores, error.errors
 
 
 def attacks(folder):

@@ -24,6 +24,8 @@ import numpy as np
 from mmada_jax import clip
 from mmada_jax.convert import clip as clip_folder
 from mmada_jax.data import digits
+from mmada_jax.rl import answers as answers_lib
+from mmada_jax.rl.answers import answer_of
 from mmada_jax.rl.workers import Unscored, Workers
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | None], np.ndarray]
@@ -194,19 +196,6 @@ class Combined:
 # ---- Text ----------------------------------------------------------------------------------------
 
 
-def answer_of(completion: str) -> str:
-    r"""The answer in a completion: of what follows the last </think> (of all, if there is none) the
-    content of the last balanced \boxed{}, or all of it."""
-    text = completion.rpartition("</think>")[2]
-    for found in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for i in range(found.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if not depth:
-                return text[found.end() : i].strip()
-    return text.strip()
-
-
 def exact() -> Reward:
     """1 where the answer is the expected string, else 0."""
 
@@ -238,18 +227,8 @@ class Correct:
     def __call__(self, prompts, completions, images, answers):
         """Raises Unscored where a comparison fails."""
         wanted = _wanted(answers, len(completions), "correct")
-        rows: list[Any] = []
-        for want, completion in zip(wanted, completions, strict=True):
-            found = answer_of(completion)
-            if found.casefold() == want.casefold():
-                rows.append(1.0)
-            elif not found:
-                rows.append(0.0)
-            elif _CHOICE.fullmatch(want):
-                choice = _CHOSEN.fullmatch(found)
-                rows.append(float(choice is not None and choice[1] == _CHOICE.fullmatch(want)[1]))
-            else:
-                rows.append(("math", want, found))
+        verdicts = [answers_lib.verdict(*pair) for pair in zip(wanted, completions, strict=True)]
+        rows = [("math", *verdict) if isinstance(verdict, tuple) else verdict for verdict in verdicts]
         return self._verify.scores(rows)
 
 
@@ -305,12 +284,6 @@ LEFT_OUT = {
     "game_of_life_halting": "its verifier gives full marks to any text",
     "puzzle24": "its verifier gives full marks for any four numbers that make 24, whatever was asked",
 }
-
-# A letter that stands for a choice, and ways to give one: `(B)`, `B. 12 cm`, `The answer is **B**.`
-_CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
-_CHOSEN = re.compile(
-    r"(?:.*\b[Aa]nswer(?: is)?:?\s*)?(?:\\text\{)?[(\[*\s]*([A-Z])(?:[)\]*}\s]*(?:[.:,)\n].*)?)", re.DOTALL
-)
 
 
 def _well_formed(text: str) -> bool:
