@@ -37,8 +37,6 @@ def of_digits() -> ConfigDict:
     return ConfigDict({
         "program": "rl",
         "init": "../cot",
-        "image_tokenizer": "",
-        "data_root": "",
         "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
         "iterations": 72,
         "tasks": {
@@ -55,7 +53,7 @@ def of_digits() -> ConfigDict:
             },
             "drawing": {
                 "layout": "t2i",
-                "data": {"path": "t2i_one", "format": "digits", "split": "train"},
+                "data": {"path": "t2i_one", "format": "digits"},
                 "rewards": {"digit": 1.0},
                 "groups": 10,
                 "update_groups": 10,
@@ -63,22 +61,14 @@ def of_digits() -> ConfigDict:
             },
         },
         "objective": {
-            "masking": "exact", "responses": 8, "mu": 4, "clip": 0.2, "beta": 0.0, "kl": "old",
-            "normalise": True, "prompt_mask": 0.15, "trace_next": 3,
+            "masking": "exact", "responses": 8, "mu": 4, "beta": 0.0, "kl": "old",
         },
         "reference_dtype": "float32",
-        "ahead": 0,
-        "seed": 0,
         "save_every": 20,
-        "keep": 2,
-        "log_every": 1,
         "samples_every": 20,
-        "accumulate": 1,
         "optim": {
-            "name": "adamw", "lr": 1e-4, "warmup": 30, "floor": 0.1, "b1": 0.9, "b2": 0.98, "eps": 1e-8,
-            "weight_decay": 0.0, "clip": 1.0, "moments": "float32", "spike": 0.0, "max_skipped": 20,
+            "lr": 1e-4, "warmup": 30, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
         },
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
     })  # fmt: skip
 
 
@@ -94,17 +84,17 @@ def of_8b() -> ConfigDict:
         "tasks": {
             "math": words() | {
                 "layout": "lm_chat",
-                "data": {"path": "math.jsonl", "format": "jsonl"},
+                "data": {"path": "math.jsonl"},
                 "rewards": {"correct": 2.0, "format": 0.5},
             },
             "geometry": words() | {
                 "layout": "mmu",
-                "data": {"path": "geometry.jsonl", "format": "jsonl"},
+                "data": {"path": "geometry.jsonl"},
                 "rewards": {"correct": 2.0, "format": 0.5},
             },
             "drawing": {
                 "layout": "t2i",
-                "data": {"path": "drawing.jsonl", "format": "jsonl"},
+                "data": {"path": "drawing.jsonl"},
                 "rewards": {"clip": 0.1},
                 "reward_settings": {"clip": {"folder": "../clip"}},
                 "groups": 128,
@@ -113,23 +103,13 @@ def of_8b() -> ConfigDict:
             },
         },
         "objective": {
-            "masking": "unigrpo", "responses": 8, "mu": 4, "clip": 0.2, "beta": 0.01, "kl": "reference",
-            "normalise": True, "prompt_mask": 0.15, "trace_next": 3,
+            "masking": "unigrpo", "responses": 8, "mu": 4, "beta": 0.01, "kl": "reference",
         },
-        "reference_dtype": "bfloat16",
-        "ahead": 0,
         "seed": 10086,
-        "save_every": 10,
-        "keep": 2,
-        "log_every": 1,
-        "samples_every": 10,
         "loss_chunk": 2048,
-        "accumulate": 1,
         "optim": {
-            "name": "adamw", "lr": 1e-6, "warmup": 0, "floor": 1.0, "b1": 0.9, "b2": 0.999, "eps": 1e-8,
-            "weight_decay": 0.0, "clip": 1.0, "moments": "float32", "spike": 0.0, "max_skipped": 20,
+            "lr": 1e-6, "warmup": 0, "floor": 1.0, "weight_decay": 0.0,
         },
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
     })  # fmt: skip
 
 
@@ -148,8 +128,8 @@ def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
     """The objective and optimizer of `config` for two iterations of a few digits."""
     small = digits.copy_and_resolve_references()
     for group in ("objective", "optim"):
-        small[group].update(config[group])
-    small.reference_dtype = config.reference_dtype
+        small[group] = config[group].copy_and_resolve_references()
+    small.reference_dtype = config.get("reference_dtype", "bfloat16")
     small.objective.mu = 2
     small.objective.responses = 4
     small.optim.warmup = 1

@@ -20,17 +20,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "preset": arg["preset"],
         "steps": steps,
         "batch_size": 32,
-        "seed": 0,
         "save_every": 200,
-        "keep": 2,
         "log_every": 1 if arg["smoke"] else 50,
-        "entropy": 0.1,
-        "commitment": 0.1,
         "optim": {
-            "name": "adamw", "lr": 3e-3, "warmup": 20, "floor": 0.01, "b1": 0.9, "b2": 0.99,
-            "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, "moments": "float32", "spike": 0.0,
+            "lr": 3e-3, "warmup": 20, "floor": 0.01, "b2": 0.99, "weight_decay": 0.0,
         },
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
     })  # fmt: skip
 
 

@@ -26,7 +26,6 @@ import copy
 import csv
 import dataclasses
 import fcntl
-import functools
 import importlib.util
 import io
 import itertools
@@ -51,7 +50,7 @@ from ml_collections import config_flags
 from launch import fail
 from mmada_jax import metrics
 from mmada_jax.checkpoint import write_whole
-from mmada_jax.config import parse_flags, unknown_key
+from mmada_jax.config import parse_flags, set_key, to_dict, unknown_key
 from mmada_jax.run import parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
@@ -198,21 +197,21 @@ def plan(
     Raises ValueError for a key that the configuration lacks, a value that it doesn't take, a key that
     is in `for_all` too, and for two trials that are the same. Nothing is written.
     """
-    known, trials = _flat(config), []
+    known, trials = _flat(to_dict(parse(config))), []
     for number, overrides in enumerate(sweep):
         named = ", ".join(f"{key}={value}" for key, value in overrides.items())
         changed = copy.deepcopy(config)
         for key, value in overrides.items():
-            if key not in known:
+            if isinstance(value, dict):
                 raise ValueError(unknown_key(key, list(known)))
             if key in for_all:
                 raise ValueError(f"{key} is varied by the sweep; leave out --config.{key}")
-            *groups, name = key.split(".")
-            functools.reduce(dict.__getitem__, groups, changed)[name] = value
+            set_key(changed, key, value)
         try:
-            parse(changed)
-            flat = json.loads(json.dumps(_flat(changed)))
+            flat = json.loads(json.dumps(_flat(to_dict(parse(changed)))))
         except (ValueError, TypeError) as error:
+            if unknown := set(overrides) - set(known):
+                raise ValueError(unknown_key(min(unknown), list(known))) from error
             raise ValueError(f"trial {number} ({named}): {error}") from error
         for other in trials:
             if other.config == flat:

@@ -53,8 +53,9 @@ def main(argv):
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
     connect("launch/train.py")
     config, workdir = CONFIG.value, WORKDIR.value
-    if config.program == "model" and not config.image_tokenizer:
-        config.image_tokenizer = "image_tokenizer"
+    if config.program == "model" and not config.get("image_tokenizer"):
+        with config.unlocked():
+            config.image_tokenizer = "image_tokenizer"
         tokenizer = vq.get_config("digits")
         check(config, workdir, tokenizer)
         state = train(tokenizer, os.path.join(workdir, config.image_tokenizer))

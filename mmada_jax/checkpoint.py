@@ -305,7 +305,11 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: _Stream, tspec: dict[str, Any], ts_context: Any) -> None:
         tspec["metadata"]["chunks"] = list(value.chunks)
-        store = await tensorstore.open(tspec, create=True, open=True, context=self._context)
+        try:
+            store = await tensorstore.open(tspec, create=True, open=True, context=self._context)
+        except Exception as error:
+            self.error = self.error or error
+            return
 
         async def write(index):
             async with self._few:

@@ -7,7 +7,7 @@ front; all is computed in float32.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmada_jax.data.images import to_image
+from mmada_jax.ranges import Positive, Range, Ranged
 
 # Of the pixels that CLIP was trained on, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,17 +23,18 @@ DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tower:
+class Tower(Ranged):
     """The transformer of one modality."""
 
-    d_model: int
-    n_layers: int
-    n_heads: int
-    d_mlp: int
+    d_model: Annotated[int, Range(1, 1_000_000)]
+    n_layers: Annotated[int, Range(1, 10_000)]
+    n_heads: Annotated[int, Range(1, 100_000)]
+    d_mlp: Annotated[int, Range(1, 10_000_000)]
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, Range(0, 1, above=True)] = 1e-5
 
     def __post_init__(self):
+        super().__post_init__()
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model={self.d_model} must be a multiple of n_heads={self.n_heads}; change one of them"
@@ -40,19 +42,20 @@ class Tower:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """Architecture. `eos` is the token whose state stands for a text; None takes the largest id."""
 
     vision: Tower
     text: Tower
-    d_features: int
-    image_size: int
-    patch: int
-    vocab: int
-    max_text: int
-    eos: int | None
+    d_features: Annotated[int, Range(1, 1_000_000)]
+    image_size: Annotated[int, Range(1, 65536)]
+    patch: Annotated[int, Range(1, 65536)]
+    vocab: Positive
+    max_text: Annotated[int, Range(1, 1_000_000)]
+    eos: Annotated[int, Range(0, 2**31 - 1)] | None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch={self.patch}")
 

@@ -1,31 +1,42 @@
-"""ml_collections.ConfigDict -> frozen dataclasses, once, at the door; and the config argument.
+"""ml_collections.ConfigDict -> frozen dataclasses, once, at the door; the config argument; overrides.
 
-A config file lists its keys; a dataclass holds the types and the defaults. Whatever doesn't fit is
-one error that names the key and the nearest known one, before anything is computed.
+A config file lists what differs from the defaults, which the dataclasses hold, as they hold types and
+ranges. Whatever doesn't fit is one error that names the whole path, the value and the nearest known key,
+before anything is computed.
 """
 
+import ast
 import dataclasses
 import difflib
 import sys
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import Annotated, Any, TypeVar
+
+from mmada_jax.ranges import FieldsOf, hints, problems
 
 T = TypeVar("T")
+
+
+class Text(str):
+    """A value as it was typed on the command line: `from_dict` reads it as the type of its field."""
+
+    __slots__ = ()
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Builds the dataclass `cls` from a mapping (a ConfigDict or a plain dict), recursively.
 
-    Raises ValueError for an unknown key (naming the nearest), a missing one, or a value of another
-    type. An int is taken where a float is asked for, a list where a tuple is.
+    Raises ValueError for an unknown key (naming the nearest), a missing one, a value of another type, a
+    number out of its range. An int is taken where a float is asked for, a list where a tuple is.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise ValueError(unknown_key(f"{path}{key}", [f"{path}{name}" for name in fields]))
+            raise ValueError(
+                unknown_key(f"{path}{key}", [f"{path}{name}" for name in fields], _paths(cls, path))
+            )
     missing = [
         f"{path}{f.name}"
         for f in fields.values()
@@ -35,14 +46,34 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     ]
     if missing:
         raise ValueError(f"config lacks {', '.join(missing)}")
-    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
+    kinds = hints(cls)
+    read = {key: _convert(kinds[key], value, f"{path}{key}") for key, value in values.items()}
+    try:
+        return cls(**read)
+    except ValueError as error:  # of fields that don't fit each other
+        raise ValueError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
 
 
-def unknown_key(key: str, known: list[str]) -> str:
-    """The error text for a key that nothing knows: names the nearest one and lists all."""
+def unknown_key(key: str, known: list[str], deeper: Iterable[str] = ()) -> str:
+    """The error text for a key that nothing knows: names the nearest one of `known`, or of those `deeper`
+    one of the same name, and lists all that are known."""
+    name = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    same = [other for other in deeper if other.rpartition(".")[2] == name]
+    nearest = same[:1] or near
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
     return f"unknown config key {key!r}{hint} Known: {', '.join(sorted(known))}"
+
+
+def _paths(cls: type, path: str) -> Iterator[str]:
+    """The paths of all fields below a dataclass, but for those in dicts, whose keys are free."""
+    for name, kind in hints(cls).items():
+        yield f"{path}{name}"
+        for mark in getattr(kind, "__metadata__", ()):
+            if isinstance(mark, FieldsOf):
+                yield from (f"{path}{name}.{key}" for key in mark.names)
+        if dataclasses.is_dataclass(kind):
+            yield from _paths(kind, f"{path}{name}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -74,17 +105,82 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """`app.run`'s flags_parser for programs with a --config: what is wrong with it is one line."""
-    from absl import flags
+    """`app.run`'s flags_parser for programs with a --config: what is wrong with it is one line.
 
+    `--config.KEY=VALUE` sets any field, listed in the config file or not: VALUE becomes a Text at that
+    place of the ConfigDict, in groups that are made where there are none. ml_collections' own reader of
+    such options takes only keys that the file lists.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    argv, overrides = _split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
+    before, sys.argv = sys.argv, argv  # which ml_collections reads, whatever it is given
     try:
-        return flags.FLAGS(argv)
+        left = flags.FLAGS(argv)
+        if overrides:
+            flag = flags.FLAGS["config"]
+            if flag.value is None:
+                raise ValueError(
+                    f"--config.{next(iter(overrides))} changes a configuration; name it by --config"
+                )
+            with flag.value.unlocked(), flag.value.ignore_type():
+                for key, text in overrides.items():
+                    set_key(flag.value, key, Text(text))
+            config_flags.get_override_values(flag).update(overrides)
     except flags.Error as error:  # what a config file raises is the end of a long text
         sys.exit("error: " + str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: "))
-    except (AttributeError, KeyError) as error:
-        while error.args and isinstance(error.args[0], Exception):
-            error = error.args[0]
-        sys.exit("error: unknown config key {}".format(str(error.args[0]).replace("\n", ". ")))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        sys.argv = before
+    return left
+
+
+def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Arguments -> those that are no overrides of the configuration, and the overrides.
+
+    As absl reads its flags: one or two dashes, a value behind = or as the next argument, no value for
+    true and the prefix `no` for false.
+    """
+    rest, overrides, i = [], {}, 0
+    while i < len(argv):
+        arg = argv[i]
+        i += 1
+        if arg == "--":
+            return [*rest, *argv[i - 1 :]], overrides
+        name, equals, text = arg.lstrip("-").partition("=")
+        if not arg.startswith("-") or not name.startswith(("config.", "noconfig.")):
+            rest.append(arg)
+            continue
+        key = name.partition(".")[2]
+        if name.startswith("no"):
+            text = "false"
+        elif not equals:
+            text = "true"
+            if i < len(argv) and not argv[i].startswith("-"):
+                text = argv[i]
+                i += 1
+        overrides.pop(key, None)  # the last one counts, in its place
+        overrides[key] = text
+    return rest, overrides
+
+
+def set_key(config: MutableMapping[str, Any], key: str, value: Any) -> None:
+    """Sets what lies at `key`, a path with dots, in nested dicts or a ConfigDict, with its groups."""
+    *groups, name = key.split(".")
+    if not all((*groups, name)):
+        raise ValueError(f"{key!r} is no config key; name one like optim.lr")
+    for i, group in enumerate(groups):
+        if isinstance(config.get(group), Text) and isinstance(_literal(config[group]), dict):
+            config[group] = _literal(config[group])
+        if config.get(group) is None:
+            config[group] = {}
+        config = config[group]
+        if not hasattr(config, "items"):
+            place = ".".join(groups[: i + 1])
+            raise ValueError(f"unknown config key {key!r}; {place} is no group of keys")
+    config[name] = value
 
 
 def _literal(text: str) -> Any:
@@ -93,42 +189,87 @@ def _literal(text: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    return {"true": True, "false": False}.get(text.lower(), text)
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return str(text)
+
+
+def _read(kind: Any, text: Text) -> Any:
+    """What was typed, as a value of this type; as it is where that can't be done."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is str:
+        return str(text)
+    if origin is typing.Literal:
+        return next((value for value in args if str(value) == text), str(text))
+    if kind is bool:
+        words = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        return words.get(text.lower(), str(text))
+    value = _literal(text)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is tuple or origin is tuple:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in text.split(",") if part.strip())
+        return value if isinstance(value, tuple | list) else (value,)
+    return value
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        fields = next((mark for mark in args[1:] if isinstance(mark, FieldsOf)), None)
+        converted = _convert_fields(fields, value, path) if fields else _convert(args[0], value, path)
+        for problem in problems(kind, converted, path):
+            raise ValueError(problem)
+        return converted
+    if origin in (typing.Union, types.UnionType):
+        none = value is None or (isinstance(value, Text) and value.lower() in ("none", "null"))
+        if none and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, path)
+    if isinstance(value, Text):
+        value = _read(kind, value)
     if kind is Any:  # plain all the way down: it goes into JSON
         return (
             {k: _convert(Any, v, f"{path}.{k}") for k, v in value.items()}
             if hasattr(value, "items")
             else value
         )
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        kind = next(a for a in args if a is not type(None))
-        return _convert(kind, value, path)
     if origin is typing.Literal:
         if value not in args:
             raise ValueError(f"{path} is {value!r}; it must be one of {', '.join(map(repr, args))}")
         return value
     if dataclasses.is_dataclass(kind):
-        if isinstance(value, kind):
-            return value
-        if not hasattr(value, "items"):  # a ConfigDict is no Mapping
-            raise ValueError(f"{path} is {value!r}; it must be a group of keys")
-        return from_dict(kind, value, path + ".")
+        return value if isinstance(value, kind) else from_dict(kind, _group(value, path), path + ".")
     if origin is tuple or kind is tuple:
         if not isinstance(value, (tuple, list)):
             raise ValueError(f"{path} is {value!r}; it must be a list")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if origin is dict or kind is dict:
-        if not hasattr(value, "items"):  # a ConfigDict is no Mapping
-            raise ValueError(f"{path} is {value!r}; it must be a group of keys")
-        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in _group(value, path).items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r}; it must be of type {kind.__name__}")
+    return value
+
+
+def _convert_fields(fields: FieldsOf, value: Any, path: str) -> dict[str, Any]:
+    """Some fields of a dataclass, by name."""
+    value = _group(_literal(value) if isinstance(value, Text) else value, path)
+    for key in value:
+        if key not in fields.names:
+            text = unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in fields.names])
+            raise ValueError(f"{text} ({fields.why})" if fields.why else text)
+    kinds = hints(fields.of)
+    return {key: _convert(kinds[key], v, f"{path}.{key}") for key, v in value.items()}
+
+
+def _group(value: Any, path: str) -> Mapping[str, Any]:
+    if not hasattr(value, "items"):  # a ConfigDict is no Mapping
+        raise ValueError(f"{path} is {value!r}; it must be a group of keys")
     return value

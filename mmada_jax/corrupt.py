@@ -21,7 +21,7 @@ thought is clean and the image hidden as that of t2i, by exact number. Then
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,37 +29,36 @@ import numpy as np
 
 from mmada_jax import schedule
 from mmada_jax.layout import TASKS, Batch
+from mmada_jax.ranges import OnlyWith, Positive, Ranged, Share, Weight
 from mmada_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """Coefficients of the losses and what is hidden.
 
     `answer_mask` is how the answers of lm_chat, mmu and r2i are hidden: each token on its own, as the
     reference does; all that follows a cut; or the latter in a share `prefix_rows` of the rows.
     """
 
-    t2i: float = 1.0
-    lm: float = 0.1
-    lm_chat: float = 0.1
-    mmu: float = 1.0
-    r2i: float = 1.0
+    t2i: Weight = 1.0
+    lm: Weight = 0.1
+    lm_chat: Weight = 0.1
+    mmu: Weight = 1.0
+    r2i: Weight = 1.0
     lm_per: Literal["token", "answer"] = "token"
     schedule: str = "cosine"
-    min_ratio: float = 0.0  # least share of an image that is hidden
-    eps: float = 1e-3  # least probability of hiding a text token
+    min_ratio: Share = 0.0  # least share of an image that is hidden
+    eps: Share = 1e-3  # least probability of hiding a text token
     answer_mask: Literal["random", "prefix", "mixture"] = "random"
-    prefix_rows: float = 0.6
-    prefix_next: int = 4  # tokens after the cut that are scored
+    prefix_rows: Annotated[Share, OnlyWith("answer_mask", ("mixture",))] = 0.6
+    prefix_next: Annotated[Positive, OnlyWith("answer_mask", ("prefix", "mixture"))] = (
+        4  # tokens after the cut that are scored
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         schedule.named(self.schedule)
-        if not 0 <= self.prefix_rows <= 1 or self.prefix_next < 1:
-            raise ValueError(
-                f"prefix_rows is {self.prefix_rows}, it must be a share from 0 to 1; prefix_next is "
-                f"{self.prefix_next}, it must be at least 1"
-            )
 
 
 class Corrupted(NamedTuple):

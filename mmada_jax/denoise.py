@@ -9,13 +9,14 @@ not hidden at the start stay as they are: that is inpainting, and extrapolation,
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax import schedule
+from mmada_jax.ranges import Positive, Range, Ranged, Share, Weight
 from mmada_jax.vocab import Vocab
 
 # (tokens [B, L], valid [B, L]) -> hidden states [B, L, D]
@@ -23,9 +24,14 @@ Hidden = Callable[[jax.Array, jax.Array], jax.Array]
 # (hidden states [..., D], first id, number of ids or None) -> logits [..., ids]
 Unembed = Callable[[jax.Array, int, int | None], jax.Array]
 
+Steps = Annotated[int, Range(1, 1_000_000)]
+Temperature = Annotated[float, Range(0, 1000)]
+Guidance = Annotated[float, Range(0, 1e6)]
+Token = Annotated[int, Range(0, 2**31 - 1)]
+
 
 @dataclasses.dataclass(frozen=True)
-class TextRule:
+class TextRule(Ranged):
     """Semi-autoregressive decoding with low-confidence remasking.
 
     `steps` are shared equally among the blocks. With `threshold` (every token at least that
@@ -36,16 +42,16 @@ class TextRule:
     that of the largest probability, whichever token was drawn: it doesn't depend on the draw.
     """
 
-    steps: int = 128
-    block: int = 128
-    temperature: float = 0.0
+    steps: Steps = 128
+    block: Positive = 128
+    temperature: Temperature = 0.0
     remask: Literal["low_confidence", "largest", "margin", "entropy", "random"] = "low_confidence"
-    guidance: float = 0.0
-    threshold: float | None = None
-    factor: float | None = None
-    never: tuple[int, ...] = ()
-    defer: tuple[int, ...] = ()
-    stop: int | None = None
+    guidance: Guidance = 0.0
+    threshold: Share | None = None
+    factor: Weight | None = None
+    never: tuple[Token, ...] = ()
+    defer: tuple[Token, ...] = ()
+    stop: Token | None = None
 
     def check(self, length: int) -> None:
         """Raises ValueError if this rule can't fill a span of `length` tokens."""
@@ -116,7 +122,7 @@ class TextRule:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageRule:
+class ImageRule(Ranged):
     """Parallel decoding. All hidden codes are drawn in each of `steps` steps, the least certain ones
     are hidden again, as many as `schedule` says.
 
@@ -128,10 +134,10 @@ class ImageRule:
     the draw.
     """
 
-    steps: int = 15
+    steps: Steps = 15
     schedule: str = "cosine"
-    temperature: float = 1.0
-    guidance: float = 3.5
+    temperature: Temperature = 1.0
+    guidance: Guidance = 3.5
     draw: Literal["sample", "argmax"] = "sample"
     anneal: Literal["product", "linear"] = "product"
     quota: Literal["total", "hidden"] = "total"

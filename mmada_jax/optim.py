@@ -6,17 +6,19 @@ nothing and is counted.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mmada_jax.ranges import Count, OnlyWith, Positive, Range, Ranged, Share, Weight
+
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """AdamW or Muon. `floor` is the share of the learning rate that the cosine ends at.
 
     The reference decays everything, norms and embeddings too, and its cosine always ends at 0.
@@ -26,25 +28,19 @@ class Config:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 5e-5
-    warmup: int = 5000
-    floor: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
+    lr: Annotated[float, Range(0, 1000)] = 5e-5
+    warmup: Count = 5000
+    floor: Share = 0.0
+    b1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    b2: Annotated[float, Range(0, 1, below=True)] = 0.999
+    eps: Annotated[float, Range(0, 1)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.01
+    clip: Weight = 1.0  # 0: the norm of a gradient has no limit
     moments: Literal["float32", "bfloat16"] = "float32"
-    spike: float = 0.0  # 0: only what isn't finite is skipped
-    spike_window: int = 128
-    max_skipped: int = 20
-
-    def __post_init__(self):
-        if self.spike and self.spike <= 1:
-            raise ValueError(f"optim.spike is {self.spike}; it must be more than 1, or 0 for never")
-        for name in ("spike_window", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; it must be at least 1")
+    # 0: only what isn't finite is skipped
+    spike: Annotated[float, Range(1, 1e6, above=True, also=0)] = 0.0
+    spike_window: Annotated[Positive, OnlyWith("spike")] = 128
+    max_skipped: Positive = 20
 
 
 class GuardState(NamedTuple):
@@ -82,6 +78,7 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
             lr,
             weight_decay=config.weight_decay,
             mu_dtype=config.moments,
+            eps=config.eps,
             adam_b1=config.b1,
             adam_b2=config.b2,
             adam_weight_decay=config.weight_decay,
@@ -172,13 +169,21 @@ def check_streak(config: Config, opt_state: GuardState, newest: Callable[[], int
 
 
 def _matrices(params: dict[str, Any]) -> dict[str, Any]:
-    """Muon's matrices: those of the blocks, by the axes that they contract (layers are a batch
-    axis). Embedding, head and norms are left to AdamW (with Nesterov momentum, as Muon itself)."""
+    """Muon's matrices, by the axes that they contract: those of the transformer's blocks (layers are a
+    batch axis) and the convolutions within the image tokenizer (places and channels in -> channels out).
+    All else, as embedding, head, norms, first and last convolutions, is left to AdamW (with Nesterov
+    momentum, as Muon itself)."""
     dims = {
         "q_DHK": ((1,), (2, 3)), "k_DGK": ((1,), (2, 3)), "v_DGK": ((1,), (2, 3)),
         "o_HKD": ((1, 2), (3,)), "gate_DF": ((1,), (2,)), "up_DF": ((1,), (2,)),
         "down_FD": ((1,), (2,)),
     }  # fmt: skip
-    numbers = {name: optax.contrib.MuonDimensionNumbers(*axes) for name, axes in dims.items()}
-    blocks = {name: numbers.get(name) for name in params["blocks"]}
-    return {name: blocks if name == "blocks" else None for name in params}
+
+    def of(name, value):
+        if isinstance(value, Mapping):
+            return {key: of(key, part) for key, part in value.items()}
+        inner = name.endswith("_w") and name not in ("conv_in_w", "conv_out_w")
+        axes = ((0, 1, 2), (3,)) if inner else dims.get(name)
+        return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+    return of("", params)

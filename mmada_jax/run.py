@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -18,51 +18,37 @@ from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
 from mmada_jax.data.texts import sample_texts
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.optim import Config as OptimConfig
+from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
 from mmada_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
-class Mesh:
+class Mesh(Ranged):
     """Sizes of the mesh axes; -1 takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Annotated[int, Range(1, 1_000_000, also=-1)] = 1
+    fsdp: Annotated[int, Range(1, 1_000_000, also=-1)] = -1
+    tensor: Annotated[int, Range(1, 1_000_000, also=-1)] = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Ranged):
     """What every training run has. `batch_size` counts global rows."""
 
     program: Literal["vq", "model"]
-    steps: int
-    batch_size: int
-    seed: int = 0
-    save_every: int = 1000
-    keep: int = 2
-    log_every: int = 50
-    load_threads: int = 2
-    load_workers: int = 0  # processes that load, each with its threads; 0: the threads alone
-    max_skipped: float = 0.01  # share of records that may be unreadable
+    steps: Positive
+    batch_size: Positive
+    seed: Seed = 0
+    save_every: Positive = 1000
+    keep: Positive = 2
+    log_every: Positive = 50
+    load_threads: Annotated[int, Range(1, 1024)] = 2
+    load_workers: Annotated[int, Range(0, 1024)] = (
+        0  # processes that load, each with its threads; 0: the threads alone
+    )
+    max_skipped: Share = 0.01  # share of records that may be unreadable
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: Mesh = Mesh()
-
-    def __post_init__(self):
-        for name in (
-            "steps", "batch_size", "save_every", "keep", "log_every", "load_threads", "accumulate",
-            "eval_rows", "answer_block",
-        ):  # fmt: skip
-            if getattr(self, name, 1) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("load_workers", "eval_every", "samples"):
-            if getattr(self, name, 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it can't be negative")
-        for name in ("max_skipped", "cond_dropout"):
-            if not 0 <= getattr(self, name, 0) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a share from 0 to 1")
-        chunk = getattr(self, "loss_chunk", None)
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"loss_chunk is {chunk}; it must be at least 1, or None for all positions")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +56,8 @@ class VQRun(Run):
     """Training of the image tokenizer; weights of its losses beside the reconstruction's 1."""
 
     preset: str = "digits"
-    entropy: float = 0.1
-    commitment: float = 0.1
+    entropy: Weight = 0.1
+    commitment: Weight = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,28 +78,28 @@ class ModelRun(Run):
 
     preset: str = "digits"
     init: str = ""
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: Annotated[dict[str, Any], FieldsOf(transformer.Config)] = dataclasses.field(default_factory=dict)
     image_tokenizer: str = ""
     text_tokenizer: str = ""
-    image_size: int = 0  # pixels of a side; the scans of digits have their own
-    text_vocab: int = 0
-    max_text: int = 256
-    cond_dropout: float = 0.1
+    image_size: Annotated[int, Range(0, 65536)] = 0  # pixels of a side; the scans of digits have their own
+    text_vocab: Annotated[int, Range(0, 10_000_000)] = 0
+    max_text: Annotated[int, Range(1, 1_000_000)] = 256
+    cond_dropout: Share = 0.1
     cut_long: bool = False
     think_prompt: str = records.THINK_PROMPT
     think_draw_prompt: str = records.THINK_DRAW_PROMPT
-    mixture: dict[str, int] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, Count] = dataclasses.field(default_factory=dict)
     data_root: str = ""
     data: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
     held_out: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
     data_may_change: bool = False  # whether a resumed run may have other data than before
-    eval_every: int = 0
-    eval_rows: int = 64
-    samples: int = 8
-    answer_block: int = 32
+    eval_every: Count = 0
+    eval_rows: Annotated[Positive, OnlyWith("eval_every")] = 64
+    samples: Annotated[Count, OnlyWith("eval_every")] = 8
+    answer_block: Positive = 32
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
-    loss_chunk: int | None = None  # positions of a device that have logits at a time
-    accumulate: int = 1  # parts that a batch goes through the model in, one after the other
+    loss_chunk: Positive | None = None  # positions of a device that have logits at a time
+    accumulate: Positive = 1  # parts that a batch goes through the model in, one after the other
 
 
 def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:

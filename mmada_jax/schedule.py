@@ -6,9 +6,11 @@ hidden. Each schedule is a frozen dataclass called with a float32 array of numpy
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
+
+from mmada_jax.ranges import Range, Ranged
 
 
 class Schedule(Protocol):
@@ -34,10 +36,10 @@ class Cosine:
 
 
 @dataclasses.dataclass(frozen=True)
-class Power:
+class Power(Ranged):
     """1 - t^exponent, clipped to [1e-6, 1]; exponent 1 is the linear schedule."""
 
-    exponent: float = 1.0
+    exponent: Annotated[float, Range(0, 1000, above=True)] = 1.0
 
     def __call__(self, t):
         """t -> ratio."""
@@ -46,12 +48,12 @@ class Power:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sigmoid:
+class Sigmoid(Ranged):
     """A sigmoid read from `start` to `end`, rescaled to run from 1 to 0, clipped to [1e-6, 1]."""
 
-    start: float = -3.0
-    end: float = 3.0
-    tau: float = 1.0
+    start: Annotated[float, Range(-20, 20)] = -3.0
+    end: Annotated[float, Range(-20, 20)] = 3.0
+    tau: Annotated[float, Range(0.1, 1000)] = 1.0
 
     def __call__(self, t):
         """t -> ratio."""
@@ -71,9 +73,11 @@ def named(name: str) -> Schedule:
     """`cosine`, `linear`, `powK` (K a number, as in pow2 or pow0.5) or `sigmoid`."""
     if name.startswith("pow"):
         try:
-            return Power(float(name[3:]))
+            exponent = float(name[3:])
         except ValueError:
             pass
+        else:
+            return Power(exponent)
     known = {"cosine": Cosine(), "linear": Power(1.0), "sigmoid": Sigmoid()}
     if name not in known:
         raise ValueError(f"unknown schedule {name!r}; known: cosine, linear, powK, sigmoid")

@@ -39,6 +39,7 @@ from mmada_jax.data import digits, pipeline, sources
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.distributed import together, watch_signals
 from mmada_jax.metrics import Metrics, tell
+from mmada_jax.ranges import warn_without_effect
 from mmada_jax.run import (
     ModelRun,
     Plan,
@@ -112,6 +113,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
     claim_workdir(workdir, config_lib.to_dict(run))
+    if first_process:
+        warn_without_effect(run)
     if first_process and program.tokenizer:
         program.tokenizer.save(workdir / "tokenizer.json")
         write_whole(workdir / DATA_FILE, json.dumps(program.data, indent=1))

@@ -13,7 +13,7 @@ where every array of blocks has the layers N as its first axis.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmada_jax import sharding
 from mmada_jax.attention import attention
+from mmada_jax.ranges import Positive, Range, Ranged
 from mmada_jax.sharding import REST
 
 # What a layer can keep for the backward pass: q, k and v (after RoPE); the output of attention; the
@@ -32,27 +33,28 @@ KEEPABLE = ("attention", "middle", "qkv", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """Architecture. `dtype` is that of the computation; params are created in float32."""
 
-    d_model: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 32
-    d_mlp: int = 12288
-    vocab: int = 134656
-    max_len: int = 4096
-    rope_theta: float = 500000.0
-    norm_eps: float = 1e-5
+    d_model: Annotated[int, Range(1, 1_000_000)] = 4096
+    n_layers: Annotated[int, Range(1, 10_000)] = 32
+    n_heads: Annotated[int, Range(1, 100_000)] = 32
+    n_kv_heads: Annotated[int, Range(1, 100_000)] = 32
+    d_mlp: Annotated[int, Range(1, 10_000_000)] = 12288
+    vocab: Positive = 134656
+    max_len: Positive = 4096
+    rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 500000.0
+    norm_eps: Annotated[float, Range(0, 1, above=True)] = 1e-5
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     attention: Literal["auto", "plain", "xla", "cudnn", "tpu"] = "auto"
     pad: Literal["hard", "soft"] = "hard"  # soft: the additive bias that the reference trains with
     # What the backward pass recomputes: "none", nothing; "full", each layer from its input; else what
     # isn't named, as "attention+qkv" (names of KEEPABLE).
     remat: str = "none"
-    unroll: int = 1  # layers per iteration of the scan; n_layers unrolls it
+    unroll: Annotated[int, Range(1, 10_000)] = 1  # layers per iteration of the scan; n_layers unrolls it
 
     def __post_init__(self):
+        super().__post_init__()
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"d_model={self.d_model} must divide by n_heads={self.n_heads}, and that by "

@@ -7,29 +7,34 @@ Params are a plain nested dict; convolutions are HWIO.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmada_jax.ranges import Range, Ranged
+
 GROUPS = 32
+# Of one level: its share of the channels, its residual blocks.
+Level = Annotated[int, Range(1, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """Architecture. Level l has `channels * mult[l]` channels; levels halve the resolution."""
 
-    channels: int = 128
-    encoder_mult: tuple[int, ...] = (1, 2, 2, 4, 4)
-    encoder_blocks: tuple[int, ...] = (4, 3, 4, 3, 4)
-    decoder_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
-    decoder_blocks: tuple[int, ...] = (4, 4, 3, 4, 3)
-    bits: int = 13
-    pixel_channels: int = 3
+    channels: Annotated[int, Range(1, 100_000)] = 128
+    encoder_mult: tuple[Level, ...] = (1, 2, 2, 4, 4)
+    encoder_blocks: tuple[Level, ...] = (4, 3, 4, 3, 4)
+    decoder_mult: tuple[Level, ...] = (1, 1, 2, 2, 4)
+    decoder_blocks: tuple[Level, ...] = (4, 4, 3, 4, 3)
+    bits: Annotated[int, Range(1, 24)] = 13
+    pixel_channels: Annotated[int, Range(1, 1000)] = 3
 
     def __post_init__(self):
+        super().__post_init__()
         levels = {len(x) for x in (self.encoder_mult, self.encoder_blocks, self.decoder_mult,
                                    self.decoder_blocks)}  # fmt: skip
         if len(levels) != 1 or self.channels % GROUPS:

@@ -1,11 +1,22 @@
 import dataclasses
+import importlib
+import inspect
 import json
-from typing import Any, Literal
+import pkgutil
+import re
+import types
+import typing
+from typing import Annotated, Any, Literal
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
+import mmada_jax
 from mmada_jax import config, run
+from mmada_jax.denoise import ImageRule, TextRule
+from mmada_jax.ranges import FieldsOf, OnlyWith, Range, Ranged, hints, without_effect
+from mmada_jax.rl.train import RLRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +136,301 @@ def test_a_misspelt_argument_names_the_nearest():
     ("values", "message"),
     [
         ({"eval_rows": 0}, "eval_rows is 0; it must be at least 1"),
-        ({"eval_every": -1}, "eval_every is -1; it can't be negative"),
+        ({"eval_every": -1}, "eval_every is -1; it must be at least 0 and at most 100,000,000"),
         ({"max_skipped": 1.5}, "max_skipped is 1.5; it must be a share"),
     ],
 )
 def test_numbers_that_a_run_can_not_mean(values, message):
     with pytest.raises(ValueError, match=message):
         run.parse({"program": "model", "steps": 1, "batch_size": 1} | values)
+
+
+# ---- Ranges ----------------------------------------------------------------------------------------
+
+# Made by our own code of what was checked before, never read from a configuration.
+INTERNAL = {
+    "convert.Lazy", "convert.Rule", "convert.folder.Source", "data.digits.Records", "data.digits.Scans",
+    "data.pipeline.Canvases", "data.pipeline.Pipeline", "data.pipeline.Shape", "data.records.Record",
+    "evaluate.Count", "hlo.Collective", "hlo.Instruction", "chips.Chip", "chips.Topology", "vocab.Vocab",
+    "rl.rollout.Span", "run.Plan", "vision.Vision", "run.Start", "train.Objective", "train.Program",
+    "rl.train.Program",
+    "api.Drawing", "api.Job", "api.MMaDA", "api.Text", "aot.Subject", "sharding.AxisRules",
+    "ranges.Range", "ranges.OnlyWith", "ranges.FieldsOf",
+}  # fmt: skip
+NEEDED = {
+    "run.Run": {"program": "model", "steps": 1, "batch_size": 1},
+    "run.VQRun": {"program": "vq", "steps": 1, "batch_size": 1},
+    "run.ModelRun": {"program": "model", "steps": 1, "batch_size": 1},
+    "rl.prompts.Config": {"path": "x"},
+    "rl.rollout.Task": {"layout": "t2i", "data": {"path": "x"}, "rewards": {"digit": 1.0}, "groups": 2},
+    "clip.Tower": {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 8},
+}
+NEEDED["rl.train.RLRun"] = {
+    "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["rl.rollout.Task"]},
+}  # fmt: skip
+NEEDED["clip.Config"] = {
+    "vision": NEEDED["clip.Tower"], "text": NEEDED["clip.Tower"], "d_features": 8, "image_size": 8,
+    "patch": 4, "vocab": 9, "max_text": 7, "eos": None,
+}  # fmt: skip
+ODD = (float("nan"), float("inf"), -float("inf"), -1, -1.0, 0, 0.0, 1e30, 10**9, 2**60, "1", True, [1])
+
+
+def all_dataclasses():
+    found = {}
+    for module in pkgutil.walk_packages(mmada_jax.__path__, "mmada_jax."):
+        if "modeling" not in module.name:
+            for name, cls in vars(importlib.import_module(module.name)).items():
+                if inspect.isclass(cls) and dataclasses.is_dataclass(cls):
+                    full = f"{cls.__module__}.{cls.__name__}"
+                    if full.startswith("mmada_jax.") and name == cls.__name__:
+                        found[full.removeprefix("mmada_jax.")] = cls
+    return found
+
+
+ALL = all_dataclasses()
+
+
+def numbers_of(kind, name):
+    """(path, its range, its base, how one lies in a field) of all numbers in a field of this type."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind in (int, float):
+        yield name, None, kind, lambda value: value
+    elif origin is Annotated:
+        for mark in args[1:]:
+            if isinstance(mark, FieldsOf):
+                for key in mark.names:
+                    for path, limits, base, wrap in numbers_of(hints(mark.of)[key], f"{name}.{key}"):
+                        yield path, limits, base, lambda value, key=key, wrap=wrap: {key: wrap(value)}
+        limits = next((mark for mark in args[1:] if isinstance(mark, Range)), None)
+        for path, inner, base, wrap in numbers_of(args[0], name):
+            yield path, limits or inner, base, wrap
+    elif origin in (typing.Union, types.UnionType):
+        for arg in args:
+            yield from numbers_of(arg, name)
+    elif origin is tuple:
+        for path, limits, base, wrap in numbers_of(args[0], f"{name}[0]"):
+            yield path, limits, base, lambda value, wrap=wrap: (wrap(value),)
+    elif origin is dict:
+        for path, limits, base, wrap in numbers_of(args[1], f"{name}.x"):
+            yield path, limits, base, lambda value, wrap=wrap: {"x": wrap(value)}
+
+
+def test_every_number_that_a_configuration_can_reach_has_a_range():
+    def below(kind):
+        if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
+            yield kind
+            for inner in hints(kind).values():
+                yield from below(inner)
+        for arg in typing.get_args(kind):
+            yield from below(arg)
+
+    for root in (run.VQRun, run.ModelRun, RLRun, TextRule, ImageRule):
+        for cls in below(root):
+            assert issubclass(cls, Ranged), cls
+    for name, cls in ALL.items():
+        if name not in INTERNAL:
+            found = [n for field, kind in hints(cls).items() for n in numbers_of(kind, field)]
+            assert issubclass(cls, Ranged) or not found, f"{name} has numbers without ranges: {found}"
+            assert all(limits for _, limits, *_ in found), f"{name}: {found}"
+    assert ALL.keys() >= INTERNAL
+
+
+@pytest.mark.parametrize("name", [name for name, cls in ALL.items() if issubclass(cls, Ranged)])
+def test_odd_numbers_are_refused_by_name(name):
+    cls, needed = ALL[name], NEEDED.get(name, {})
+    made = config.from_dict(cls, needed)
+    tried = 0
+    for field, kind in hints(cls).items():
+        for path, limits, base, wrap in numbers_of(kind, field):
+            for value in ODD:
+                number = isinstance(value, int if base is int else (int, float)) and value is not True
+                if number and value in limits:
+                    continue
+                said = rf"{re.escape(path)} is .*; it must be"
+                with pytest.raises(ValueError, match="^" + said):
+                    dataclasses.replace(made, **{field: wrap(value)})
+                with pytest.raises(ValueError, match=rf"^a\.b\.{said}"):
+                    config.from_dict(cls, needed | {field: wrap(value)}, "a.b.")
+                tried += 1
+    assert tried
+
+
+def test_ranges_say_what_they_take():
+    for limits, inside, outside, text in (
+        (Range(0, 1), (0, 1, 0.5), (-1e-9, 1.1), "a share from 0 to 1"),
+        (Range(0, 1, above=True), (1e-9, 1), (0,), "a share from 0 to 1, not 0"),
+        (Range(0, 1, below=True), (0, 0.99), (1,), "a share from 0 to 1, not 1"),
+        (Range(1, 1e6, above=True, also=0), (0, 2), (1, 0.5), "more than 1 and at most 1,000,000, or 0"),
+        (Range(1, 10**8), (1, 10**8), (0, 10**8 + 1), "at least 1 and at most 100,000,000"),
+        (Range(0, 1e12, above=True), (1e12,), (0, 1e13), "positive and at most 1e+12"),
+    ):
+        assert all(value in limits for value in inside)
+        assert not any(value in limits for value in (*outside, float("nan"), float("inf")))
+        assert str(limits) == text
+
+
+def test_what_fields_mean_together_is_named_with_its_path():
+    task = NEEDED["rl.rollout.Task"] | {"update_groups": 3}
+    with pytest.raises(ValueError, match=r"^tasks\.drawing: groups is 2 and update_groups 3"):
+        config.from_dict(RLRun, NEEDED["rl.train.RLRun"] | {"tasks": {"drawing": task}})
+
+
+def test_options_without_effect_are_named():
+    values = {"program": "model", "steps": 1, "batch_size": 1, "eval_rows": 8, "optim": {"spike_window": 9}}
+    said = list(without_effect(config.from_dict(run.ModelRun, values)))
+    assert said == [
+        "optim.spike_window is 9, which has no effect: optim.spike is 0.0, not set",
+        "eval_rows is 8, which has no effect: eval_every is 0, not set",
+    ]
+    values |= {"eval_every": 1, "optim": {"spike_window": 9, "spike": 2.0}}
+    assert not list(without_effect(config.from_dict(run.ModelRun, values)))
+    deep = config.from_dict(RLRun, NEEDED["rl.train.RLRun"] | {"objective": {"trace_next": 9}})
+    assert list(without_effect(deep)) == [
+        "objective.trace_next is 9, which has no effect: objective.masking is 'unigrpo', not 'trace'"
+    ]
+    for name, cls in ALL.items():  # a mark names a field that there is
+        for kind in hints(cls).values():
+            for mark in getattr(kind, "__metadata__", ()):
+                if isinstance(mark, OnlyWith):
+                    assert mark.field in hints(cls), name
+
+
+# ---- The command line ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command_line(monkeypatch):
+    """(configuration, arguments) -> the ConfigDict with the overrides, and the arguments that are none."""
+
+    def call(values, *arguments):
+        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
+        holder = config_flags.DEFINE_config_dict("config", ConfigDict(values), flag_values=flags.FLAGS)
+        left = config.parse_flags(["program", *arguments])
+        return holder.value, left
+
+    return call
+
+
+SHORT = {"program": "model", "steps": 1, "batch_size": 1, "data": {"lm": {"words": {"path": "a.txt"}}}}
+
+
+def paths_of(cls, path=""):
+    """(path, type) of every field below a dataclass, those in dicts under made-up names."""
+    for name, kind in hints(cls).items():
+        at = f"{path}{name}"
+        marks = getattr(kind, "__metadata__", ())
+        fields = next((mark for mark in marks if isinstance(mark, FieldsOf)), None)
+        if typing.get_origin(kind) is Annotated and typing.get_origin(typing.get_args(kind)[0]) is dict:
+            kind = typing.get_args(kind)[0]
+        while typing.get_origin(kind) is dict and not fields:
+            at, kind = f"{at}.new", typing.get_args(kind)[1]
+        if fields:
+            yield from ((f"{at}.{key}", hints(fields.of)[key]) for key in fields.names)
+        elif dataclasses.is_dataclass(kind):
+            yield from paths_of(kind, f"{at}.")
+        else:
+            yield at, kind
+
+
+def example(kind, limits=None):
+    """(text, value) that a field of this type takes."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        limits = next((mark for mark in args[1:] if isinstance(mark, Range)), None)
+        return example(args[0], limits)
+    if origin in (typing.Union, types.UnionType):
+        return example(next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        return str(args[0]), args[0]
+    if origin is tuple:
+        text, value = example(args[0])
+        return f"({text}, {text})", (value, value)
+    if kind is bool:
+        return "true", True
+    if kind is int:
+        return ("2", 2) if 2 in limits else ("1", 1)
+    if kind is float:
+        return ("0.5", 0.5) if 0.5 in limits else ("2", 2.0)
+    return ("7", "7") if kind is str else ("7", 7)
+
+
+@pytest.mark.parametrize(
+    ("cls", "base"),
+    [
+        (run.ModelRun, SHORT),
+        (run.VQRun, {"program": "vq", "steps": 1, "batch_size": 1}),
+        (RLRun, NEEDED["rl.train.RLRun"]),
+    ],
+)
+def test_every_field_can_be_typed(cls, base):
+    tried = set()
+    for path, kind in paths_of(cls):
+        if path.startswith("tasks.new."):
+            path = path.replace("tasks.new.", "tasks.drawing.")
+        text, value = example(kind)
+        if path.endswith(("remat", "schedule")):
+            text = value = "full" if path.endswith("remat") else "pow2"
+        values = ConfigDict(base)
+        with values.ignore_type():
+            config.set_key(values, path, config.Text(text))
+            at = config.from_dict(cls, values)
+        for name in path.split("."):
+            at = at[name] if isinstance(at, dict) else getattr(at, name)
+        assert at == value and type(at) is type(value), path
+        tried.add(path.rpartition(".")[2])
+    assert {"lr", "fsdp", "seed"} <= tried
+
+
+def test_what_is_typed_is_read_as_the_field_has_it(command_line):
+    value, left = command_line(
+        SHORT, "--config.steps=1e2", "other", "--config.think_prompt", "5", "--config.cut_long",
+        "--noconfig.data_may_change", "--config.loss_chunk=none", "--config.model={'n_layers': 3}",
+        "--config.model.n_heads=2", "--config.data.lm.more.path=b.txt", "--config.data.lm.words.text=7",
+        "--config.optim.lr=1", "--config.mixture={'lm': 4}", "--config.optim.lr=2e-3", "--config.init=None",
+    )  # fmt: skip
+    assert left == ["program", "other"]
+    made = run.parse(value)
+    assert (made.steps, made.think_prompt, made.cut_long, made.loss_chunk) == (100, "5", True, None)
+    assert made.model == {"n_layers": 3, "n_heads": 2}
+    assert made.data["lm"]["more"].path == "b.txt" and made.data["lm"]["words"].text == "7"
+    assert (made.optim.lr, made.mixture, made.init) == (0.002, {"lm": 4}, "None")
+    assert not made.data_may_change
+    assert json.loads(json.dumps(config.to_dict(made))) == config.to_dict(made)
+    assert config.from_dict(run.ModelRun, json.loads(json.dumps(config.to_dict(made)))) == made
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    assert overrides["optim.lr"] == "2e-3" and overrides["model.n_heads"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("optim.rl=1", "unknown config key 'optim.rl'; did you mean 'optim.lr'"),
+        ("lr=1", "unknown config key 'lr'; did you mean 'optim.lr'"),
+        ("n_layers=1", "unknown config key 'n_layers'; did you mean 'model.n_layers'"),
+        (
+            "data.lm.words.pth=x",
+            "unknown config key 'data.lm.words.pth'; did you mean 'data.lm.words.path'",
+        ),
+        ("model.n_layer=1", "unknown config key 'model.n_layer'; did you mean 'model.n_layers'"),
+        ("steps.x=1", "unknown config key 'steps.x'; steps is no group of keys"),
+        ("steps=1.5", "steps is 1.5; it must be of type int"),
+        ("steps=many", "steps is 'many'; it must be of type int"),
+        ("steps=nan", "steps is nan; it must be of type int"),
+        ("steps=1e9", "steps is 1000000000; it must be at least 1 and at most 100,000,000"),
+        (
+            "model.n_layers=1152921504606846976",
+            "model.n_layers is 1152921504606846976; it must be at least 1",
+        ),
+        ("optim.lr=nan", "optim.lr is nan; it must be at least 0"),
+        ("optim.lr=-1", "optim.lr is -1.0; it must be at least 0"),
+        ("optim.name=sgd", "optim.name is 'sgd'; it must be one of 'adamw', 'muon'"),
+        ("cut_long=maybe", "cut_long is 'maybe'; it must be of type bool"),
+        ("optim=3", "optim is 3; it must be a group of keys"),
+        ("data.lm.words.weight=inf", "data.lm.words.weight is inf"),
+        ("optim..lr=1", "'optim..lr' is no config key"),
+    ],
+)
+def test_what_can_not_be_typed_is_one_line_with_its_path(command_line, option, message):
+    with pytest.raises((ValueError, SystemExit)) as error:
+        run.parse(command_line(SHORT, f"--config.{option}")[0])
+    assert message in str(error.value) and "\n" not in str(error.value)

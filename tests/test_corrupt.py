@@ -246,7 +246,7 @@ def test_a_mixture_cuts_its_share_of_the_answers_and_nothing_else(share):
 
 
 def test_shares_and_numbers_that_mean_nothing_are_errors():
-    with pytest.raises(ValueError, match=r"prefix_rows is 1\.5, it must be a share"):
+    with pytest.raises(ValueError, match=r"prefix_rows is 1\.5; it must be a share"):
         Config(prefix_rows=1.5)
-    with pytest.raises(ValueError, match="prefix_next is 0, it must be at least 1"):
+    with pytest.raises(ValueError, match="prefix_next is 0; it must be at least 1"):
         Config(prefix_next=0)

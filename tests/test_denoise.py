@@ -256,17 +256,21 @@ def test_quotas_add_up_and_come_first(n, steps):
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        (TextRule(steps=5, block=4), "steps 5 are not divisible by the 3 blocks"),
-        (TextRule(steps=12, block=5), "length 12 is not divisible by block 5; choose a block .* as 4"),
-        (TextRule(steps=12, block=0), "block 0"),
-        (TextRule(steps=12, block=12, remask="luck"), "unknown remask 'luck'"),
-        (ImageRule(steps=0), "steps is 0"),
-        (ImageRule(schedule="saw"), "saw"),
+        (lambda: TextRule(steps=5, block=4), "steps 5 are not divisible by the 3 blocks"),
+        (
+            lambda: TextRule(steps=12, block=5),
+            "length 12 is not divisible by block 5; choose a block .* as 4",
+        ),
+        (lambda: TextRule(steps=12, block=0), "block is 0; it must be at least 1"),
+        (lambda: TextRule(steps=12, block=12, remask="luck"), "unknown remask 'luck'"),
+        (lambda: TextRule(steps=12, block=12, temperature=-1), "temperature is -1; it must be at least 0"),
+        (lambda: ImageRule(steps=0), "steps is 0"),
+        (lambda: ImageRule(schedule="saw"), "saw"),
     ],
 )
 def test_rules_that_cannot_fill_the_span_are_errors(rule, message):
     with pytest.raises(ValueError, match=message):
-        denoise(hidden, unembed, *rows(), **settings(rule))
+        denoise(hidden, unembed, *rows(), **settings(rule()))
 
 
 def test_a_span_outside_the_row_is_an_error():

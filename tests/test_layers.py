@@ -9,7 +9,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = (
-    "files disk board vocab schedule config chips hlo kernels.* rl.verifier rl.workers rl.quantities",
+    "files disk board ranges vocab schedule config chips hlo kernels.* rl.verifier rl.workers "
+    "rl.quantities",
     "attention sharding distributed layout data.records data.tokenizer data.texts data.images "
     "data.sources.* data.digits",
     "transformer vq clip rl.answers",

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from mmada_jax import optim, transformer
+from mmada_jax import optim, transformer, vq
 
 CONFIG = transformer.Config(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab=64, max_len=16, dtype="float32"
@@ -82,6 +82,31 @@ def test_muon_orthogonalises_every_matrix_of_the_blocks_and_adamw_does_the_rest(
             assert s.min() > 0.4 * 0.2 * max(shape) ** 0.5, name
     for name in ("embed_VD", "head_DV", "norm_D"):  # AdamW's first update is the sign, with Nesterov
         np.testing.assert_allclose(np.abs(updates[name]), 1 + 0.9 / 1.9, rtol=1e-3)
+
+
+def test_muon_orthogonalises_the_convolutions_within_an_image_tokenizer():
+    shapes = jax.eval_shape(lambda: vq.init_params(jax.random.key(0), vq.PRESETS["digits"]))["encoder"]
+    shapes = {name: shapes[name] for name in ("conv_in_w", "conv_out_w", "conv_in_b", "mid_block_1")}
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+    optimizer = optim.make(optim.Config(name="muon", lr=1.0, warmup=0, weight_decay=0.0, clip=0), 10)
+    updates, _ = jax.jit(optimizer.update)(params, jax.jit(optimizer.init)(params), params)
+    for name, update in updates["mid_block_1"].items():
+        if name.endswith("_w"):
+            s = np.linalg.svd(np.asarray(update).reshape(-1, update.shape[-1]), compute_uv=False)
+            size = 0.2 * max(update.size // update.shape[-1], update.shape[-1]) ** 0.5
+            assert 0.4 * size < s.min() and s.max() < 1.4 * size, name
+    for name in ("conv_in_w", "conv_out_w", "conv_in_b"):
+        np.testing.assert_allclose(np.abs(updates[name]), 1 + 0.9 / 1.9, rtol=1e-3)
+
+
+def test_eps_reaches_the_params_that_muon_leaves_to_adamw(params):
+    updates = []
+    for eps in (1e-8, 1.0):
+        optimizer = optim.make(optim.Config(name="muon", lr=1.0, warmup=0, eps=eps, clip=0), 10)
+        update = jax.jit(optimizer.update)
+        updates.append(update(params, jax.jit(optimizer.init)(params), params)[0]["embed_VD"])
+    assert np.abs(updates[1]).max() < 0.9 * np.abs(updates[0]).max()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

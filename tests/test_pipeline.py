@@ -476,7 +476,6 @@ def test_too_many_unreadable_records_end_the_run():
             {"lm": {"a": sources.Config(path="nowhere.jsonl", format="jsonl")}},
             "config.data.lm.a: .*nowhere",
         ),
-        ({"lm": {"a": sources.Config(weight=-1.0)}}, "can't be negative"),
     ],
 )
 def test_sources_that_can_not_be_opened_are_named(data, message, tmp_path):

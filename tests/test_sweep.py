@@ -136,8 +136,8 @@ def test_commands_make_what_was_planned(run, tmp_path):
 
 
 def test_folders_are_named_after_what_is_varied(tmp_path):
-    trials = plan([{"optim.name": "adamw", "seed": -3}, {"seed": 4}], tmp_path)
-    assert [trial.folder.name for trial in trials] == ["trial-000-name-adamw_seed--3", "trial-001-seed-4"]
+    trials = plan([{"optim.name": "adamw", "seed": 3}, {"seed": 4}], tmp_path)
+    assert [trial.folder.name for trial in trials] == ["trial-000-name-adamw_seed-3", "trial-001-seed-4"]
     assert plan([{"optim.name": "adamw", "seed": 4}], tmp_path / "a b")[0].command == [
         "train.py", "--workdir", str(tmp_path / "a b/trial-000-name-adamw_seed-4"),
         "--config.optim.name=adamw", "--config.seed=4",

@@ -91,10 +91,6 @@ def open_sources(
                 f"name one there, or set mixture.{task} to 0"
             )
         for name, config in configs.items():
-            if config.weight < 0:
-                raise ValueError(
-                    f"config.{key}.{task}.{name}.weight is {config.weight}; it can't be negative"
-                )
             try:
                 source = sources.open_source(config, root)
             except (ValueError, OSError) as error:

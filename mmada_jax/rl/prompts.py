@@ -11,7 +11,7 @@ reasoning_gym   `count` problems of the task `path` of that package, by `seed` a
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,26 +20,23 @@ from mmada_jax import files
 from mmada_jax.data import digits, images
 from mmada_jax.data.records import without_image_tag
 from mmada_jax.data.sources.paths import below
+from mmada_jax.ranges import Range, Ranged, Seed
 from mmada_jax.rl.rewards import ReasoningGym
 
 DIGITS = ("text_cot", "vqa_sum", "t2i_one")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """Where prompts come from: `path` is a file, the name of a task, or what is asked about the digits of
     `split` (train, validation or test; of text_cot also prompts, sums that nothing explains)."""
 
     path: str
     format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"
     split: str = "train"
-    count: int = 1000
-    seed: int = 0
+    count: Annotated[int, Range(1, 10_000_000)] = 1000
+    seed: Seed = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.count < 1:
-            raise ValueError(f"count is {self.count}; it must be at least 1")
 
 
 class Prompt(NamedTuple):

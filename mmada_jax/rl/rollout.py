@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from mmada_jax.api import Job, MMaDA
 from mmada_jax.data import images
 from mmada_jax.data.tokenizer import chat
 from mmada_jax.denoise import ImageRule, TextRule
+from mmada_jax.ranges import Positive, Range, Ranged
 from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl.prompts import Prompt
 from mmada_jax.rl.unigrpo import Rollout
@@ -22,7 +23,7 @@ from mmada_jax.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class Task(Ranged):
     """One kind of prompts, how a response to them comes about, and what it is worth.
 
     `layout` is lm_chat (text), mmu (text about an image) or t2i (an image). An iteration takes `groups`
@@ -35,27 +36,25 @@ class Task:
 
     layout: Literal["lm_chat", "mmu", "t2i"]
     data: prompts_lib.Config
-    rewards: dict[str, float]
-    groups: int
+    rewards: dict[str, Annotated[float, Range(-1e6, 1e6)]]
+    groups: Positive
     reward_settings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    reward_limit: float = 120.0
-    update_groups: int | None = None
-    turns: int = 1
-    max_prompt: int = 512
-    max_new: int = 512
+    reward_limit: Annotated[float, Range(0, 86400, above=True)] = 120.0
+    update_groups: Positive | None = None
+    turns: Annotated[int, Range(1, 1000)] = 1
+    max_prompt: Annotated[int, Range(1, 1_000_000)] = 512
+    max_new: Annotated[int, Range(1, 1_000_000)] = 512
     text: TextRule = dataclasses.field(default_factory=lambda: TextRule(temperature=1, remask="largest"))
     image: ImageRule = dataclasses.field(default_factory=ImageRule)
 
     def __post_init__(self):
+        super().__post_init__()
         kept = self.groups if self.update_groups is None else self.update_groups
         if not 1 <= kept <= self.groups:
             raise ValueError(
                 f"groups is {self.groups} and update_groups {self.update_groups}; the latter must be from "
                 "1 to groups, or None for all"
             )
-        for name in ("turns", "max_prompt", "max_new"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         greedy = self.image.draw == "argmax" if self.layout == "t2i" else not self.text.temperature
         if greedy:
             raise ValueError("a greedy rule gives the same response every time; raise its temperature")

@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import grain
 import jax
@@ -32,6 +32,7 @@ from mmada_jax.convert import llada
 from mmada_jax.distributed import together, watch_signals
 from mmada_jax.metrics import Metrics, png_of, tell, warn
 from mmada_jax.optim import Config as OptimConfig
+from mmada_jax.ranges import Count, FieldsOf, Positive, Range, Ranged, Seed, warn_without_effect
 from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl import unigrpo
 from mmada_jax.rl.prompts import Prompt
@@ -52,8 +53,12 @@ FREE = tuple(
 )
 
 
+# Fields of the transformer that say how it is computed; the others are those of `init`.
+HOW = ("dtype", "attention", "remat", "unroll")
+
+
 @dataclasses.dataclass(frozen=True)
-class RLRun:
+class RLRun(Ranged):
     """Reinforcement learning of the model in `init`, a workdir or a checkpoint, which is also the frozen
     reference (held in `reference_dtype`, and only if the objective asks for it; checkpoints have it).
 
@@ -65,38 +70,30 @@ class RLRun:
 
     program: Literal["rl"]
     init: str
-    iterations: int
+    iterations: Positive
     tasks: dict[str, Task]
     objective: unigrpo.Config = dataclasses.field(default_factory=unigrpo.Config)
     image_tokenizer: str = ""
     data_root: str = ""
-    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: Annotated[
+        dict[str, Any], FieldsOf(transformer.Config, HOW, "the architecture is that of init")
+    ] = dataclasses.field(default_factory=dict)
     reference_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    ahead: int = 0
-    seed: int = 0
-    save_every: int = 10
-    keep: int = 2
-    log_every: int = 1
-    samples_every: int = 10  # iterations between saved transcripts and images; 0 is never
-    loss_chunk: int | None = None  # positions of a device that have logits at a time
-    accumulate: int = 1  # parts that an update's rows go through the model in
+    ahead: Annotated[int, Range(0, 1)] = 0
+    seed: Seed = 0
+    save_every: Positive = 10
+    keep: Positive = 2
+    log_every: Positive = 1
+    samples_every: Count = 10  # iterations between saved transcripts and images; 0 is never
+    loss_chunk: Positive | None = None  # positions of a device that have logits at a time
+    accumulate: Positive = 1  # parts that an update's rows go through the model in
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
     def __post_init__(self):
-        for name in ("iterations", "save_every", "keep", "log_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.ahead not in (0, 1):
-            raise ValueError(f"ahead is {self.ahead}; it must be 0, or 1 for one rollout ahead")
+        super().__post_init__()
         if not self.tasks:
             raise ValueError("config.tasks is empty; name at least one")
-        unknown = set(self.model) - {"dtype", "attention", "remat", "unroll"}
-        if unknown:
-            raise ValueError(
-                f"config.model has {', '.join(sorted(unknown))}; the architecture is that of init, only "
-                "dtype, attention, remat and unroll say how it is computed"
-            )
 
     @property
     def cycle(self) -> list[str]:
@@ -174,6 +171,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     say = tell if first_process else lambda *_: None
     claim_workdir(workdir, description(run, model))
     if first_process:
+        warn_without_effect(run)
         model.tokenizer.save(workdir / "tokenizer.json")
 
     # ---- State ----------------------------------------------------------------------------------

@@ -7,18 +7,20 @@ P prompts, G responses to each, R = P G rows, L positions.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Weight
 
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
 UNIFORM = 0.1  # share of `exact`'s cuts that are uniform: no importance weight is beyond its inverse
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """How rollouts become updates.
 
     `mu` inner updates follow each rollout, of `responses` (G) to each prompt, with ratios clipped to
@@ -28,27 +30,19 @@ class Config:
     """
 
     masking: Literal[MASKINGS] = "unigrpo"
-    responses: int = 8
-    mu: int = 4
-    clip: float = 0.2
-    beta: float = 0.01
+    responses: Annotated[int, Range(2, 100_000)] = 8
+    mu: Annotated[int, Range(1, 10_000)] = 4
+    clip: Annotated[float, Range(0, 1000, above=True)] = 0.2
+    beta: Weight = 0.01
     kl: Literal["reference", "old"] = "reference"
     normalise: bool = True
-    prompt_mask: float = 0.15
-    trace_next: int = 3
+    prompt_mask: Annotated[float, Range(0, 1, below=True), OnlyWith("masking", ("full",))] = 0.15
+    trace_next: Annotated[Positive, OnlyWith("masking", ("trace",))] = 3
 
     def __post_init__(self):
-        odd = self.masking == "coupled" and self.mu % 2
-        for name, value, fits, needed in (
-            ("responses", self.responses, self.responses > 1, "at least 2: each is judged by the others"),
-            ("mu", self.mu, self.mu > 0 and not odd, "positive, for coupled masks even"),
-            ("clip", self.clip, self.clip > 0, "positive"),
-            ("beta", self.beta, self.beta >= 0, "at least 0"),
-            ("prompt_mask", self.prompt_mask, 0 <= self.prompt_mask < 1, "a share below 1"),
-            ("trace_next", self.trace_next, self.trace_next > 0, "positive"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} is {value}; it must be {needed}")
+        super().__post_init__()
+        if self.masking == "coupled" and self.mu % 2:
+            raise ValueError(f"mu is {self.mu}; it must be positive, for coupled masks even")
 
 
 def advantages(rewards_PG: jax.Array, normalise: bool = True) -> jax.Array:

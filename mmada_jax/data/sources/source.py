@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 from mmada_jax.data.records import Record
+from mmada_jax.ranges import Ranged, Weight
 
 FORMATS = ("arrayrecord", "tfds", "webdataset", "parquet", "jsonl", "llava", "imagefolder", "digits")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Ranged):
     """One source: what `open_source` needs, and what the pipeline does with its records.
 
     `path` is a file, a folder, a glob or a brace pattern ({00000..00099}) of files; several are
@@ -31,7 +32,7 @@ class Config:
 
     path: str = ""
     format: Literal[FORMATS] = "arrayrecord"
-    weight: float = 1.0
+    weight: Weight = 1.0
     split: str = "train"
     image: str = ""
     text: str = ""
