@@ -130,3 +130,11 @@ def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory):
+    """Folder of a small data set that TFDS prepared."""
+    from data_files import write_tfds
+
+    return write_tfds(tmp_path_factory.mktemp("tfds"))

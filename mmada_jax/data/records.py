@@ -70,6 +70,7 @@ class Record:
     its codes [N] where a tokenizer has been there already. `texts` are captions, each of which describes
     the image, or the one text of a text record (a whole conversation, where the source says `rendered`).
     `turns` are a conversation, {"role", "content"} each. `short` is the short caption of a long one (r2i).
+    `lacks_image` is set where a conversation names the place of an image and none is here.
     """
 
     key: str  # unique within its source
@@ -78,6 +79,18 @@ class Record:
     texts: tuple[str, ...] = ()
     turns: tuple[Mapping[str, str], ...] = ()
     short: str = ""
+    lacks_image: bool = False
+
+
+class LeftOut(ValueError):
+    """A record that nothing is wrong with, and that isn't used; it is counted under the reason `why`."""
+
+    def __init__(self, why: str, message: str):
+        super().__init__(why, message)
+        self.why, self.message = why, message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def pack(record: Record) -> bytes:
@@ -91,6 +104,7 @@ def pack(record: Record) -> bytes:
     codes = b"" if record.codes is None else np.asarray(record.codes, "<u4").tobytes()
     header = {"key": record.key, "texts": record.texts, "turns": [dict(t) for t in record.turns]}
     header |= {"short": record.short, "image": len(image), "codes": len(codes)}
+    header |= {"lacks_image": True} if record.lacks_image else {}
     text = json.dumps(header, ensure_ascii=False).encode()
     return len(text).to_bytes(4, "little") + text + image + codes
 
@@ -111,6 +125,7 @@ def unpack(data: bytes) -> Record:
             texts=tuple(header["texts"]),
             turns=tuple(header["turns"]),
             short=header["short"],
+            lacks_image=bool(header.get("lacks_image")),
         )
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"this is no record of ours: {error!r}") from error

@@ -34,8 +34,9 @@ _OPEN = {
 }
 
 
-def open_source(config: Config, root: str = "") -> Source:
-    """Opens a source; relative paths are below `root`.
+def open_source(config: Config, root: str = "", with_images: bool = True) -> Source:
+    """Opens a source; relative paths are below `root`. Of a LLaVA file, which has rows about images and
+    rows about none, `with_images` says which are used.
 
     Raises FileNotFoundError or ValueError naming the path, what is wrong with it and the remedy; also
     if none of a few records that are tried can be read.
@@ -48,7 +49,7 @@ def open_source(config: Config, root: str = "") -> Source:
         raise ValueError(f"{config.path}: format {config.format!r} has no use for {', '.join(unused)}")
     if config.format == "digits":
         return digits.open_records(config.path, config.split)
-    source = make(config, root)
+    source = Llava(config, root, with_images) if config.format == "llava" else make(config, root)
     errors = []
     for index in np.linspace(0, len(source) - 1, 16).astype(int):
         try:

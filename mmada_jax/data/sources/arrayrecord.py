@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 
+from mmada_jax import files
 from mmada_jax.data.records import Record, unpack
 from mmada_jax.data.sources.paths import below, find_inputs, locate, read_json, relative_names, stamp_of
 from mmada_jax.data.sources.source import Config, Records
@@ -25,7 +26,7 @@ class ArrayRecords(Records):
             counts = info.get("shards")
             if (
                 not isinstance(counts, dict)
-                or not all(isinstance(n, int) for n in counts.values())
+                or not all(isinstance(n, int) for n in [*counts.values(), info.get("codes", 0)])
                 or sum(counts.values()) != info.get("records")
             ):
                 raise ValueError(f"{folder}/dataset.json doesn't add up; prepare the records again")
@@ -55,6 +56,7 @@ def open_shard(path: str, count: int | None, remedy: str):
 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"the shard {path} is missing; {remedy}")
+    files.refuse_pointer(path)
     try:
         shard = grain.sources.ArrayRecordDataSource(path)
     except RuntimeError as error:

@@ -1,11 +1,20 @@
 """Folders of images, one for each class, and the texts of classes."""
 
+import collections
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from mmada_jax import files
 from mmada_jax.data.records import Record
-from mmada_jax.data.sources.paths import IMAGES, find_files, find_folder, read_file, stamp_of
+from mmada_jax.data.sources.paths import (
+    IMAGES,
+    MAX_IMAGE,
+    UNREAD_IMAGES,
+    find_files,
+    find_folder,
+    stamp_of,
+)
 from mmada_jax.data.sources.rows import Columns, make_record
 from mmada_jax.data.sources.source import Config, Records
 
@@ -23,15 +32,17 @@ class ImageFolder(Records):
         if labels:
             self._texts = read_labels(labels, classes)
         self._files: list[tuple[int, str]] = []
+        ignored: collections.Counter[str] = collections.Counter()
         seen = hashlib.sha256()
+        for entry in os.scandir(self._folder):
+            if not entry.is_dir() and _is_image(entry.name):
+                ignored["image outside of the folders of classes"] += 1
         for number, name in enumerate(classes):
-            for entry in sorted(os.scandir(os.path.join(self._folder, name)), key=lambda e: e.name):
-                _, _, suffix = entry.name.rpartition(".")
-                if suffix.lower() in IMAGES and entry.name[0] != "." and entry.is_file():
-                    self._files.append((number, f"{name}/{entry.name}"))
-                    seen.update(f"{name}/{entry.name}:{entry.stat().st_size}\n".encode(errors="replace"))
+            for path, size in _images_below(self._folder, name, ignored):
+                self._files.append((number, path))
+                seen.update(f"{path}:{size}\n".encode(errors="replace"))
         stamp = seen.digest() + stamp_of([*filter(None, [labels])])
-        super().__init__(config, len(self._files), stamp)
+        super().__init__(config, len(self._files), stamp, ignored)
 
     def _key(self, index: int) -> str:
         return self._files[index][1]
@@ -42,6 +53,37 @@ class ImageFolder(Records):
         return make_record(name, row, Columns(image=("image",), text=("text",)), self._folder)
 
 
+def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
+    """Path below `folder` and size of each image in a folder of it, and in the folders of that, in order.
+
+    What is left out is counted, hidden files aside.
+    """
+    for entry in sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name):
+        path = f"{name}/{entry.name}"
+        if entry.name[0] == ".":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _images_below(folder, path, ignored)
+        elif entry.is_dir():
+            ignored["link to a folder"] += 1  # which may lead back to where it is
+        elif not _is_image(entry.name):
+            ignored["no image"] += 1
+        elif not entry.is_file():
+            ignored["broken link or no regular file"] += 1
+        elif _suffix(entry.name) in UNREAD_IMAGES:
+            ignored["format of images that isn't read"] += 1
+        else:
+            yield path, entry.stat().st_size
+
+
+def _is_image(name: str) -> bool:
+    return _suffix(name) in IMAGES + UNREAD_IMAGES
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
 def find_labels(config: Config, root: str) -> str:
     """The path of the file of labels; empty if the config names none."""
     return find_files(config.labels, root)[0] if config.labels else ""
@@ -49,7 +91,7 @@ def find_labels(config: Config, root: str) -> str:
 
 def read_labels(path: str, names: Sequence[str]) -> list[str]:
     """The text of each class of `names`, from lines that start with its name or its index."""
-    lines = [line.strip() for line in read_file(path).decode().splitlines() if line.strip()]
+    lines = [line.strip() for line in files.read_text(path, MAX_IMAGE).splitlines() if line.strip()]
     known, found = {*names, *map(str, range(len(names)))}, {}
     for line in lines:
         for key, _, text in (line.partition(":"), line.replace("\t", " ").partition(" ")):

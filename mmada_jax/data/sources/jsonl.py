@@ -2,12 +2,12 @@
 
 import numpy as np
 
+from mmada_jax import files
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     find_image_root,
     find_inputs,
     locate,
-    parse_object,
     read_file,
     relative_names,
     stamp_of,
@@ -27,7 +27,7 @@ class JsonLines(Records):
             config,
             None,
             config.path,
-            image="image",
+            image="image images",
             text="" if config.turns else "text caption",
             turns="" if config.text else "turns messages conversations",
             short="short",
@@ -43,10 +43,7 @@ class JsonLines(Records):
     def _read(self, index: int) -> Record:
         file, _ = locate(self._ends, index)
         number, at, size = self._lines[index].tolist()
-        try:
-            row = parse_object(read_file(self._paths[file], at, size))
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
+        row = files.parse_json(read_file(self._paths[file], at, size), f"line {number}", dict)
         return make_record(self._key(index), row, self._columns, self._folders[file])
 
 

@@ -1,8 +1,9 @@
 """Conversations about images as LLaVA has them: one JSON list of objects."""
 
 import collections
+from typing import Any
 
-from mmada_jax.data.records import Record
+from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.data.sources.paths import (
     find_image_root,
     find_inputs,
@@ -10,26 +11,30 @@ from mmada_jax.data.sources.paths import (
     relative_names,
     stamp_of,
 )
-from mmada_jax.data.sources.rows import Columns, make_record
+from mmada_jax.data.sources.rows import Columns, make_record, one_of
 from mmada_jax.data.sources.source import Config, Records
+
+_IMAGE = ("image", "images")
 
 
 class Llava(Records):
-    """A record from each object of the lists, which are kept in memory."""
+    """A record from each object of the lists, which are kept in memory: those about one image, or, with
+    `with_images` false, those about none."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: Config, root: str, with_images: bool = True):
         self._rows: list[tuple[str, str, dict]] = []
         ignored, paths = collections.Counter(), find_inputs(config, root, "*.json")
         for path, name in zip(paths, relative_names(paths), strict=True):
             rows = read_json(path, "expected a list of {image, conversations}", list)
             folder = find_image_root(config, root, path)
             for number, row in enumerate(rows):
-                image = row.get("image") if isinstance(row, dict) else None
-                if image and isinstance(image, str):
+                about = _about(row)
+                if about == ("one image" if with_images else "no image"):
                     self._rows.append((f"{name}:{number}", folder, row))
                 else:
-                    ignored["no image"] += 1
-        super().__init__(config, len(self._rows), stamp_of(paths), ignored)
+                    ignored[about] += 1
+        stamp = stamp_of(paths, b"" if with_images else b"without images")
+        super().__init__(config, len(self._rows), stamp, ignored)
 
     def _key(self, index: int) -> str:
         return self._rows[index][0]
@@ -39,4 +44,17 @@ class Llava(Records):
         if "conversations" not in row and "prompt" in row:
             turns = [("human", row["prompt"]), ("gpt", row.get("response"))]
             row = {**row, "conversations": [{"from": role, "value": value} for role, value in turns]}
-        return make_record(key, row, Columns(image=("image",), turns=("conversations",)), folder)
+        return make_record(key, row, Columns(image=_IMAGE, turns=("conversations",)), folder)
+
+
+def _about(row: Any) -> str:
+    """What a row is about, by what it names beside its conversation."""
+    if not isinstance(row, dict):
+        return "no object"
+    if row.get("video") or row.get("audio"):
+        return "video or audio"
+    try:
+        images = [one_of(row.get(name)) for name in _IMAGE]
+    except LeftOut as error:
+        return error.why
+    return "one image" if any(images) else "no image"

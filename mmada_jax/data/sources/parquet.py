@@ -25,9 +25,9 @@ class Parquet(Records):
         self._files, self._groups = [], []
         for number, path in enumerate(self._paths):
             try:
-                with pyarrow.parquet.ParquetFile(path) as file:
+                with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                     footer, known = file.metadata, file.schema_arrow.names
-            except (pyarrow.ArrowException, OSError) as error:
+            except Exception as error:  # those of Arrow, of Thrift, and of the system
                 raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
             columns = choose(config, known, path, text="" if config.turns else "content text")
             self._files.append((footer, columns))
@@ -80,5 +80,8 @@ class Parquet(Records):
         number, part = self._groups[group]
         footer, columns = self._files[number]
         names = [*columns.image, *columns.text, *columns.turns, *columns.short]
-        with pyarrow.parquet.ParquetFile(self._paths[number], metadata=footer) as file:
+        # Checksums are optional in the format, and where a file has them they aren't checked unless asked.
+        with pyarrow.parquet.ParquetFile(
+            self._paths[number], metadata=footer, page_checksum_verification=True
+        ) as file:
             return file.read_row_group(part, columns=names, use_threads=False)

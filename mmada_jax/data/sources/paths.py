@@ -1,21 +1,30 @@
 """The files of a source: how they are found, told from others, and read."""
 
+import fnmatch
 import glob
 import hashlib
-import json
 import os
 import pathlib
 import re
 import shlex
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from mmada_jax import files
 from mmada_jax.data.sources.source import Config
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+# Suffixes of pictures: of the formats that images.open_image reads, and of those that it doesn't.
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp")
+UNREAD_IMAGES = (
+    "tif", "tiff", "heic", "heif", "avif", "jp2", "jxl", "svg", "ico", "tga", "ppm", "pgm", "pbm",
+    "pnm", "exr", "hdr", "psd", "dng", "dds", "pcx",
+)  # fmt: skip
 MAX_IMAGE, MAX_TEXT = 64 << 20, 1 << 20  # bytes of one image file, of one caption or side file's line
+
+_PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 # Offset and bytes by which a file is known, and its format.
 _SIGNATURES = (
@@ -28,11 +37,16 @@ _SIGNATURES = (
 
 
 def find_inputs(config: Config, root: str, pattern: str = "") -> list[str]:
-    """The files of a source. Raises ValueError if the first is plainly of another format."""
+    """The files of a source. Raises ValueError for pointers of git LFS, for what is no regular file, and if
+    the first is plainly of another format."""
     paths = find_files(config.path, root, pattern)
+    for path in paths:
+        if not os.path.isdir(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is no regular file")
+        files.refuse_pointer(path)
     if os.path.isfile(paths[0]):
         with open(paths[0], "rb") as file:
-            start = file.read(512)
+            start = file.read(512).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         looks = next((name for at, mark, name in _SIGNATURES if start[at:].startswith(mark)), config.format)
         if looks == "gzip":
             raise ValueError(f"{paths[0]} is compressed, which has no random access; decompress it first")
@@ -54,8 +68,7 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
                 inside = glob.glob(os.path.join(glob.escape(os.path.abspath(root)), name), recursive=True)
                 inside = sorted(file for file in inside if os.path.isfile(file))
             elif pattern and os.path.isdir(path):
-                files = pathlib.Path(path).rglob(pattern)
-                inside = sorted(str(p) for p in files if p.is_file() and p.name[0] != ".")
+                inside = _files_below(path, pattern)
                 path = os.path.join(path, pattern)
             elif not os.path.exists(path):
                 parent = next(p for p in pathlib.Path(path).parents if p.exists())
@@ -66,6 +79,20 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
     if not found:
         raise ValueError("a source has an empty path; name its files")
     return list(dict.fromkeys(found))
+
+
+def _files_below(folder: str, pattern: str) -> list[str]:
+    """The files below a folder that fit a pattern like *.tar, in capitals too."""
+    below = [p for p in pathlib.Path(folder).rglob("*") if p.name[0] != "." and p.is_file()]
+    fits = sorted(str(p) for p in below if fnmatch.fnmatch(p.name.lower(), pattern))
+    packed = [p for p in below if fnmatch.fnmatch(p.name.lower().removesuffix(p.suffix.lower()), pattern)]
+    packed = [p for p in packed if p.suffix.lower() in _PACKED]
+    if packed:
+        raise ValueError(
+            f"{packed[0]} is compressed, which has no random access; decompress it, or name the other "
+            "files by a glob"
+        )
+    return fits
 
 
 def find_folder(config: Config, root: str) -> str:
@@ -136,10 +163,14 @@ def below(folder: str, name: str) -> str:
 
 def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_IMAGE) -> bytes:
     """`size` bytes of a file from byte `at`, or all of it. Raises ValueError for too many or none."""
-    # Opened for each read: microseconds, and no handle that threads or processes would share.
-    file = os.open(path, os.O_RDONLY)
+    # Opened for each read: microseconds, and no handle that threads or processes would share. Without
+    # waiting: a pipe that nobody writes to would block.
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        size = os.fstat(file).st_size if size is None else size
+        found = os.fstat(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is no regular file")
+        size = found.st_size if size is None else size
         if not 0 < size <= limit:
             raise ValueError(f"{size} bytes in {path}, expected 1 to {limit}")
         data = os.pread(file, size, at)
@@ -147,6 +178,7 @@ def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_
         os.close(file)
     if len(data) != size:
         raise ValueError(f"{path} ends before byte {at + size}; it has changed since it was opened")
+    files.refuse_pointer(data, path)
     return data
 
 
@@ -155,18 +187,6 @@ def read_json(path: str, remedy: str, kind: type = dict) -> Any:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} doesn't exist; {remedy}")
     try:
-        with open(path, "rb") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); {remedy}") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}; {remedy}")
-    return value
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object from its bytes. Raises ValueError for anything else."""
-    value = json.loads(data)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, found {data[:40]!r}")
-    return value
+        return files.read_json(path, kind)
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}") from error

@@ -3,11 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmada_jax.data.records import Record
+import numpy as np
+
+from mmada_jax import files
+from mmada_jax.data.records import LeftOut, Record, without_image_tag
 from mmada_jax.data.sources.paths import MAX_IMAGE, below, read_file
 from mmada_jax.data.sources.source import Config
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_TEXTS, _IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 
 class Columns(NamedTuple):
@@ -47,38 +51,94 @@ def make_record(
 ) -> Record:
     """A record from a row; paths of images are below `folder`. Raises ValueError for what isn't one."""
     check_columns(columns.asked, list(row), "the row")
-    fields = dict.fromkeys(("image", "text", "turns", "short"))
-    for field in fields:
-        present = (row[name] for name in getattr(columns, field) if row.get(name) is not None)
-        fields[field] = next(present, None)
-    image = _image(fields["image"], folder) if image is None else image
+    fields = {field: _first(row, *getattr(columns, field)) for field in ("text", "turns", "short")}
+    if image is None:
+        images = (one_of(row.get(name)) for name in columns.image)
+        image = _image(next((found for found in images if found is not None), None), folder)
     texts = [fields["text"]] if isinstance(fields["text"], str) else fields["text"] or []
     short = fields["short"] or ""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in [*texts, short]):
         raise ValueError(f"text must be a string or a list of them, not {texts!r:.80} and {short!r:.80}")
     texts = tuple(text for text in texts if text.strip())
-    turns = _turns(fields["turns"] or (), image is not None)
+    turns, names_image = _turns(fields["turns"], image is not None)
     if not texts and not turns and (columns.text or columns.turns):
         names = " or ".join(columns.text + columns.turns)
         raise ValueError(f"there is nothing under {names}; the row has: {', '.join(row)}")
-    return Record(key, image, texts=texts, turns=turns, short=short)
+    lacks_image = names_image and image is None
+    return Record(key, image, texts=texts, turns=turns, short=short, lacks_image=lacks_image)
 
 
-def _turns(value: Any, has_image: bool) -> tuple[Mapping[str, str], ...]:
-    """{from, value} or {role, content} -> {role, content}; without the place of the image."""
-    turns = []
-    for turn in value:
+def one_of(value: Any) -> Any:
+    """The image in a list of one, None for an empty list, and anything else as it is.
+
+    Raises LeftOut for a list of several: a record has one image.
+    """
+    while isinstance(value, list | tuple | np.ndarray) or _is_struct_of_lists(value):
+        items = _items(value) if isinstance(value, Mapping) else value
+        if len(items) > 1:
+            raise LeftOut("several images", f"there is a list of {len(items)} images; a record has one")
+        value = items[0] if len(items) else None
+    return None if isinstance(value, str | Mapping) and not value else value
+
+
+def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], bool]:
+    """{from, value} or {role, content} -> {role, content}, without the place of the image; and whether
+    it was named."""
+    turns, names_image = [], False
+    for number, turn in enumerate(_items(value)):
         turn = turn if isinstance(turn, Mapping) else {}
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in _ROLES or not isinstance(content, str):
+        role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
+        if role not in _ROLES or not isinstance(content, str | list | Mapping):
             raise ValueError(
-                f"turn {len(turns)} has role {role!r} and content {content!r:.80}; expected one of "
+                f"turn {number} has role {role!r} and content {content!r:.80}; expected one of "
                 f"{', '.join(_ROLES)} and a string"
             )
-        if has_image and _ROLES[role] == "user" and all(t["role"] != "user" for t in turns):
-            content = content.replace("<image>\n", "").replace("\n<image>", "")
-        turns.append({"role": _ROLES[role], "content": content})
-    return tuple(turns)
+        role = _ROLES[role]
+        content = content if isinstance(content, str) else "".join(_parts(number, content))
+        # An answer about no image keeps its words: in a file of markup they mean something else.
+        if has_image or role != "assistant":
+            kept = without_image_tag(content)
+            names_image |= kept != content
+            if role == "system" and content and not kept:
+                continue
+            content = kept
+        turns.append({"role": role, "content": content})
+    return tuple(turns), names_image
+
+
+def _parts(number: int, content: Any) -> Iterable[str]:
+    """The text of a turn's content that is given in parts, such as {"type": "text", "text": "..."}."""
+    for part in _items(content):
+        part = {"text": part} if isinstance(part, str) else part
+        kind = (part.get("type") or "text") if isinstance(part, Mapping) else None
+        if kind in _TEXTS and isinstance(part.get("text"), str):
+            yield part["text"]
+        elif kind in _IMAGES:
+            yield "<image>"
+        else:
+            raise ValueError(f"turn {number} has a part {part!r:.80}; parts of text and images are known")
+
+
+def _items(value: Any) -> Sequence:
+    """A list from itself, from JSON in a string, or from lists by name, as a Sequence of Hugging Face
+    or TFDS is stored: {"role": [...], "content": [...]}."""
+    if isinstance(value, str):
+        value = files.parse_json(value, f"the text {value[:40]!r}") if value.strip() else []
+    if _is_struct_of_lists(value):
+        lists = {name: items for name, items in value.items() if items is not None}
+        return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    if value is not None and not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list, found {value!r:.80}")
+    return value or ()
+
+
+def _is_struct_of_lists(value: Any) -> bool:
+    values = [item for item in value.values() if item is not None] if isinstance(value, Mapping) else []
+    return bool(values) and all(isinstance(item, list | tuple) for item in values)
+
+
+def _first(row: Mapping[str, Any], *names: str) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _image(value: Any, folder: str) -> bytes | None:

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
-from mmada_jax.data.records import Record
+from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.ranges import Ranged, Weight
 
 FORMATS = ("arrayrecord", "tfds", "webdataset", "parquet", "jsonl", "llava", "imagefolder", "digits")
@@ -49,9 +49,10 @@ class Config(Ranged):
 class Source(Protocol):
     """Records by index. `fingerprint` changes when what the source holds does.
 
-    A record that can't be read is a ValueError naming the source, the record and the reason. Sources of
-    files also have `ignored`, reasons and how many samples were left out for each, and `info`, the
-    content of the dataset.json of our own records.
+    A record that can't be read is a ValueError naming the source, the record and the reason, and one
+    that is left out for a reason of its own a LeftOut. Sources of files also have `ignored`, reasons
+    and how many samples were left out for each, and `info`, the content of the dataset.json of our own
+    records.
     """
 
     fingerprint: str
@@ -91,11 +92,15 @@ class Records:
             raise IndexError(f"{self.path} has {self._count} records, none is number {index}")
         try:
             return self._read(index)
-        # What the libraries raise for bytes that they can't read; KeyError and IndexError among them,
-        # which would end an iteration.
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{self.path}: record {self._key(index)!r}: {reason}") from error
+        except LeftOut as error:
+            raise LeftOut(error.why, self._where(index, error)) from error
+        # Libraries raise nearly anything for bytes that they can't read; a KeyError or an IndexError
+        # would end an iteration.
+        except Exception as error:
+            raise ValueError(self._where(index, error)) from error
+
+    def _where(self, index: int, error: Exception) -> str:
+        return f"{self.path}: record {self._key(index)!r}: {str(error) or type(error).__name__}"
 
     def _key(self, index: int) -> str:
         raise NotImplementedError

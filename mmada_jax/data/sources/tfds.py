@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from mmada_jax import files
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.arrayrecord import open_shard
 from mmada_jax.data.sources.imagefolder import find_labels, read_labels
@@ -27,6 +28,8 @@ class Tfds(Records):
             raise FileNotFoundError(
                 f"{folder} has no dataset_info.json; name the folder of a prepared version{hint}"
             )
+        for path in pathlib.Path(folder).glob("*.json"):
+            files.refuse_pointer(path)
         try:
             builder = tfds.builder_from_directory(folder)
             splits, features = builder.info.splits, builder.info.features
@@ -40,9 +43,13 @@ class Tfds(Records):
             ) from error
         self._columns = choose(config, sorted(features), folder, image="image", text="text caption label")
         # No image is decoded here: neither that which is asked for nor another.
-        images = [name for name in features if isinstance(features[name], tfds.features.Image)]
+        images = [
+            name
+            for name, feature in features.items()
+            if isinstance(getattr(feature, "feature", feature), tfds.features.Image)
+        ]
         try:
-            decoders = {name: tfds.decode.SkipDecoding() for name in images}
+            decoders = {name: _StaysEncoded() for name in images}
             self._rows = builder.as_data_source(config.split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
@@ -71,14 +78,28 @@ class Tfds(Records):
         return make_record(self._key(index), values, self._columns)
 
 
+class _StaysEncoded:
+    """A decoder of TFDS that leaves an image, or a sequence of images, as the file has it.
+
+    The library's SkipDecoding knows no sequences.
+    """
+
+    def setup(self, *, feature: Any) -> None:
+        """Is told the feature, and needs nothing of it."""
+
+    def decode_example_np(self, value: Any) -> Any:
+        """The value itself."""
+        return value
+
+    decode_batch_example_np = decode_example_np
+
+
 def _plain(value: Any) -> Any:
-    """A value of TFDS as JSON would have it: text as str, and a list of dicts as that."""
+    """A value of TFDS as JSON would have it, with text as str."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | np.ndarray):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return [
-            dict(zip(value, items, strict=True)) for items in zip(*map(_plain, value.values()), strict=True)
-        ]
+        return {name: _plain(item) for name, item in value.items()}
     return value

@@ -11,14 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmada_jax import files
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     IMAGES,
     MAX_IMAGE,
     MAX_TEXT,
+    UNREAD_IMAGES,
     find_files,
     find_inputs,
-    parse_object,
     read_file,
     read_json,
     relative_names,
@@ -55,18 +56,19 @@ class Tars(Records):
         if config.captions and self._columns.asked:
             raise ValueError(f"{config.path}: captions replace the keys {', '.join(self._columns.asked)}")
         suffixes = ("json",) if self._columns.asked else CAPTIONS
-        self._root, self._template, self._about, files = os.path.abspath(root), "", None, []
+        self._root, self._template, self._about, side_files = os.path.abspath(root), "", None, []
         if "{" in config.captions:
             self._template = config.captions
         elif config.captions:
-            files = find_files(config.captions, root)[:1]
+            side_files = find_files(config.captions, root)[:1]
             self._columns = Columns(text=("captions",), turns=("turns",))
-            self._about = _read_captions(files[0])
+            self._about = _read_captions(side_files[0])
         ignored, tables, keys = collections.Counter(), [], bytearray()
         for number, path in enumerate(self._tars):
             table = []
             for key, members in _scan(path, ignored).items():
                 image = next((members[s] for s in IMAGES if s in members), None)
+                ignored["another image of a sample"] += max(0, sum(s in members for s in IMAGES) - 1)
                 suffix = next((s for s in suffixes if s in members), "")
                 rows = 1 if self._template or suffix else 0
                 if self._about is not None:
@@ -84,7 +86,8 @@ class Tars(Records):
             tables.append(np.array(table, np.int64).reshape(-1, len(_Sample._fields)))
         # One array and one string: as objects, the millions of samples of LAION would not fit.
         self._samples, self._keys = np.concatenate(tables), bytes(keys)
-        stamp = stamp_of([*self._tars, *files], self._samples.tobytes() + self._keys)
+        ignored = +ignored  # without the reasons that nothing was left out for
+        stamp = stamp_of([*self._tars, *side_files], self._samples.tobytes() + self._keys)
         super().__init__(config, len(self._samples), stamp, ignored)
 
     def _sample(self, index: int) -> tuple[_Sample, str]:
@@ -103,13 +106,17 @@ class Tars(Records):
         sample, key = self._sample(index)
         path = self._tars[sample.tar]
         if self._template:
-            text = read_file(self._side_file(path, key), limit=MAX_TEXT).decode()
+            side_file = self._side_file(path, key)
+            text = _decode(read_file(side_file, limit=MAX_TEXT), side_file)
             row = {"caption": text.partition("\n")[0].strip()}
         elif self._about is not None:
             row = self._rows_about(key)[sample.row]
         else:
             data = read_file(path, sample.text_at, sample.text_size)
-            row = parse_object(data) if sample.is_json else {"caption": data.decode().strip()}
+            if sample.is_json:
+                row = files.parse_json(data, "its JSON", dict)
+            else:
+                row = {"caption": _decode(data, "its caption").strip()}
         image = read_file(path, sample.image_at, sample.image_size)
         return make_record(self._key(index), row, self._columns, image=image)
 
@@ -120,13 +127,20 @@ class Tars(Records):
         return os.path.join(self._root, path)
 
 
+def _decode(data: bytes, name: str) -> str:
+    if b"\0" in data:
+        raise ValueError(f"{name} has zero bytes, as a file has where it was never written; fetch it again")
+    return files.decode(data, name)
+
+
 def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[int, int]]]:
     """The samples of a tar: key -> suffix -> (offset, size) of the member's data.
 
-    Nothing is opened or extracted. Members that are not what a sample has are passed over; those that
-    no sample should have are counted in `ignored`.
+    Nothing is opened or extracted. Parts that a sample may have beside its image and its text are passed
+    over; images and samples that can't be used are counted in `ignored`.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    others: set[str] = set()  # keys of other parts
     size, count, end = os.path.getsize(path), 0, 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -144,23 +158,44 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
                 folder, slash, file = name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 suffix = suffix.lower()
-                if not stem or suffix not in IMAGES + CAPTIONS:
+                if not stem or member.isdir():
                     continue
-                if not member.isreg() or member.sparse is not None:
+                key = f"{folder}{slash}{stem}"
+                if suffix not in IMAGES + CAPTIONS:
+                    _, dot, last = suffix.rpartition(".")
+                    if last in UNREAD_IMAGES:
+                        ignored["format of images that isn't read"] += 1
+                    elif dot and last in IMAGES:
+                        ignored["image with dots in its name"] += 1
+                    else:
+                        others.add(key)
+                elif not member.isreg() or member.sparse is not None:
                     ignored["link or special file"] += 1
                 elif name.startswith("/") or ".." in name.split("/"):
                     ignored["path outside of the tar"] += 1
                 elif not 0 < member.size <= (MAX_IMAGE if suffix in IMAGES else MAX_TEXT):
                     ignored["empty or too large"] += 1
                 else:
-                    found = samples.setdefault(f"{folder}{slash}{stem}", {})
+                    found = samples.setdefault(key, {})
+                    ignored["name that comes again"] += suffix in found
                     found[suffix] = (member.offset_data, member.size)
             end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is no tar, or is damaged after byte {end}: {error}; fetch it again"
         ) from error
-    # The library takes a header that is cut off or damaged for the end.
+    ignored["no image"] += len(others - samples.keys())
+    _check_end(path, end)
+    return samples
+
+
+def _check_end(path: str, end: int) -> None:
+    """Raises ValueError unless a tar has the mark of an archive's end at byte `end`, and nothing after it.
+
+    The library takes a header that is cut off or damaged for the end, and the first block of zeros too,
+    whatever follows it.
+    """
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
         file.seek(end)
         block = file.read(tarfile.BLOCKSIZE)
@@ -171,29 +206,62 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
         )
     if any(block):
         raise ValueError(f"{path} is damaged: there is no header at byte {end}; fetch it again")
-    return samples
+    data = _first_data(path, end)
+    if data is not None:
+        raise ValueError(
+            f"{path} goes on at byte {data}, after the mark of an archive's end at byte {end}: part of it "
+            "was never written, or it is several tars in a row; fetch it again, or split it"
+        )
+    # Two blocks are the mark; writers fill it up to a record of 20.
+    whole = -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    if size > whole:
+        raise ValueError(
+            f"{path} ends with {size - end} bytes of zeros from byte {end} on, where an archive that is "
+            f"whole ends by byte {whole}: the rest was never written, or it was made with large records; "
+            "fetch it again, or write it with records of 20 blocks"
+        )
+
+
+def _first_data(path: str, at: int) -> int | None:
+    """The place of the first byte from `at` on that isn't zero; None if there is none."""
+    with open(path, "rb") as file:
+        file.seek(at)
+        while block := file.read(1 << 20):
+            found = np.flatnonzero(np.frombuffer(block, np.uint8))
+            if len(found):
+                return at + int(found[0])
+            at += len(block)
+    return None
 
 
 def _read_captions(path: str) -> dict[str, list[Mapping]]:
-    """A side file as rows by key: one with all captions, or one for each question with its answer."""
+    """A side file as rows by key: one with all captions, or one for each question with its answer. A key
+    may be the name of an image file."""
+    rows: dict[str, list[Mapping]] = {}
     if path.endswith(".json"):
-        table = read_json(path, "expected {key: caption or captions}")
-        return {key: [{"captions": value}] if value else [] for key, value in table.items()}
+        for key, value in read_json(path, "expected {key: caption or captions}").items():
+            rows.setdefault(_key_of(key), []).extend([{"captions": value}] if value else [])
+        return rows
     if not path.endswith(".csv"):
         raise ValueError(
             f"captions {path}: expected .json, .csv or a pattern like {{dir}}/{{tar}}/{{key}}.txt"
         )
-    rows: dict[str, list[Mapping]] = {}
+    files.refuse_pointer(path)
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         try:
             check_columns(("image", "question", "solution"), reader.fieldnames or (), path)
             for row in reader:
-                key, _, suffix = (row["image"] or "").rpartition(".")
                 turns = [("user", row["question"]), ("assistant", row["solution"])]
-                rows.setdefault(key if suffix.lower() in IMAGES else row["image"], []).append(
+                rows.setdefault(_key_of(row["image"] or ""), []).append(
                     {"turns": [{"role": role, "content": content} for role, content in turns]}
                 )
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}") from error
     return rows
+
+
+def _key_of(name: str) -> str:
+    """The key of a sample from that or from the name of its image."""
+    stem, _, suffix = name.rpartition(".")
+    return stem if suffix.lower() in IMAGES + UNREAD_IMAGES else name

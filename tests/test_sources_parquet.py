@@ -1,0 +1,109 @@
+"""Rows of Parquet come back, whoever wrote them and however they hold a conversation."""
+
+import concurrent.futures
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_files import (
+    picture,
+    talk,
+    write_images,
+)
+
+from mmada_jax.data import sources
+from mmada_jax.data.records import Record
+from mmada_jax.data.sources import Config, open_source
+
+
+def open_parquet(path, columns, size=4, **fields):
+    pq.write_table(pa.table(columns), path, row_group_size=size)
+    return open_source(Config(str(path), "parquet", **fields))
+
+
+def test_parquet_columns(tmp_path):
+    path, image = (
+        tmp_path / "x.parquet",
+        [{"bytes": picture(0), "path": None}, {"bytes": None, "path": "0.png"}],
+    )
+    write_images(tmp_path / "images", 2)
+    columns = {
+        "text": ["a", "b"],
+        "content": ["c", "d"],
+        "talk": [talk(0), talk(1)],
+        "image": image,
+        "s": ["x", "y"],
+    }
+    assert open_parquet(path, columns)[1] == Record("x.parquet:1", texts=("d",))
+    assert open_parquet(path, {"text": ["a", "b"]})[1].texts == ("b",)
+    chosen = {
+        "text": "text",
+        "turns": "talk",
+        "image": "image",
+        "short": "s",
+        "image_root": f"{tmp_path}/images",
+    }
+    source = open_parquet(path, columns, **chosen)
+    assert source[1] == Record("x.parquet:1", picture(0), texts=("b",), turns=tuple(talk(1)), short="y")
+    assert source[0].image == picture(0)
+    assert open_parquet(path, columns, turns="talk")[0] == Record("x.parquet:0", turns=tuple(talk(0)))
+    with pytest.raises(
+        ValueError, match=r"x.parquet has no 'prompt'; it has: text, content, talk, image, s"
+    ):
+        open_parquet(path, columns, text="prompt")
+    with pytest.raises(ValueError, match="none of the usual columns; name one of: a, b"):
+        open_parquet(path, {"a": [1], "b": [2]})
+    with pytest.raises(ValueError, match=r"no record that was tried can be read.*text must be a string"):
+        open_parquet(path, {"text": [1, 2]})
+    columns["content"][1] = None
+    with pytest.raises(
+        ValueError, match=r"'x.parquet:1': there is nothing under content; the row has: content"
+    ):
+        open_parquet(path, columns)[1]
+
+
+def test_parquet_reads_only_what_it_needs_and_keeps_what_fits(tmp_path, monkeypatch):
+    read = []
+    original = pq.ParquetFile.read_row_group
+
+    def spy(self, group, columns, **kwargs):
+        read.append((group, tuple(columns)))
+        return original(self, group, columns, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", spy)
+    columns = {"text": ["x" * 1000] * 40, "huge": ["y" * 9000] * 40}
+    source = open_parquet(tmp_path / "x.parquet", columns)
+    read.clear()
+    for i in range(40):
+        source[i]
+    assert read == [(group, ("text",)) for group in range(1, 10)]  # the first was tried at the opening
+    source[0]
+    assert len(read) == 9
+    monkeypatch.setattr(sources.parquet, "CACHED", 10_000)
+    source = pickle.loads(pickle.dumps(source))
+    for i in (0, 39, 0, 39, 20, 0, 39):
+        source[i]
+        assert source._cached == sum(table.nbytes for table in source._cache.values()) <= 10_000
+    fresh = pickle.loads(pickle.dumps(source))
+    read.clear()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(fresh.__getitem__, [3] * 64))
+    assert len(read) == 1
+
+
+def test_parquet_files_follow_each_other(tmp_path):
+    for name, texts in (("a", ["0", "1", "2"]), ("b", ["3"]), ("c", ["4", "5"])):
+        pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=2)
+    source = open_source(Config("{a,b,c}.parquet", "parquet"), str(tmp_path))
+    assert [source[i].texts[0] for i in range(len(source))] == list("012345")
+    assert source[5].key == "c.parquet:1"
+
+
+def test_parquet_files_that_are_not_whole_are_refused(tmp_path):
+    open_parquet(tmp_path / "x.parquet", {"text": ["a"] * 9})
+    whole = (tmp_path / "x.parquet").read_bytes()
+    for size in (0, 3, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "x.parquet").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"x.parquet is no whole Parquet file: .*; fetch it again"):
+            open_source(Config(str(tmp_path), "parquet"))
