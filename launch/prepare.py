@@ -32,10 +32,10 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from launch import fail
-from mmada_jax import convert, sharding
+from mmada_jax import convert, files, sharding
 from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import images, sources
-from mmada_jax.data.records import Record, pack
+from mmada_jax.data.records import LeftOut, Record, pack
 from mmada_jax.metrics import Progress
 from mmada_jax.vision import Vision
 
@@ -216,6 +216,8 @@ def read(
     [I, J, 3] to encode. Without `keep` the record comes back without its image."""
     try:
         record = source[index]
+    except LeftOut as error:
+        return Skip(index, "", error.why, str(error))
     except ValueError as error:
         return Skip(index, "", "unreadable record", str(error))
     if not (record.turns or any(text.strip() for text in record.texts)):
@@ -353,8 +355,16 @@ def finished(path: pathlib.Path) -> dict | None:
     about = path.with_suffix(".json")
     if not (path.is_file() and about.is_file()):
         return None
-    values = json.loads(about.read_text())
-    return values if count_records(path) == values["records"] else None
+    values = files.read_json(about, dict)
+    records, skipped = values.get("records"), values.get("skipped")
+    names = {field.name for field in dataclasses.fields(Skip)}
+    if (
+        not isinstance(records, int)
+        or not isinstance(skipped, list)
+        or not all(isinstance(skip, dict) and skip.keys() == names for skip in skipped)
+    ):
+        raise ValueError(f"{about} doesn't say what {path.name} holds; delete both and prepare again")
+    return values if count_records(path) == records else None
 
 
 @contextlib.contextmanager
@@ -370,7 +380,7 @@ def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"another process is writing to {out} at this moment") from error
         if path.is_file():
-            old, new = json.loads(path.read_text()), json.loads(json.dumps(settings))
+            old, new = files.read_json(path, dict), json.loads(json.dumps(settings))
             different = [
                 f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
                 for key in old | new

@@ -386,6 +386,7 @@ def model_program(
     """The model on rows of its data."""
     what = what or plan(run, workdir, start=not has_step(workdir))
     data = open_data(run, workdir, what)
+    say_left_out(data, "data")
     data.load(0, [data.places.index((task, 0)) for task in data.rows])  # raises if no record can be used
 
     def encode(rows):
@@ -414,6 +415,12 @@ def model_program(
     )
 
 
+def say_left_out(rows: pipeline.Pipeline, key: str) -> None:
+    """Prints, in the first process, what the sources under config.`key` leave out."""
+    for line in pipeline.left_out(rows.opened, key) if jax.process_index() == 0 else ():
+        print(line, flush=True)
+
+
 def evaluation(
     run: ModelRun,
     workdir: pathlib.Path,
@@ -424,6 +431,7 @@ def evaluation(
     """(params, step, metrics) -> values on the held-out rows; samples are shown in the metrics."""
     mesh = vision.mesh
     rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
+    say_left_out(rows, "held_out")
     own = pipeline.own_rows(mesh, run.eval_rows)
 
     @functools.cache

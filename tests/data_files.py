@@ -103,3 +103,7 @@ def write_tfds(folder):
 
     SourcesToy(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder / "sources_toy" / "1.0.0"
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 16031000\n"
+DEEP = "[" * 200_000

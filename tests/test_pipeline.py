@@ -439,6 +439,50 @@ def test_bad_and_long_records_are_replaced_and_counted(tokenizer):
     assert not any("long" in name for step in range(4) for name in cut.load(step).skipped)
 
 
+def test_conversations_about_images_are_no_text_to_chat(tokenizer):
+    pictured = [
+        dataclasses.replace(dialogues(1).items[0], image=png(0)),
+        dialogues(1, codes=True).items[0],
+        dataclasses.replace(dialogues(1).items[0], lacks_image=True),
+    ]
+    text = Record("text", texts=("a caption",))
+    rows = make(tokenizer, {"lm_chat": {"d": Listed([*pictured, text], info={"codes": N_IMAGE})}}, size=8)
+    loaded = rows.load(0)
+    want = make(tokenizer, {"lm_chat": {"d": Listed([text])}}, size=8).load(0)
+    np.testing.assert_array_equal(loaded.rows.batch.tokens, want.rows.batch.tokens)
+    assert set(loaded.skipped) == {"lm_chat.d: about an image"}
+    assert loaded.skipped["lm_chat.d: about an image"] >= 6
+    skipped = pipeline.Skipped(0.0)
+    skipped.count({"lm_chat.d: about an image": 1000}, 10)  # is no fault of the data
+
+
+def test_a_list_of_llava_goes_to_chat_without_its_images(tokenizer, tmp_path):
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "0.png").write_bytes(png(0))
+    rows = [{"conversations": talk}] * 2 + [{"image": "0.png", "conversations": talk}] * 3
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    config = sources.Config(f"{tmp_path}/x.json", "llava")
+    data = {"lm_chat": {"a": config}, "mmu": {"b": config}}
+    opened = pipeline.open_sources(data, ("lm_chat", "mmu"))
+    assert pipeline.left_out(opened, "held_out") == [
+        "config.held_out.lm_chat.a: 2 records; left out: one image 3",
+        "config.held_out.mmu.b: 3 records; left out: no image 2",
+    ]
+    rows = Pipeline(tokenizer, tokenizer.vocab(CODES), data, opened, {"lm_chat": 5, "mmu": 5}, SHAPE, 0)
+    assert not rows.load(0).skipped
+
+
+def test_errors_of_opening_name_the_source_whatever_their_type(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "0.png").write_bytes(png(0))
+    (tmp_path / "labels").write_bytes("a: größe".encode("latin-1"))
+    config = sources.Config("images", "imagefolder", labels="labels")
+    with pytest.raises(ValueError, match=r"config.data.t2i.x: .*labels, line 1: byte 0xf6 is no UTF-8"):
+        pipeline.open_sources({"t2i": {"x": config}}, ("t2i",), str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"config.data.t2i.x: .*nowhere doesn't exist"):
+        pipeline.open_sources({"t2i": {"x": sources.Config("nowhere")}}, ("t2i",), str(tmp_path))
+
+
 def test_a_source_without_a_usable_record_is_an_error(tokenizer):
     rows = make(tokenizer, {"lm_chat": {"d": dialogues(3, "word " * 200)}}, size=2)
     with pytest.raises(ValueError, match=r"config.data.lm_chat.d: 100 records, .* the limit is 54"):

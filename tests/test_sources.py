@@ -287,3 +287,34 @@ def test_compressed_files_are_refused(tmp_path):
 def test_formats_of_folders_want_one(formats, name):
     with pytest.raises(ValueError, match=f"isn't one folder, which format '{name}' expects"):
         open_source(Config(formats["jsonl"][0].path, name))
+
+
+# ---- What libraries raise ----------------------------------------------------------------------------
+
+
+class Odd(Exception):
+    """An error of a library, of no type that Python has, which takes more than a message."""
+
+    def __init__(self, one, two):
+        super().__init__(one, two)
+
+
+@pytest.mark.parametrize(
+    "error", [Odd(1, 2), TypeError("t"), AssertionError(), RecursionError("r"), KeyError("k"),
+              StopIteration(), MemoryError("m"), OverflowError("o"),
+              UnicodeDecodeError("utf-8", b"x", 0, 1, "why")]
+)  # fmt: skip
+@pytest.mark.parametrize("name", FILES)
+def test_any_error_on_one_record_is_a_bad_record(formats, name, error, monkeypatch):
+    source = open_source(formats[name][0])
+    key = source[5].key
+
+    def fail(index):
+        raise error
+
+    monkeypatch.setattr(source, "_read", fail)
+    with pytest.raises(ValueError, match=r"record '.*[:/].*': .+") as caught:
+        source[5]
+    assert type(caught.value) is ValueError
+    assert caught.value.__cause__ is error
+    assert key.rpartition("/")[2] in str(caught.value) or name == "arrayrecord"

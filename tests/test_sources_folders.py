@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from data_files import N, picture, talk, write_images, write_prepared, write_shard
+from data_files import POINTER, N, picture, talk, write_images, write_prepared, write_shard
 
 from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.data.sources import Config, open_source
@@ -181,3 +181,60 @@ def test_folders_without_classes_or_images_are_errors(tmp_path):
     (tmp_path / "bare" / "class").mkdir(parents=True)
     with pytest.raises(ValueError, match="bare has no record that can be used"):
         open_source(Config("bare", "imagefolder"), str(tmp_path))
+
+
+def test_pictures_of_an_image_folder_are_read_or_counted(tmp_path):
+    names = ["a.png", "b.gif", "c.bmp", "d.JPEG", "more/e.png", "more/deep/f.jfif", "one.two.png"]
+    for name in names:
+        (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cat" / name).write_bytes(picture(0))
+    for name in ["g.tiff", "more/h.heic", "notes.txt", ".hidden.png"]:
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "cats").symlink_to(tmp_path / "cat")
+    (tmp_path / "dog" / "i.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "dog" / "j.png").symlink_to(tmp_path / "cat" / "a.png")
+    (tmp_path / "k.png").write_bytes(picture(1))
+    source = open_source(Config(str(tmp_path), "imagefolder"))
+    found = {source[i].key: source[i].texts[0] for i in range(len(source))}
+    assert found == {f"cat/{name}": "cat" for name in names} | {"dog/j.png": "dog"}
+    assert source.ignored == {
+        "format of images that isn't read": 2, "no image": 1, "link to a folder": 1,
+        "broken link or no regular file": 1, "image outside of the folders of classes": 1,
+    }  # fmt: skip
+
+
+def test_labels_are_utf8_with_or_without_a_mark(tmp_path):
+    write_images(tmp_path / "images" / "n01", 1)
+    config = Config("images", "imagefolder", labels="labels")
+    (tmp_path / "labels").write_text("\ufeffn01: größe")
+    assert open_source(config, str(tmp_path))[0].texts == ("größe",)
+    for data, message in (
+        ("n01: größe".encode("latin-1"), "labels, line 1: byte 0xf6 is no UTF-8"),
+        (POINTER, "labels is a pointer of git LFS"),
+    ):
+        (tmp_path / "labels").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            open_source(config, str(tmp_path))
+
+
+def test_pointers_in_place_of_prepared_files_are_named(tmp_path, tfds_folder):
+    write_prepared(tmp_path / "p")
+    (tmp_path / "p" / "00001.array_record").write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"00001.array_record is a pointer of git LFS"):
+        open_source(Config("p"), str(tmp_path))
+    (tmp_path / "p" / "dataset.json").write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"dataset.json is a pointer of git LFS"):
+        open_source(Config("p"), str(tmp_path))
+    for path in tfds_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    for name in ("features.json", "dataset_info.json"):
+        (tmp_path / name).write_bytes(POINTER)
+        with pytest.raises(ValueError, match=f"{name} is a pointer of git LFS"):
+            open_source(Config(str(tmp_path), "tfds"))
+
+
+def test_what_was_left_out_in_preparing_is_known_to_the_source(tmp_path):
+    info = write_prepared(tmp_path / "p")
+    (tmp_path / "p" / "dataset.json").write_text(json.dumps(info | {"skipped": {"no image": 7}}))
+    assert open_source(Config("p"), str(tmp_path)).ignored == {"no image": 7}

@@ -1,11 +1,12 @@
 """Rows of JSON: each is a record, is left out and counted, or is an error that names it."""
 
 import json
+import os
 
 import pytest
-from data_files import picture, talk, write_images, write_lines
+from data_files import DEEP, POINTER, picture, talk, write_images, write_lines
 
-from mmada_jax.data.records import Record
+from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.data.sources import Config, open_source
 
 
@@ -116,3 +117,115 @@ def test_llava_files_without_use_are_refused(tmp_path, text, message):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_source(Config("x.json", "llava"), str(tmp_path))
+
+
+def about(**image):
+    return {**image, "conversations": talk(0, ("human", "gpt"), ("from", "value"), "<image> ")}
+
+
+def test_a_list_of_one_image_is_an_image(tmp_path):
+    write_images(tmp_path, 2)
+    rows = [
+        about(image=["0.png"]), about(images=["1.png"]), about(images=[{"path": "0.png"}]),
+        about(image="", images=["1.png"]), about(image=["0.png", "1.png"]),
+    ]  # fmt: skip
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    write_lines(tmp_path / "x.jsonl", rows)
+    llava = open_source(Config("x.json", "llava"), str(tmp_path))
+    lines = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    for source in (llava, lines):
+        assert [source[i].image for i in range(4)] == [picture(i) for i in (0, 1, 0, 1)]
+    assert llava.ignored == {"several images": 1}
+    with pytest.raises(LeftOut, match=r"x.jsonl:5': there is a list of 2 images") as caught:
+        lines[4]
+    assert caught.value.why == "several images"
+
+
+@pytest.mark.parametrize("form", ["llava", "jsonl"])
+def test_the_place_of_an_image_goes_from_every_turn(tmp_path, form):
+    write_images(tmp_path, 1)
+    contents = ["<image>", "What <image>\r\nis it?", "It is <image>.", "<image>", "<image> Red"]
+    roles = ["system", "human", "gpt", "human", "gpt"]
+    turns = [{"from": role, "value": text} for role, text in zip(roles, contents, strict=True)]
+    rows = [{"image": "0.png", "conversations": turns}]
+    (tmp_path / "x").write_text(json.dumps(rows if form == "llava" else rows[0]))
+    record = open_source(Config("x", form), str(tmp_path))[0]
+    assert [t["content"] for t in record.turns] == ["What\r\nis it?", "It is.", "", "Red"]
+    assert not record.lacks_image
+
+
+def test_a_conversation_about_an_image_that_is_not_there_says_so(tmp_path):
+    markup = {"role": "assistant", "content": "An RSS feed has <image> in <channel>."}
+    rows = [{"turns": talk(0, head="<image>\n")}, {"turns": talk(0)}, {"turns": [talk(0)[0], markup]}]
+    write_lines(tmp_path / "x.jsonl", rows)
+    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    assert [source[i].lacks_image for i in range(3)] == [True, False, False]
+    assert source[0].turns == source[1].turns
+    assert source[2].turns[1] == markup
+
+
+def test_rows_of_llava_about_images_or_about_none(tmp_path):
+    write_images(tmp_path, 1)
+    rows = [
+        about(),
+        about(image="0.png"),
+        about(image=[]),
+        about(video="v.mp4"),
+        about(images=["0.png"] * 2),
+    ]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    with_images = open_source(Config("x.json", "llava"), str(tmp_path))
+    without = open_source(Config("x.json", "llava"), str(tmp_path), with_images=False)
+    assert [with_images[i].key for i in range(len(with_images))] == ["x.json:1"]
+    assert [without[i].key for i in range(len(without))] == ["x.json:0", "x.json:2"]
+    assert with_images.ignored == {"no image": 2, "video or audio": 1, "several images": 1}
+    assert without.ignored == {"one image": 1, "video or audio": 1, "several images": 1}
+    assert with_images.fingerprint != without.fingerprint
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path):
+    row = {"text": "a", "conversations": talk(0), "image": "0.png"}
+    write_images(tmp_path, 1)
+    (tmp_path / "x.jsonl").write_text("".join(f"\ufeff{json.dumps(row)}\n" for _ in range(2)))
+    (tmp_path / "x.json").write_text("\ufeff" + json.dumps([row]))
+    lines = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    assert [lines[i].texts for i in range(2)] == [("a",), ("a",)]
+    assert open_source(Config("x.json", "llava"), str(tmp_path))[0].turns == tuple(talk(0))
+
+
+@pytest.mark.parametrize(("form", "text"), [("llava", DEEP), ("llava", "[" + DEEP), ("llava", "[\x00]")])
+def test_lists_that_are_no_json_are_one_line_that_names_the_file(tmp_path, form, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x.json is (JSON that is nested too deeply|no JSON).*; exp"):
+        open_source(Config("x.json", form), str(tmp_path))
+
+
+def test_pointers_and_pipes_are_named_and_never_waited_for(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(POINTER)
+    (tmp_path / "x.json").write_bytes(POINTER)
+    for name, form in (("x.jsonl", "jsonl"), ("x.json", "llava")):
+        with pytest.raises(ValueError, match=f"{name} is a pointer of git LFS.*git lfs pull"):
+            open_source(Config(name, form), str(tmp_path))
+    (tmp_path / "0.png").write_bytes(POINTER)
+    os.mkfifo(tmp_path / "1.png")
+    write_lines(
+        tmp_path / "y.jsonl", [{"text": "t", "image": f"{i}.png"} for i in range(2)] + [{"text": "t"}]
+    )
+    source = open_source(Config("y.jsonl", "jsonl"), str(tmp_path))
+    for i, reason in enumerate(("git lfs pull", "no regular file")):
+        with pytest.raises(ValueError, match=f"record 'y.jsonl:{i + 1}': .*{i}.png .*{reason}"):
+            source[i]
+    os.mkfifo(tmp_path / "z.jsonl")
+    with pytest.raises(ValueError, match=r"z.jsonl is no regular file"):
+        open_source(Config("z.jsonl", "jsonl"), str(tmp_path))
+
+
+def test_packed_files_of_a_folder_are_not_passed_over(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    write_lines(tmp_path / "b.JSONL", [{"text": "b"}])
+    (tmp_path / "c.csv").write_text("something else")
+    source = open_source(Config(str(tmp_path), "jsonl"))
+    assert [source[i].texts for i in range(len(source))] == [("a",), ("b",)]
+    (tmp_path / "d.jsonl.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=r"d.jsonl.gz is compressed, .*decompress it, or name the"):
+        open_source(Config(str(tmp_path), "jsonl"))

@@ -1,19 +1,22 @@
 """Rows of Parquet come back, whoever wrote them and however they hold a conversation."""
 
 import concurrent.futures
+import json
 import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_files import (
+    DEEP,
+    POINTER,
     picture,
     talk,
     write_images,
 )
 
 from mmada_jax.data import sources
-from mmada_jax.data.records import Record
+from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.data.sources import Config, open_source
 
 
@@ -107,3 +110,87 @@ def test_parquet_files_that_are_not_whole_are_refused(tmp_path):
         (tmp_path / "x.parquet").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"x.parquet is no whole Parquet file: .*; fetch it again"):
             open_source(Config(str(tmp_path), "parquet"))
+
+
+TURNS = [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "a"}]
+PARTS = [
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "q"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        TURNS,
+        {"from": ["human", "gpt"], "value": ["<image> q", "a"]},
+        json.dumps(TURNS),
+        json.dumps({"role": ["user", "assistant"], "content": ["q<image>", "a"]}),
+        [json.dumps(turn) for turn in TURNS],
+        PARTS,
+        json.dumps(PARTS),
+        {"role": ["user", "assistant"], "content": [turn["content"] for turn in PARTS]},
+        [{"role": "user", "content": {"type": ["image", "text"], "text": [None, "q"]}}, PARTS[1]],
+        [turn | {"role": None, "content": None} for turn in TURNS],
+    ],
+)
+def test_conversations_in_the_forms_that_writers_make(tmp_path, value):
+    source = open_parquet(tmp_path / "x.parquet", {"talk": pa.array([value])}, turns="talk")
+    record = Record("x.parquet:0", turns=(
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    ), lacks_image=True)  # fmt: skip
+    assert source[0] == record
+
+
+@pytest.mark.parametrize(
+    "value", ["no JSON", "7", DEEP, json.dumps({"role": "user"}),
+              json.dumps([{"role": "user", "content": [7]}]),
+              json.dumps([{"role": "user", "content": [{"type": "audio", "audio": "x"}]}]),
+              json.dumps({"role": ["user"], "content": ["q", "a"]})]
+)  # fmt: skip
+def test_what_is_no_conversation_is_a_bad_record(tmp_path, value):
+    rows = {"talk": [value, json.dumps(TURNS)]}
+    source = open_parquet(tmp_path / "x.parquet", rows, turns="talk")
+    assert len(source[1].turns) == 2
+    with pytest.raises(ValueError, match=r"record 'x.parquet:0': "):
+        source[0]
+
+
+def test_a_list_of_one_image_is_an_image(tmp_path):
+    write_images(tmp_path / "images", 2)
+    as_bytes, as_path = {"bytes": picture(0), "path": None}, {"bytes": None, "path": "1.png"}
+    path, fields = tmp_path / "x.parquet", {"image": "images", "image_root": f"{tmp_path}/images"}
+    for values in (
+        [[as_bytes], [as_path], [], None, [as_bytes, as_path]],
+        [[picture(0)], [picture(1)], [], None, [picture(0), picture(1)]],
+        [{"bytes": [x["bytes"] for x in xs or ()], "path": [x["path"] for x in xs or ()]}
+         for xs in ([as_bytes], [as_path], [], [], [as_bytes, as_path])],
+    ):  # fmt: skip
+        source = open_parquet(path, {"text": list("abcde"), "images": pa.array(values)}, **fields)
+        assert [source[i].image for i in range(4)] == [picture(0), picture(1), None, None]
+        with pytest.raises(LeftOut, match=r"'x.parquet:4': there is a list of 2 images") as caught:
+            source[4]
+        assert caught.value.why == "several images"
+
+
+def test_pages_whose_checksum_is_wrong_are_bad_records(tmp_path):
+    path, text = tmp_path / "x.parquet", "an ordinary caption of some length"
+    table = pa.table({"text": [f"{text} {i}" for i in range(8)]})
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(table, path, row_group_size=4, **options)
+    data = bytearray(path.read_bytes())
+    data[data.find(f"{text} 5".encode()) + 3] ^= 1
+    path.write_bytes(data)
+    source = open_source(Config(str(path), "parquet"))
+    assert [source[i].texts[0] for i in range(4)] == [f"{text} {i}" for i in range(4)]
+    for i in range(4, 8):
+        with pytest.raises(ValueError, match=f"record 'x.parquet:{i}': .*CRC"):
+            source[i]
+
+
+def test_any_file_may_be_a_pointer(tmp_path):
+    for name in "ab":
+        open_parquet(tmp_path / f"{name}.parquet", {"text": ["t"]})
+    (tmp_path / "b.parquet").write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"b.parquet is a pointer of git LFS.*git lfs pull"):
+        open_source(Config(str(tmp_path), "parquet"))

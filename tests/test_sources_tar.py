@@ -1,12 +1,14 @@
 """Samples of tars come back; what is damaged is refused and what is left out is counted."""
 
+import io
 import json
 import os
 import re
 import tarfile
 
 import pytest
-from data_files import picture, talk, write_tar
+from data_files import DEEP, POINTER, picture, talk, write_tar
+from PIL import Image
 
 from mmada_jax.data import sources
 from mmada_jax.data.sources import Config, open_source
@@ -157,3 +159,113 @@ def test_a_tar_that_shrinks_is_noticed(tmp_path):
         ValueError, match=r"record 'x/a': .* ends before byte .*changed since it was opened"
     ):
         source[0]
+
+
+# ---- What vanishes ---------------------------------------------------------------------------------
+
+
+def captioned(names, first=0):
+    """Members of samples: image and caption."""
+    return [(f"{name}.{s}", b) for i, name in enumerate(names, first) for s, b in (
+        ("png", picture(i)), ("txt", f"caption {i}".encode()))]  # fmt: skip
+
+
+def member_starts(path):
+    with tarfile.open(path) as tar:
+        return [member.offset for member in tar.getmembers()]
+
+
+def test_a_hole_of_zeros_is_refused_wherever_it_begins(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, captioned(range(20)))
+    whole, starts = path.read_bytes(), member_starts(path)
+    for at in starts[1:-1]:  # a hole over a header, with samples after it
+        path.write_bytes(whole[:at] + bytes(1024) + whole[at + 1024 :])
+        with pytest.raises(
+            ValueError, match=rf"x.tar goes on at byte \d+, .* end at byte {at}: part of it"
+        ):
+            open_source(Config(str(path), "webdataset"))
+    for at in starts[1:12]:  # a download into a file of its full size that stopped
+        path.write_bytes(whole[:at] + bytes(len(whole) - at))
+        with pytest.raises(ValueError, match=rf"x.tar ends with {len(whole) - at} bytes of zeros"):
+            open_source(Config(str(path), "webdataset"))
+
+
+def test_what_follows_the_end_of_a_tar_is_refused(tmp_path):
+    first, second, path = tmp_path / "a.tar", tmp_path / "b.tar", tmp_path / "x.tar"
+    write_tar(first, captioned(range(3)))
+    write_tar(second, captioned(range(3, 6)))
+    for more in (second.read_bytes(), b"\0" * 700 + b"trailing", b"x"):
+        path.write_bytes(first.read_bytes() + more)
+        with pytest.raises(ValueError, match="it is several tars in a row; fetch it again, or split it"):
+            open_source(Config(str(path), "webdataset"))
+
+
+def test_the_ends_that_writers_make_are_all_right(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, captioned(range(3)))
+    whole, last = path.read_bytes(), member_starts(path)[-1]
+    end = last + 1024
+    assert not any(whole[end:])
+    for blocks in (1, 2, 3, (len(whole) - end) // 512):
+        path.write_bytes(whole[: end + 512 * blocks])
+        assert len(open_source(Config(str(path), "webdataset"))) == 3
+
+
+def test_images_that_are_passed_over_are_counted_by_reason(tmp_path):
+    gif, bmp = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (4, 4)).save(gif, "GIF")
+    Image.new("RGB", (4, 4)).save(bmp, "BMP")
+    members = [
+        ("v1.0/a.gif", gif.getvalue()), ("v1.0/a.txt", b"read"),
+        ("b.BMP", bmp.getvalue()), ("b.txt", b"too"), ("c.v2.jpg", picture(0)), ("c.v2.txt", b"dots"),
+        ("d.tiff", b"t"), ("d.cls", b"1"), ("e.tar.svg", b"s"), ("f.mp4", b"video"), ("f.cls", b"1"),
+        ("g.png", picture(1)), ("g.jpg", picture(2)), ("g.txt", b"two"),
+        ("h.png", picture(3)), ("h.txt", b"first"), ("h.txt", b"second"),
+    ]  # fmt: skip
+    source = open_tar(tmp_path / "x.tar", members)
+    assert [source[i].texts[0] for i in range(len(source))] == ["read", "too", "two", "second"]
+    assert source.ignored == {
+        "image with dots in its name": 1, "format of images that isn't read": 2, "no image": 3,
+        "another image of a sample": 1, "name that comes again": 1,
+    }  # fmt: skip
+
+
+def test_members_that_are_pointers_or_zeros_are_bad_records(tmp_path):
+    members = captioned(range(6))
+    members[1] = ("0.txt", b"\xef\xbb\xbfcaption of a file with a mark")
+    members[2] = ("1.png", POINTER)
+    members[5] = ("2.txt", POINTER)
+    members[7] = ("3.txt", bytes(40))
+    members[9] = ("4.json", DEEP.encode())
+    source = open_tar(tmp_path / "x.tar", members)
+    assert source[0].texts == ("caption of a file with a mark",)
+    assert source[5].texts == ("caption 5",)
+    for i, reason in (
+        (1, "git lfs pull"),
+        (2, "git lfs pull"),
+        (3, "zero bytes"),
+        (4, "nested too deeply"),
+    ):
+        with pytest.raises(ValueError, match=f"record 'x/{i}': .*{reason}"):
+            source[i]
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_captions_of_a_side_file_may_be_by_the_name_of_the_image(tmp_path, mark):
+    table = {"0000.png": "zero", "sub/0001.JPG": ["one", "eins"], "0002": "two", "dots.v2": "no"}
+    (tmp_path / "c.json").write_text(mark + json.dumps(table))
+    members = [(f"{key}.png", picture(0)) for key in ("0000", "sub/0001", "0002")]
+    source = open_tar(tmp_path / "x.tar", members, captions=f"{tmp_path}/c.json")
+    assert [source[i].texts for i in range(3)] == [("zero",), ("one", "eins"), ("two",)]
+    for text, message in (
+        (DEEP, "nested too deeply"),
+        (POINTER.decode(), "git lfs pull"),
+        ("[]", "an array"),
+    ):
+        (tmp_path / "c.json").write_text(text)
+        with pytest.raises(ValueError, match=f"c.json .*{message}"):
+            open_tar(tmp_path / "x.tar", members, captions=f"{tmp_path}/c.json")
+    (tmp_path / "c.csv").write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"c.csv .*git lfs pull"):
+        open_tar(tmp_path / "x.tar", members, captions=f"{tmp_path}/c.csv")

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 # Records in a row that can't be used before a source is given up.
 TRIES = 100
-LONG, UNREADABLE = "too long", "unreadable"
+UNREADABLE = "unreadable"
 
 
 class Rows(NamedTuple):
@@ -92,11 +92,26 @@ def open_sources(
             )
         for name, config in configs.items():
             try:
-                source = sources.open_source(config, root)
+                source = sources.open_source(config, root, with_images=layout.image_start(task, 1) > 0)
             except (ValueError, OSError) as error:
-                raise type(error)(f"config.{key}.{task}.{name}: {error}") from error
+                # Its own type only where a message is all that it takes.
+                plain = next(
+                    kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind)
+                )
+                raise plain(f"config.{key}.{task}.{name}: {error}") from error
             opened.setdefault(task, {})[name] = source
     return opened
+
+
+def left_out(opened: Mapping[str, Mapping[str, sources.Source]], key: str = "data") -> list[str]:
+    """A line for each source under config.`key` that leaves samples out: how many, for what reasons."""
+    lines = []
+    for task, of_task in opened.items():
+        for name, source in of_task.items():
+            if ignored := getattr(source, "ignored", {}):
+                reasons = ", ".join(f"{reason} {n:,}" for reason, n in ignored.items())
+                lines.append(f"config.{key}.{task}.{name}: {len(source):,} records; left out: {reasons}")
+    return lines
 
 
 class Skipped:
@@ -256,8 +271,8 @@ class Pipeline:
                         "with their dataset.json, not the shards"
                     )
                 return self._make(task, self.data[task][name], record, rng)
-            except TooLong as error:
-                last, why = error, LONG
+            except records.LeftOut as error:
+                last, why = error, error.why
             except Exception as error:  # libraries raise nearly everything for a record that is damaged
                 last, why = error, UNREADABLE
             skipped[f"{task}.{name}: {why}"] += 1
@@ -287,7 +302,8 @@ class Pipeline:
     def _fitting(self, text: str | Template, limit: int, record: Record) -> list[int]:
         ids = self.tokenizer.encode(text)
         if len(ids) > limit and not self.cut_long:
-            raise TooLong(f"record {record.key!r} has {len(ids)} tokens of text; the limit is {limit}")
+            message = f"record {record.key!r} has {len(ids)} tokens of text; the limit is {limit}"
+            raise records.LeftOut("too long", message)
         return ids
 
     def _image(self, config: sources.Config, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
@@ -310,8 +326,6 @@ class Pipeline:
         return np.full(self.shape.n_image, self.vocab.image_offset, np.int32), pixels
 
 
-class TooLong(ValueError):
-    """A text that doesn't fit its row."""
 
 
 @dataclasses.dataclass(frozen=True)

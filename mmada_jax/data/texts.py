@@ -22,11 +22,18 @@ def text_of(
     think_prompt: str,
     think_draw_prompt: str,
 ) -> str | Template:
-    """The text that a record has in a row of a task. Raises ValueError if it has none."""
+    """The text that a record has in a row of a task.
+
+    Raises ValueError if it has none, and LeftOut for a conversation about an image in a row without one.
+    """
     if task == "lm":
         return records.plain_text(record, rng)
     if task == "t2i":
         return records.drawing_caption(record, rng)
+    has_image = record.image is not None or record.codes is not None
+    if task == "lm_chat" and (has_image or record.lacks_image):
+        message = f"record {record.key!r} is about an image, which rows of lm_chat don't have"
+        raise records.LeftOut("about an image", message)
     if task == "lm_chat" and not record.turns:
         text = records.whole_text(record)
         if not config.rendered:

@@ -39,7 +39,9 @@ class ArrayRecords(Records):
         self._shards = [open_shard(p, counts.get(os.path.basename(p)), remedy) for p in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         stamp = stamp_of(paths, json.dumps(info, sort_keys=True).encode())
-        super().__init__(config, sum(map(len, self._shards)), stamp, info=info)
+        ignored = info.get("skipped")  # what was left out when they were prepared
+        ignored = ignored if isinstance(ignored, dict) else {}
+        super().__init__(config, sum(map(len, self._shards)), stamp, ignored, info)
 
     def _key(self, index: int) -> str:
         shard, row = locate(self._ends, index)
