@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import io
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax import layout, sharding, vq
+from mmada_jax import layout, sharding, train, vq
 from mmada_jax.data import pipeline, records, sources
 from mmada_jax.data.pipeline import Pipeline, Shape, rows_per_task
 from mmada_jax.data.records import Record
@@ -470,6 +471,28 @@ def test_a_list_of_llava_goes_to_chat_without_its_images(tokenizer, tmp_path):
     ]
     rows = Pipeline(tokenizer, tokenizer.vocab(CODES), data, opened, {"lm_chat": 5, "mmu": 5}, SHAPE, 0)
     assert not rows.load(0).skipped
+
+
+def test_what_is_left_out_is_said_when_training_starts(monkeypatch, capsys):
+    source = Listed([Record("x")])
+    object.__setattr__(source, "ignored", {"no caption": 1200, "several images": 3})
+    rows = types.SimpleNamespace(opened={"t2i": {"a": source, "b": Listed([Record("y")])}}, encodes=False)
+    rows.places, rows.rows, rows.load = [("t2i", 0)], {"t2i": 1}, lambda *_: None
+    monkeypatch.setattr(train, "open_data", lambda *_: rows)
+    with pytest.raises(AttributeError, match="no more is needed here"):
+        train.model_program(Nothing(), "workdir", None, Nothing())
+    assert capsys.readouterr().out == (
+        "config.data.t2i.a: 1 records; left out: no caption 1,200, several images 3\n"
+    )
+
+
+class Nothing:
+    """What a run would be."""
+
+    eval_every = 0
+
+    def __getattr__(self, name):
+        raise AttributeError("no more is needed here")
 
 
 def test_errors_of_opening_name_the_source_whatever_their_type(tmp_path):

@@ -23,7 +23,7 @@ from mmada_jax.api import MMaDA
 from mmada_jax.convert import magvit
 from mmada_jax.convert.folder import inspect, open_folder
 from mmada_jax.data import images, sources
-from mmada_jax.data.records import Record, unpack
+from mmada_jax.data.records import LeftOut, Record, unpack
 from mmada_jax.vision import Vision
 
 PREPARE = str(ROOT / "launch" / "prepare.py")
@@ -391,6 +391,27 @@ def test_a_damaged_shard_is_written_again(prepare, tmp_path, damage):
     assert prepare(*args, source=source)[1] is None
     assert sorted(source.asked) == list(range(10, 15))
     assert keys(out) == [f"k{i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("name", ["prepare.json", "shard-00000-of-00002.json"])
+@pytest.mark.parametrize("text", ["", "[]", '{"records": "2"}', "[" * 100_000, "\ufffd", "null"])
+def test_what_it_keeps_beside_the_shards_is_named_when_it_is_damaged(prepare, tmp_path, name, text):
+    prepare("--records_per_shard", 2, source=Source(texts(4)))
+    (tmp_path / "out" / name).write_text(text)
+    _, error = prepare("--records_per_shard", 2, source=Source(texts(4)))
+    assert error.startswith("error: ")
+    assert str(tmp_path / "out") in error
+    assert name in error or (name == "prepare.json" and "begun with other settings" in error)
+
+
+def test_records_with_a_reason_of_their_own_are_counted_by_it(prepare, tmp_path):
+    records = [*texts(5), LeftOut("several images", "there is a list of 2 images")]
+    source = Source(records)
+    source.ignored = {"no image": 3}
+    out, error = prepare("--max_skipped", 0.5, source=source)
+    assert error is None
+    assert dataset(tmp_path / "out")["skipped"] == {"several images": 1, "no image": 3}
+    assert "left out: several images 1, no image 3; as record 5: several images, there is a" in out
 
 
 @pytest.mark.parametrize(
