@@ -130,7 +130,10 @@ PARTS = [
         PARTS,
         json.dumps(PARTS),
         {"role": ["user", "assistant"], "content": [turn["content"] for turn in PARTS]},
-        [{"role": "user", "content": {"type": ["image", "text"], "text": [None, "q"]}}, PARTS[1]],
+        [
+            {"role": "user", "content": {"type": ["image", "text"], "text": [None, "q"]}},
+            {"role": "assistant", "content": {"type": ["text"], "text": ["a"]}},
+        ],
         [turn | {"role": None, "content": None} for turn in TURNS],
     ],
 )

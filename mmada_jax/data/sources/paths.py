@@ -178,7 +178,7 @@ def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_
         os.close(file)
     if len(data) != size:
         raise ValueError(f"{path} ends before byte {at + size}; it has changed since it was opened")
-    files.refuse_pointer(data, path)
+    files.refuse_pointer(data, path if len(data) == found.st_size else f"what {path} has at byte {at}")
     return data
 
 

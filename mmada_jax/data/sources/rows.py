@@ -86,6 +86,7 @@ def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], 
     it was named."""
     turns, names_image = [], False
     for number, turn in enumerate(_items(value)):
+        turn = files.parse_json(turn, f"turn {number}") if isinstance(turn, str) else turn
         turn = turn if isinstance(turn, Mapping) else {}
         role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
         if role not in _ROLES or not isinstance(content, str | list | Mapping):

@@ -140,7 +140,8 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
     over; images and samples that can't be used are counted in `ignored`.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    others: set[str] = set()  # keys of other parts
+    passed_over: set[str] = set()  # keys of images that are counted below
+    others: set[str] = set()  # keys of parts that are neither image nor text
     size, count, end = os.path.getsize(path), 0, 0
     try:
         with tarfile.open(path, "r:") as tar:
@@ -163,12 +164,11 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
                 key = f"{folder}{slash}{stem}"
                 if suffix not in IMAGES + CAPTIONS:
                     _, dot, last = suffix.rpartition(".")
+                    (passed_over if last in IMAGES + UNREAD_IMAGES else others).add(key)
                     if last in UNREAD_IMAGES:
                         ignored["format of images that isn't read"] += 1
                     elif dot and last in IMAGES:
                         ignored["image with dots in its name"] += 1
-                    else:
-                        others.add(key)
                 elif not member.isreg() or member.sparse is not None:
                     ignored["link or special file"] += 1
                 elif name.startswith("/") or ".." in name.split("/"):
@@ -184,7 +184,10 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
         raise ValueError(
             f"{path} is no tar, or is damaged after byte {end}: {error}; fetch it again"
         ) from error
-    ignored["no image"] += len(others - samples.keys())
+    for key in passed_over & samples.keys():
+        if not any(suffix in samples[key] for suffix in IMAGES):
+            del samples[key]  # a text whose image is counted already
+    ignored["no image"] += len(others - samples.keys() - passed_over)
     _check_end(path, end)
     return samples
 
