@@ -446,7 +446,7 @@ def test_conversations_about_images_are_no_text_to_chat(tokenizer):
         dialogues(1, codes=True).items[0],
         dataclasses.replace(dialogues(1).items[0], lacks_image=True),
     ]
-    text = Record("text", texts=("a caption",))
+    text = dialogues(1, "another").items[0]
     rows = make(tokenizer, {"lm_chat": {"d": Listed([*pictured, text], info={"codes": N_IMAGE})}}, size=8)
     loaded = rows.load(0)
     want = make(tokenizer, {"lm_chat": {"d": Listed([text])}}, size=8).load(0)

@@ -326,8 +326,6 @@ class Pipeline:
         return np.full(self.shape.n_image, self.vocab.image_offset, np.int32), pixels
 
 
-
-
 @dataclasses.dataclass(frozen=True)
 class Canvases:
     """Batches of canvases [rows, 8, 16, 1] of digits, for training the image tokenizer."""
