@@ -28,19 +28,15 @@ from configs import unigrpo as config_file
 from launch import fail
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import (
-    check_workdir,
-    claim_workdir,
-    fingerprint,
-    has_step,
-    newest_step,
-    write_whole,
-)
 from mmada_jax.data import digits
 from mmada_jax.denoise import ImageRule
+from mmada_jax.disk import write_whole
+from mmada_jax.files import read_json
+from mmada_jax.manifest import fingerprint
 from mmada_jax.rl.rewards import Combined
 from mmada_jax.rl.train import train
 from mmada_jax.rl.unigrpo import MASKINGS
+from mmada_jax.workdir import check_workdir, claim_workdir, has_step, newest_step
 
 # Cases of a metric that isn't sampled as in a rollout.
 MOST = 400
@@ -102,8 +98,8 @@ def main() -> None:
     results = {
         masking: {
             seed: (
-                json.loads((workdir / f"before-{seed}-{name}").read_text()),
-                json.loads((workdir / f"{masking}-{seed}" / name).read_text()),
+                read_json(workdir / f"before-{seed}-{name}", dict),
+                read_json(workdir / f"{masking}-{seed}" / name, dict),
             )
             for seed in args.seeds
         }

@@ -4,8 +4,11 @@ python launch/convert.py from-torch --src MMaDA-8B-Base --dst checkpoints/base -
 python launch/convert.py from-torch --src LLaDA-8B-Instruct --dst checkpoints/start --add-image-vocab 8192
 python launch/convert.py to-torch --src runs/quickstart/pretrain --dst exported
 python launch/convert.py inspect --src exported [--json]
+python launch/convert.py trust --src runs/quickstart/pretrain
 
-A target must be new or empty. It is written under another name and renamed when it is complete.
+A target must be new or empty. It is written under another name and renamed when it is complete. What
+lacks the hashes that it is verified by, or whose config.json was edited, is refused until it is trusted:
+hashes are then written of what is there.
 """
 
 import argparse
@@ -22,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import logging
 
 from launch import fail
+from mmada_jax.checkpoint import trust
 from mmada_jax.convert import DTYPES
 from mmada_jax.convert.folder import from_torch, inspect, to_torch
 
@@ -50,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     way = ways.add_parser("inspect", help="what a folder holds, with a hash of its parameters")
     way.add_argument("--src", required=True, help="Hugging Face folder, checkpoint or training workdir")
     way.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    way = ways.add_parser("trust", help="write the hashes that files are verified by, of what is there now")
+    way.add_argument("--src", required=True, help="checkpoint or training workdir")
     return top
 
 
@@ -57,6 +63,9 @@ def main() -> None:
     """Converts or inspects."""
     args = parser().parse_args()
     logging.set_verbosity(logging.FATAL)  # what Orbax would log of an error is in the one that is raised
+    if args.way == "trust":
+        print(*trust(args.src), sep="\n")
+        return
     if args.way == "inspect":
         report = inspect(args.src)
         if args.json:

@@ -13,7 +13,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import io
 import itertools
@@ -38,6 +37,7 @@ from mmada_jax.data import images, sources
 from mmada_jax.data.records import LeftOut, Record, pack
 from mmada_jax.metrics import Progress
 from mmada_jax.vision import Vision
+from mmada_jax.workdir import locked
 
 # Images that a device encodes at a time; records that go through together where none does.
 IMAGES, RECORDS = 8, 64
@@ -374,11 +374,7 @@ def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
     if out.exists() and not path.is_file() and any(p.suffix not in OURS for p in out.iterdir()):
         raise ValueError(f"{out} is there already and holds something else; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "prepare.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing to {out} at this moment") from error
+    with locked(out / "prepare.lock", f"another process is writing to {out}"):
         if path.is_file():
             old, new = files.read_json(path, dict), json.loads(json.dumps(settings))
             different = [

@@ -25,10 +25,11 @@ from configs import cot, pretrain, unigrpo, vq
 from launch import benchmark_rl, fail
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import write_whole
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import split_thought
 from mmada_jax.denoise import TextRule
+from mmada_jax.disk import write_whole
+from mmada_jax.files import read_json
 from mmada_jax.train import train
 from mmada_jax.vq import to_uint8
 
@@ -45,7 +46,7 @@ def main() -> None:
     workdir = pathlib.Path(args.workdir)
     report = workdir / "report.json"
     if report.is_file():
-        result = json.loads(report.read_text())
+        result = read_json(report, dict, keys=("fast", "stages"))
         if result["fast"] == args.fast and "unigrpo" in result["stages"]:  # not one of before stage 3
             print(f"{workdir}: everything is done already")
             finish(workdir, result)
@@ -88,7 +89,7 @@ def main() -> None:
         benchmark_rl.curves({config.objective.masking: [rows]}).savefig(
             workdir / "rewards.png", dpi=90, bbox_inches="tight"
         )
-    result |= {"fast": args.fast, "seconds": json.loads((workdir / "seconds.json").read_text())}
+    result |= {"fast": args.fast, "seconds": read_json(workdir / "seconds.json", dict)}
     result["data_wait"] = max(map(data_wait, (workdir / run for run in ("pretrain", "cot"))))
     results(pictures).save(workdir / "results.png")
     write_whole(workdir / "report.html", page(workdir, result, pictures))
@@ -106,10 +107,10 @@ def train_to_the_end(config, workdir):
 def clock(workdir: pathlib.Path, name: str):
     """Adds the seconds of the block to WORKDIR/seconds.json: a resumed run counts all of its parts."""
     start, path = time.perf_counter(), workdir / "seconds.json"
+    seconds = read_json(path, dict) if path.is_file() else {}
     try:
         yield
     finally:
-        seconds = json.loads(path.read_text()) if path.is_file() else {}
         seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 1)
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(seconds))

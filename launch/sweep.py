@@ -25,7 +25,6 @@ import contextlib
 import copy
 import csv
 import dataclasses
-import fcntl
 import importlib.util
 import io
 import itertools
@@ -49,9 +48,11 @@ from ml_collections import config_flags
 
 from launch import fail
 from mmada_jax import metrics
-from mmada_jax.checkpoint import write_whole
 from mmada_jax.config import parse_flags, set_key, to_dict, unknown_key
+from mmada_jax.disk import write_whole
+from mmada_jax.files import read_json
 from mmada_jax.run import parse
+from mmada_jax.workdir import locked
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the trials' folders and the tables go.")
@@ -165,7 +166,7 @@ class Trial:
         """What trial.json holds: status, seconds of all attempts, configuration."""
         path = self.folder / "trial.json"
         new = {"status": "waiting", "seconds": 0.0, "config": self.config}
-        return json.loads(path.read_text()) if path.is_file() else new
+        return read_json(path, dict, keys=tuple(new)) if path.is_file() else new
 
     def note(self, status: str, more_seconds: float = 0.0) -> None:
         """Changes trial.json."""
@@ -350,17 +351,10 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def lock(workdir: pathlib.Path) -> Iterator[TextIO]:
+def lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager[TextIO]:
     """Makes the workdir and locks it; raises ValueError if a sweep is running there, or a trial that a
     killed sweep has left."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"a sweep or a trial is running in {workdir}; wait or end it") from error
-        yield file
+    return locked(workdir / "lock", f"a sweep or a trial is running in {workdir}")
 
 
 # ---- Tables --------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ class MMaDA:
         image_tokenizer: str | pathlib.Path | None = None,
         image_size: tuple[int, int] | None = None,
         max_text: int | None = None,
+        weights: bool = True,
     ) -> "MMaDA":
         """Loads a training workdir (its newest step), a checkpoint, or a Hugging Face folder.
 
@@ -90,11 +91,12 @@ class MMaDA:
         image tokenizer is a folder of any of these kinds, by default `path`/image_tokenizer or the
         one that the run was trained with; without one there is text alone. `image_size` (rows,
         columns in pixels) and `max_text` (tokens of the text slot) are those that the model was
-        trained with where `path` says so, else 512 x 512 and 512, as the published ones.
+        trained with where `path` says so, else 512 x 512 and 512, as the published ones. Without `weights`
+        `params` is None, and nothing is read of those of a workdir.
 
         Raises FileNotFoundError if there is no model, ValueError if it isn't one or doesn't fit.
         """
-        source = open_folder(path)
+        source = open_folder(path, weights=weights)
         if source.is_image_tokenizer:
             raise ValueError(f"{path} holds an image tokenizer; name the folder of a model")
         tokenizer = source.tokenizer()
@@ -115,7 +117,9 @@ class MMaDA:
             config = dataclasses.replace(config, dtype=dtype or source.dtype)
         mesh = mesh or sharding.make_mesh()
         places = sharding.tree_shardings(mesh, source.axes, source.params)
-        params = sharding.put_params(source.params, places, dtype and np.dtype(dtype))
+        params = None
+        if weights:
+            params = sharding.put_params(source.params, places, dtype and np.dtype(dtype))
         vision = images and Vision.place(images.params, images.config, grid, mesh)
         return cls(params, config, vocab, tokenizer, max_text, grid, mesh, vision)
 

@@ -2,14 +2,17 @@
 
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Iterable
 
 
-def write_whole(path: str | os.PathLike[str], data: bytes | Iterable[bytes]) -> None:
-    """Writes a file whole or not at all, and its folder where that is missing."""
+def write_whole(path: str | os.PathLike[str], data: str | bytes | Iterable[bytes]) -> None:
+    """Writes a file whole or not at all, text as UTF-8, and its folder where that is missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several programs may write the same
+    # Several programs may write the same file, on machines that number their processes alike.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    data = data.encode() if isinstance(data, str) else data
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)

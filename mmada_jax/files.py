@@ -76,9 +76,13 @@ def decode(data: bytes, name: str) -> str:
     return io.IncrementalNewlineDecoder(None, translate=True).decode(text, final=True)
 
 
-def read_json(path: Path, kind: type = object, limit: int | None = None) -> Any:
-    """The value that a file of JSON holds. Raises like `read_text`, and like `parse_json`."""
-    return parse_json(read_text(path, limit), os.fspath(path), kind)
+def read_json(path: Path, kind: type = object, limit: int | None = None, keys: tuple[str, ...] = ()) -> Any:
+    """The value that a file of JSON holds. Raises like `read_text`, and like `parse_json`; ValueError too
+    for an object that lacks one of `keys`."""
+    value = parse_json(read_text(path, limit), os.fspath(path), kind)
+    if lacking := [key for key in keys if key not in value]:
+        raise ValueError(f"{os.fspath(path)} is damaged: it lacks {', '.join(lacking)}")
+    return value
 
 
 def parse_json(text: str | bytes, name: str, kind: type = object) -> Any:

@@ -149,21 +149,20 @@ def learning_rate(config: Config, steps: int, opt_state: GuardState) -> float:
     return config.lr * float(cosine_factor(step, steps, config.warmup, config.floor))
 
 
-def check_streak(config: Config, opt_state: GuardState, newest: Callable[[], int | None]) -> int:
+def check_streak(config: Config, opt_state: GuardState, give_up: Callable[[int], str]) -> int:
     """How many updates in a row have been skipped up to now.
 
-    Raises FloatingPointError if they are `max_skipped` or more; `newest` gives the step of the newest
-    checkpoint, for its text.
+    Raises FloatingPointError if they are `max_skipped` or more; `give_up` is then called with the number of
+    accepted updates, and says where the next run starts.
     """
     streak = int(opt_state.streak)
     if streak >= config.max_skipped:
         spike = f" or more than {config.spike:g} times the usual" if config.spike else ""
-        step = newest()
-        resumes = "starts from scratch" if step is None else f"resumes from step {step}"
         raise FloatingPointError(
             f"{streak} updates in a row were skipped, {int(opt_state.skipped)} in all: the norms of their "
-            f"gradients were not finite{spike}; the next run {resumes}. Lower optim.lr, look at the data "
-            f"of these steps, or raise {'optim.spike or ' * bool(spike)}optim.max_skipped"
+            f"gradients were not finite{spike}; the next run {give_up(int(opt_state.accepted))}. Lower "
+            f"optim.lr, look at the data of these steps, or raise {'optim.spike or ' * bool(spike)}"
+            "optim.max_skipped"
         )
     return streak
 

@@ -10,16 +10,19 @@ import numpy as np
 
 from mmada_jax import config as config_lib
 from mmada_jax import transformer, vq
-from mmada_jax.checkpoint import has_step, newest_params, open_params, read_config, verify_manifest
+from mmada_jax.arrays import open_params
+from mmada_jax.checkpoint import newest_params
 from mmada_jax.convert import in_memory, llada, magvit
 from mmada_jax.corrupt import Config as LossConfig
 from mmada_jax.data import digits, records, sources
 from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
 from mmada_jax.data.texts import sample_texts
 from mmada_jax.data.tokenizer import TextTokenizer
+from mmada_jax.manifest import verify_manifest
 from mmada_jax.optim import Config as OptimConfig
 from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
 from mmada_jax.vocab import Vocab
+from mmada_jax.workdir import check_files, has_step, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +187,7 @@ def grid_of(run: ModelRun, vq_config: vq.Config) -> tuple[int, int]:
 
 def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -> TextTokenizer:
     saved = workdir / "tokenizer.json"
-    if saved.is_file() and has_step(workdir):
+    if has_step(workdir):
         return TextTokenizer.load(saved)
     if run.text_tokenizer:
         path = relative(run.text_tokenizer, workdir)
@@ -208,6 +211,7 @@ def open_start(path: pathlib.Path) -> Start:
     """Opens what a run is to start from, verified; nothing but its description is read yet.
 
     Raises FileNotFoundError or ValueError if there is no model in `path`."""
+    check_files(path)
     values = read_config(path) if (path / "config.json").is_file() else {}
     if values.get("program") == "model":
         config = plan(parse(values), path).model
@@ -268,6 +272,7 @@ def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Pa
 
 def vq_config_of(path: str | pathlib.Path) -> vq.Config:
     """Architecture of the image tokenizer that a workdir or a checkpoint holds."""
+    check_files(path)
     try:
         values = read_config(path)
     except FileNotFoundError as error:

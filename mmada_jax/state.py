@@ -1,11 +1,13 @@
 """What a training run is at a step: the step, the params, the optimizer's state. Nothing random."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from mmada_jax import sharding
 
@@ -74,3 +76,22 @@ def start_state(params: Any, optimizer: optax.GradientTransformation, shardings:
     init = jax.jit(optimizer.init, in_shardings=(shardings.params,), out_shardings=shardings.opt_state)
     opt_state = init(params)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
+
+
+def all_finite(params: Any) -> bool:
+    """Whether all numbers of a tree of arrays are finite. They may be split over devices and processes,
+    which all call this; nothing leaves its device but the answer."""
+    arrays = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
+    places = tuple(getattr(x, "sharding", None) for x in arrays)
+    return bool(_finite(places)(arrays)) if arrays else True
+
+
+@functools.cache
+def _finite(places: tuple[Any, ...]) -> Callable[[list[jax.Array]], jax.Array]:
+    """The jitted question for arrays that lie so; None is an array of the host."""
+
+    def every(arrays):
+        return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+    mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+    return jax.jit(every, in_shardings=(list(places),), out_shardings=mesh and sharding.replicated(mesh))

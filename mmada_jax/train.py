@@ -23,17 +23,9 @@ import optax
 from jax.experimental import multihost_utils
 
 from mmada_jax import config as config_lib
-from mmada_jax import convert, corrupt, evaluate, layout, loss, optim, sharding, transformer, vq
+from mmada_jax import convert, corrupt, evaluate, files, layout, loss, optim, sharding, transformer, vq
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import (
-    Checkpoints,
-    check_workdir,
-    claim_workdir,
-    differences,
-    has_step,
-    newest_step,
-    write_whole,
-)
+from mmada_jax.checkpoint import Checkpoints
 from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import digits, pipeline, sources
 from mmada_jax.data.tokenizer import TextTokenizer
@@ -51,9 +43,19 @@ from mmada_jax.run import (
     preset_of,
     relative,
 )
-from mmada_jax.state import TrainState, init_state, start_state, state_shardings
+from mmada_jax.state import TrainState, all_finite, init_state, start_state, state_shardings
 from mmada_jax.vision import Vision
 from mmada_jax.vocab import Vocab
+from mmada_jax.workdir import (
+    DATA,
+    TOKENIZER,
+    check_workdir,
+    claim_workdir,
+    differences,
+    has_step,
+    newest_step,
+    refuse_busy,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +89,14 @@ class Program:
     evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """What a workdir keeps of it, by the names of files."""
+        if not self.tokenizer:
+            return {}
+        return {TOKENIZER: self.tokenizer.to_json(), DATA: json.dumps(self.data, indent=1)}
 
-# In a workdir: what its data is.
-DATA_FILE = "data.json"
+
 # Groups of the configuration that make a model what it is: a workdir holds one model.
 FIXED = ("program", "preset", "model", "text_vocab", "max_text", "image_size")
 # How it is computed may change.
@@ -108,16 +115,13 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     workdir = pathlib.Path(workdir)
     with together("training") as same:
         run, mesh, what = check(config, workdir)
+        refuse_busy(workdir)
         program = model_program(run, workdir, mesh, what) if what else vq_program(run)
         same |= start_of(run, workdir) | {"data": program.data}
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
-    claim_workdir(workdir, config_lib.to_dict(run))
     if first_process:
         warn_without_effect(run)
-    if first_process and program.tokenizer:
-        program.tokenizer.save(workdir / "tokenizer.json")
-        write_whole(workdir / DATA_FILE, json.dumps(program.data, indent=1))
 
     # ---- State ----------------------------------------------------------------------------------
     optimizer = optim.make(run.optim, run.steps)
@@ -130,10 +134,14 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         Checkpoints(workdir, run.keep) as checkpoints,
         jax.set_mesh(mesh),
     ):
+        check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)  # another run may have just ended
+        claim_workdir(workdir, config_lib.to_dict(run), program.texts)
         if checkpoints.latest() is not None:
             state = checkpoints.restore(shapes, shardings)
         elif program.start:
             params = sharding.put_params(program.start, shardings.params, np.float32)
+            if not all_finite(params):
+                raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
             state = start_state(params, optimizer, shardings)
         else:
             state = init_state(jax.random.fold_in(root, 0), objective.init_params, optimizer, shardings)
@@ -183,9 +191,12 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     values["failed_saves"] = checkpoints.failed
                     metrics.write(done, values, program.tokens_per_step)
                 if log or save:
-                    streak = optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
+                    streak = optim.check_streak(run.optim, state.opt_state, checkpoints.give_up)
+                    sound = not streak and np.isfinite(float(values["loss"]))
                     # What may end in an error isn't saved: the next run resumes before it.
-                    if save and (not streak or stop or done == run.steps):
+                    if stop and not sound:  # unless it is saved already
+                        sound = checkpoints.accepted() != int(state.opt_state.accepted)
+                    if save and (sound or done == run.steps):
                         with metrics.pausing():
                             checkpoints.save(state)
                 if stop:
@@ -332,9 +343,9 @@ def open_data(run: ModelRun, workdir: pathlib.Path, what: Plan) -> pipeline.Pipe
     """The rows of a run, from its sources. Raises where those can't be opened, don't fit the model, or
     where the workdir's run had others."""
     rows_of = open_rows(run, workdir, what, "data", run.batch_size, run.cond_dropout)
-    known = workdir / DATA_FILE
+    known = workdir / DATA
     if has_step(workdir) and known.is_file() and not run.data_may_change:
-        changed = list(differences("data", json.loads(known.read_text()), rows_of.description))
+        changed = list(differences("data", files.read_json(known, dict), rows_of.description))
         if changed:
             changes = "; ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changed[:5])
             raise ValueError(

@@ -86,14 +86,15 @@ def smoke_config():
     return pretrain.get_config("digits,smoke").to_dict()
 
 
-def save_params(workdir, config, params, opt_state=None):
+def save_params(workdir, config, params, opt_state=None, texts=None):
     """A workdir as training leaves it, but with these params."""
-    from mmada_jax.checkpoint import Checkpoints, claim_workdir
+    from mmada_jax.checkpoint import Checkpoints
     from mmada_jax.config import to_dict
     from mmada_jax.run import parse
     from mmada_jax.state import TrainState
+    from mmada_jax.workdir import claim_workdir
 
-    claim_workdir(workdir, to_dict(parse(config)))
+    claim_workdir(workdir, to_dict(parse(config)), texts)
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(TrainState(np.int32(1), params, opt_state or {"count": np.int32(0)}))
 
@@ -118,8 +119,8 @@ def model_workdir(smoke_config, image_tokenizer, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("model")
     config = smoke_config | {"image_tokenizer": str(image_tokenizer)}
     plan = run.plan(run.parse(config), workdir)
-    plan.tokenizer.save(workdir / "tokenizer.json")
-    save_params(workdir, config, transformer.init_params(jax.random.key(0), plan.model))
+    texts = {"tokenizer.json": plan.tokenizer.to_json()}
+    save_params(workdir, config, transformer.init_params(jax.random.key(0), plan.model), texts=texts)
     return workdir
 
 

@@ -8,28 +8,30 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import optim, sharding, transformer
-from mmada_jax.checkpoint import (
-    MANIFEST,
-    Checkpoints,
+from mmada_jax import checkpoint, disk, optim, sharding, transformer
+from mmada_jax.arrays import open_params, write_params
+from mmada_jax.checkpoint import Checkpoints, newest_params, trust
+from mmada_jax.convert import Lazy
+from mmada_jax.manifest import MANIFEST, fingerprint, verify_manifest, write_manifest
+from mmada_jax.state import TrainState, all_finite, init_state, state_shardings
+from mmada_jax.workdir import (
+    FILES,
+    NAMES,
+    check_files,
     check_workdir,
     claim_workdir,
-    fingerprint,
-    newest_params,
+    claimed,
     newest_step,
-    open_params,
     read_config,
-    verify_manifest,
-    write_params,
 )
-from mmada_jax.convert import Lazy
-from mmada_jax.state import TrainState, init_state, state_shardings
 
 CONFIG = transformer.Config(
     d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_mlp=32, vocab=64, max_len=16, dtype="float32"
@@ -232,15 +234,262 @@ def test_every_file_is_in_the_manifest_but_what_the_commit_writes(saved):
     assert there - set(listed) == {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
-def test_a_manifest_that_cannot_be_read_is_damage_and_none_is_a_warning(saved, tmp_path, capsys):
-    step = tmp_path / "3"
-    shutil.copytree(saved[0] / "checkpoints" / "3", step)
+def test_a_step_whose_manifest_is_lost_or_damaged_is_refused_until_it_is_trusted(saved, tmp_path):
+    workdir, shapes, one = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    step = tmp_path / "run/checkpoints/3"
     (step / MANIFEST).write_text("{")
     with pytest.raises(ValueError, match=r"is damaged.*can't be read"):
         verify_manifest(step)
     (step / MANIFEST).unlink()
-    verify_manifest(step)
-    assert f"has no {MANIFEST}" in capsys.readouterr().err
+    for read in (newest_params, lambda path: restore(path, shapes, one)):
+        with pytest.raises(ValueError, match=rf"{MANIFEST} is missing.* trust --src {tmp_path}/run\)"):
+            read(tmp_path / "run")
+    assert step / MANIFEST in trust(tmp_path / "run")
+    newest_params(tmp_path / "run")
+    restore(tmp_path / "run", shapes, one)
+
+    # What is not whole can't be trusted, and what has a manifest already stays damaged.
+    flip(payload(step))
+    trust(tmp_path / "run")
+    with pytest.raises(ValueError, match="has changed"):
+        newest_params(tmp_path / "run")
+    (step / MANIFEST).unlink()
+    shutil.rmtree(step / "params/d")
+    with pytest.raises(ValueError, match=r"can't be trusted.*checkpoints/3: params "):
+        trust(tmp_path / "run")
+    with pytest.raises(ValueError, match="it has no arrays"):
+        trust(tmp_path)
+
+
+def restore(workdir, shapes, shardings):
+    with Checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(shapes, shardings)
+
+
+EMPTIED = {
+    "all": lambda params: [path.unlink() for path in params.rglob("*") if path.is_file()],
+    "folder": shutil.rmtree,
+    "store": lambda params: [
+        path.unlink() for path in params.rglob("*") if path.is_file() and path.name != "_METADATA"
+    ],
+    "another": lambda params: (shutil.rmtree(params), shutil.copytree(params.parent / "opt_state", params)),
+}
+
+
+@pytest.mark.parametrize("how", EMPTIED)
+def test_arrays_that_are_missing_are_found_though_the_manifest_lists_what_is_there(tmp_path, how, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(tiny(step))
+    newest = tmp_path / "checkpoints/2"
+    EMPTIED[how](newest / "params")
+    write_manifest(newest)
+    with Checkpoints(tmp_path) as checkpoints:
+        if how == "another":  # whole by itself, but of no run like this one
+            with pytest.raises(ValueError, match=r"/2/params doesn't fit this run .* missing w"):
+                restore_tiny(checkpoints)
+            return
+        assert int(restore_tiny(checkpoints).step) == 1
+    assert "step 2 is damaged (params" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["params", "opt_state"])
+def test_a_step_that_loses_arrays_while_it_is_written_is_not_committed(tmp_path, capsys, lost):
+    with pytest.MonkeyPatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(tiny(1))
+        checkpoints.latest()
+        written = checkpoint.missing
+
+        def lose(folder):
+            if folder.name == lost and folder.parent.name.startswith("2."):
+                shutil.rmtree(folder / "d")
+            return written(folder)
+
+        patch.setattr(checkpoint, "missing", lose)
+        checkpoints.save(tiny(2))
+        assert checkpoints.latest() == 1
+        checkpoints.save(tiny(3))
+    assert steps_in(tmp_path) == ["1", "3"]
+    assert re.search(f"step 2 could not be saved .*{lost} has lost arrays", capsys.readouterr().err)
+
+
+def test_a_step_that_cannot_be_restored_is_set_aside(tmp_path, capsys):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(tiny(step))
+    with Checkpoints(tmp_path) as checkpoints, pytest.MonkeyPatch.context() as patch:
+        read = checkpoints._manager.restore
+
+        def fail(step, **what):
+            if step == 2:
+                raise ValueError("DATA_LOSS: checksum of a node")
+            return read(step, **what)
+
+        patch.setattr(checkpoints._manager, "restore", fail)
+        assert int(restore_tiny(checkpoints).step) == 1
+    assert steps_in(tmp_path) == ["1", "2.damaged"]
+    assert "step 2 is damaged (it can't be read: DATA_LOSS" in capsys.readouterr().err
+    # Where none is whole nothing is renamed, and no memory is no damage.
+    for error, message in (("DATA_LOSS", "no checkpoint in .* is whole"), ("RESOURCE_EXHAUSTED", "^RES")):
+        with Checkpoints(tmp_path) as checkpoints, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints._manager, "restore", raising(ValueError(error)))
+            with pytest.raises(ValueError, match=message):
+                restore_tiny(checkpoints)
+        assert steps_in(tmp_path) == ["1", "2.damaged"]
+
+
+def raising(error):
+    def call(*_, **__):
+        raise error
+
+    return call
+
+
+# ---- Values that are not finite --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_params_that_are_not_finite_are_neither_saved_nor_started_from(tmp_path, capsys, bad):
+    def poisoned(step):
+        state = tiny(step)
+        return state._replace(params={"w": state.params["w"].at[7].set(bad)})
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(tiny(1))
+        with pytest.raises(FloatingPointError, match=r"after step 2 .* resumes from step 1\. "):
+            checkpoints.save(poisoned(2))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "all_finite", lambda _: True)  # as an older version did
+            checkpoints.save(poisoned(3))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(restore_tiny(checkpoints).step) == 1
+    assert steps_in(tmp_path) == ["1", "3.damaged"]
+    assert "step 3 is damaged (its params are not finite)" in capsys.readouterr().err
+
+
+def test_what_is_finite_is_told_wherever_it_lies():
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor"))
+    x = np.zeros((8, 8), np.float32)
+    for at in ((0, 0), (7, 7), None):
+        y = x.copy()
+        if at:
+            y[at] = np.nan
+        for tree in (y, jnp.asarray(y, jnp.bfloat16), jax.device_put(y, place)):
+            assert all_finite({"a": tree, "b": np.zeros(3, np.int32)}) == (at is None)
+
+
+# ---- One owner -------------------------------------------------------------------------------------
+
+
+def test_a_workdir_has_one_owner_until_that_ends_and_readers_need_not_wait(tmp_path):
+    with Checkpoints(tmp_path) as first:
+        first.save(tiny(1))
+        first.latest()
+        for _ in range(2):
+            with pytest.raises(ValueError, match=rf"another process has .* process {os.getpid()} on "):
+                Checkpoints(tmp_path)
+        assert newest_params(tmp_path)[1] == 1
+        first.save(tiny(2))
+    with Checkpoints(tmp_path) as second:
+        assert second.latest() == 2
+
+
+def test_a_killed_owner_leaves_no_lock(tmp_path):
+    program = "import sys, time; from mmada_jax.workdir import claimed\n"
+    program += "with claimed(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with (
+            pytest.raises(ValueError, match=rf"has this .*process {process.pid} on "),
+            claimed(tmp_path),
+        ):
+            pass
+        process.kill()
+        process.wait()
+        with claimed(tmp_path):
+            pass
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fcntl.flock", raising(OSError(errno.ENOLCK, "No locks available")))
+    with claimed(tmp_path):
+        assert "can't be locked (No locks available)" in capsys.readouterr().err
+
+
+# ---- The other files of a workdir ------------------------------------------------------------------
+
+
+def change_a_bit(path):
+    """JSON that is still JSON."""
+    text = path.read_text()
+    path.write_text(text.replace("7", "6", 1))
+
+
+FILE_DAMAGE = {
+    "is no JSON|was changed": lambda path: path.write_text("{"),
+    "it lacks|was changed": lambda path: path.write_text("{}"),
+    "no UTF-8|was changed": lambda path: path.write_bytes(b"\xff" + path.read_bytes()),
+    "no JSON|was changed": lambda path: path.write_text(""),
+    "was changed": change_a_bit,
+    "has no": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("what", FILE_DAMAGE)
+@pytest.mark.parametrize("name", [*NAMES, FILES])
+def test_a_damaged_file_of_a_workdir_is_named(tmp_path, name, what):
+    texts = {name: json.dumps({"seven": 7}) for name in NAMES[1:]}
+    claim_workdir(tmp_path, {"seven": 7}, texts)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(tiny(1))
+    check_files(tmp_path)
+    if name == FILES and what == "was changed":
+        return  # its own digits are those of the others' hashes
+    FILE_DAMAGE[what](tmp_path / name)
+    for check in (check_files, lambda workdir: check_workdir(workdir, {}, ())):
+        with pytest.raises((ValueError, FileNotFoundError), match=what) as error:
+            check(tmp_path)
+        assert name in str(error.value)
+        assert f"trust --src {tmp_path}" in str(error.value)
+    if (tmp_path / name).exists() or name == FILES:
+        trust(tmp_path)
+        check_files(tmp_path)
+
+
+@pytest.mark.parametrize("before", ["nothing", "another version", "this version"])
+@pytest.mark.parametrize("n", range(5))  # so many files are written before the program is killed
+def test_a_start_may_be_killed_at_every_moment(tmp_path, before, n):
+    texts = {"tokenizer.json": "1"}
+    if before != "nothing":
+        claim_workdir(tmp_path, {"number": 1}, texts)
+    if before == "another version":
+        (tmp_path / FILES).unlink()
+    write, left = disk.write_whole, [None] * n
+
+    def cut_off(path, text):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        write(path, text)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(disk, "write_whole", cut_off)
+        claim_workdir(tmp_path, {"number": 2}, {"tokenizer.json": "2"})
+    check_files(tmp_path)
+    claim_workdir(tmp_path, {"number": 3}, {"tokenizer.json": "3"})
+    assert read_config(tmp_path) == {"number": 3}
+    check_files(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_workdir_with_steps_and_no_configuration_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(tiny(1))
+    (tmp_path / "checkpoints/1" / MANIFEST).write_text("{}")  # as an older version's: no hashes of files
+    with pytest.raises(ValueError, match=r"has checkpoints but no config\.json"):
+        check_workdir(tmp_path, {}, ())
 
 
 def test_another_dtype_shape_or_leaf_is_an_error_and_never_a_cast(saved):

@@ -15,7 +15,8 @@ LAYERS = (
     "data.sources.* data.digits",
     "transformer vq clip rl.answers",
     "corrupt loss denoise vision",
-    "state optim checkpoint metrics run convert.* data.pipeline rl.prompts rl.unigrpo rl.rewards",
+    "state optim manifest workdir arrays checkpoint metrics run convert.* data.pipeline rl.prompts "
+    "rl.unigrpo rl.rewards",
     "train rl.train rl.rollout rl.diagnose evaluate api aot",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

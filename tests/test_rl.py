@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +19,8 @@ from PIL import Image
 
 from mmada_jax import convert, denoise, loss, metrics, optim, sharding, transformer
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import newest_step, open_params
+from mmada_jax.arrays import open_params
+from mmada_jax.convert.folder import inspect
 from mmada_jax.rl import prompts as prompts_lib
 from mmada_jax.rl import rewards as rewards_lib
 from mmada_jax.rl import rollout as rollout_lib
@@ -25,6 +28,8 @@ from mmada_jax.rl import train as rl
 from mmada_jax.rl.diagnose import diagnose
 from mmada_jax.rl.prompts import Prompt
 from mmada_jax.rl.rollout import Task
+from mmada_jax.run import load_vq
+from mmada_jax.workdir import claim_workdir, newest_step, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -362,6 +367,7 @@ def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
     objective = config["objective"] | {"kl": kl, "beta": 0.1}
     config = config | {
         "iterations": 4, "ahead": ahead, "objective": objective, "reference_dtype": dtype,
+        "init": str(shutil.copytree(config["init"], tmp_path / "init")),
     }  # fmt: skip
     rl.train(config, tmp_path / "whole")
     steps, watch = [], rl.watch_signals
@@ -376,19 +382,75 @@ def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
         patch.setattr(rl, "watch_signals", after_two)
         state = rl.train(config, tmp_path / "broken")
         assert int(state.step) == 2  # one iteration of mu 2
-    # The model that it began with has gone on learning; policy and reference are those of the checkpoint.
-    load = rl.load
-
-    def another(*args):
-        model = load(*args)
-        return dataclasses.replace(model, params=jax.tree.map(lambda x: x + 1, model.params))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl, "load", another)
-        rl.train(config, tmp_path / "broken")
+    # The model that it began with has gone away, and a workdir needs nothing of it.
+    (tmp_path / "init").rename(tmp_path / "moved")
+    rl.train(config, tmp_path / "broken")
     jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
     for metric in ("text/reward", "draw/reward", "text/kl", "draw/entropy"):
         assert history(tmp_path / "whole", metric) == history(tmp_path / "broken", metric)
+
+
+def test_a_run_stands_by_itself(config, tmp_path, image_tokenizer):
+    init = shutil.copytree(config["init"], tmp_path / "init")
+    config = config | {"init": str(init), "iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
+    rl.train(config, tmp_path / "run")
+    old = shutil.copytree(tmp_path / "run", tmp_path / "old")
+    init.rename(tmp_path / "moved")
+    model, (params, _) = MMaDA.load(tmp_path / "run"), load_vq(image_tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, model.vision.params, params)
+    assert inspect(tmp_path / "run")["image_tokenizer"] == str(tmp_path / "run/image_tokenizer")
+    with pytest.raises(ValueError, match="image_tokenizer is '' there and 'x' now"):
+        rl.train(config | {"image_tokenizer": "x"}, tmp_path / "run")
+
+    # A workdir of an older version needs the image tokenizer of `init`, and nothing else.
+    shutil.rmtree(old / "image_tokenizer")
+    values = read_config(old)
+    del values["computed"]
+    claim_workdir(old, values)
+    with pytest.raises(FileNotFoundError, match=f"image tokenizer of the model in {old} .* name"):
+        MMaDA.load(old)
+    MMaDA.load(old, image_tokenizer=image_tokenizer)
+    (tmp_path / "moved").rename(init)
+    (init / "checkpoints").rename(tmp_path / "params_of_init")
+    MMaDA.load(old)
+
+
+def test_a_broken_policy_is_not_resumed_for_ever(config, tmp_path):
+    config = config | {
+        "tasks": {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}},
+        "save_every": 1,
+    }
+    config["optim"] = config["optim"] | {"lr": 1e36, "max_skipped": 2}
+    with pytest.raises(FloatingPointError, match="in a row were skipped"):
+        rl.train(config | {"iterations": 9}, tmp_path / "run")
+    config["optim"] |= {"lr": 1e-3}
+    assert int(rl.train(config | {"iterations": 2}, tmp_path / "run").step) == 4
+
+
+def test_a_disk_that_is_full_costs_the_saves_alone(config, tmp_path, monkeypatch, capsys):
+    config = config | {"iterations": 3, "save_every": 1, "tasks": {"text": config["tasks"]["text"]}}
+    rl.train(config, tmp_path / "whole")
+    save, full = rl.Checkpoints.save, [2, 4]  # steps, two of an iteration
+
+    def save_little(self, state):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with contextlib.ExitStack() as stack:
+            if int(state.step) in full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+                stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+            save(self, state)
+            self.latest()
+
+    monkeypatch.setattr(rl.Checkpoints, "save", save_little)
+    rl.train(config, tmp_path / "broken")
+    assert capsys.readouterr().err.count("could not be saved") == 2
+    assert newest_step(tmp_path / "broken").name == "6"
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
+    full.append(6)
+    with pytest.raises(OSError, match="the checkpoint of step 6 could not be saved"):
+        rl.train(config, tmp_path / "last")
+    full.clear()
+    assert int(rl.train(config, tmp_path / "last").step) == 6
 
 
 def test_the_next_rollout_survives_a_damaged_checkpoint_of_another_task(config, tmp_path):
@@ -702,20 +764,31 @@ def test_the_configurations_are_valid(arg):
     rl.check_rows(run, mesh)
 
 
-def test_launch_trains_and_stops_at_sigterm(model_workdir, tmp_path):
-    command = [
-        sys.executable, ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
-        "--workdir", tmp_path / "run", f"--config.init={model_workdir}", "--config.iterations=40",
-    ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        out = []
-        for line in process.stdout:
-            out.append(line)
-            if line.startswith("step 3/40"):
-                process.send_signal(signal.SIGTERM)
-        assert process.wait() == 0, "".join(out)
-    assert "stopped by SIGTERM after iteration" in out[-1]
-    assert int(newest_step(tmp_path / "run").name) >= 6
+def test_launch_goes_on_after_kills_and_sigterm(model_workdir, tmp_path):
+    def launch(workdir, number=None, step=0):
+        """Runs until a step is shown, where the process gets a signal; what it printed."""
+        command = [
+            sys.executable, ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
+            "--workdir", workdir, f"--config.init={model_workdir}", "--config.iterations=12",
+            "--config.save_every=1",
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            out = []
+            for line in process.stdout:
+                out.append(line)
+                if number and line.startswith(f"step {step}/"):
+                    process.send_signal(number)
+            assert process.wait() == (-number if number == signal.SIGKILL else 0), "".join(out)
+        return out
+
+    launch(tmp_path / "whole")
+    launch(tmp_path / "run", signal.SIGKILL, 3)
+    assert "stopped by SIGTERM after iteration" in launch(tmp_path / "run", signal.SIGTERM, 6)[-1]
+    stopped = int(newest_step(tmp_path / "run").name) // 2
+    assert 6 <= stopped < 12
+    assert f"resuming at iteration {stopped}\n" in "".join(launch(tmp_path / "run"))
+    one, other = (inspect(tmp_path / name)["state_sha256"] for name in ("whole", "run"))
+    assert one == other

@@ -23,7 +23,7 @@ from PIL import Image
 
 from configs import vq as vq_digits
 from mmada_jax import convert, metrics, optim, run, sharding, transformer, vq
-from mmada_jax.checkpoint import write_params
+from mmada_jax.arrays import write_params
 from mmada_jax.convert import magvit
 from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import digits

@@ -1,10 +1,12 @@
 """The training program: one compilation, exact resume after whatever, bad configurations, metrics."""
 
+import contextlib
 import os
 import pathlib
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +18,17 @@ import pytest
 from conftest import save_params
 
 from configs import vq
+from mmada_jax import config as config_lib
 from mmada_jax import convert, metrics, optim, sharding
-from mmada_jax.checkpoint import newest_step, open_params
+from mmada_jax import train as train_lib
+from mmada_jax.api import MMaDA
+from mmada_jax.arrays import open_params
 from mmada_jax.convert.folder import inspect
+from mmada_jax.data import pipeline
 from mmada_jax.run import parse
 from mmada_jax.state import init_state, state_shardings
 from mmada_jax.train import make_step, model_program, train
+from mmada_jax.workdir import claim_workdir, claimed, newest_step, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -165,8 +172,9 @@ def test_the_state_hash_is_that_of_every_bit(image_tokenizer, tmp_path):
     assert reports[0]["step"] == 1
 
 
-def test_nothing_is_saved_while_updates_are_skipped(tmp_path):
-    # The second step takes params to where gradients are not finite.
+def test_a_step_whose_params_give_no_gradient_is_not_resumed_for_ever(tmp_path):
+    # The second step takes params to where they are finite and gradients are not; nothing is saved while
+    # updates are skipped.
     flags = [
         "--config.steps=30",
         "--config.save_every=1",
@@ -177,9 +185,94 @@ def test_nothing_is_saved_while_updates_are_skipped(tmp_path):
     with launch(ROOT / "configs/vq.py:digits,smoke", tmp_path, *flags) as process:
         out = process.communicate()[0]
     assert process.returncode == 1
-    assert re.search(r"error: 20 updates in a row .* resumes from step 2\. Lower optim\.lr, .*\n$", out)
-    assert newest_step(tmp_path).name == "2"
+    assert re.search(r"error: 20 updates in a row .* resumes from step 1\. Lower optim\.lr, .*\n$", out)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2.damaged"]
     assert [row["skipped"] for row in rows(tmp_path)] == [0, 0, *range(1, 21)]
+
+
+@pytest.fixture
+def tiny_vq(monkeypatch):
+    """A run of the image tokenizer that saves each step; steps in `bad` get pixels that are NaN."""
+    bad, load = set(), pipeline.Canvases.load
+
+    def spoilt(self, step, which):
+        loaded = load(self, step, which)
+        return loaded._replace(rows=loaded.rows + np.float32(np.nan)) if step in bad else loaded
+
+    monkeypatch.setattr(pipeline.Canvases, "load", spoilt)
+    config = vq.get_config("digits,smoke").to_dict() | {"steps": 4, "save_every": 1, "log_every": 1}
+    return config | {"optim": config["optim"] | {"max_skipped": 2}}, bad
+
+
+def test_batches_that_are_not_finite_cost_their_steps_alone(tiny_vq, tmp_path):
+    config, bad = tiny_vq
+    bad |= {1, 3}
+    state = train(config, tmp_path / "run")  # though the last batch is one of them
+    assert int(state.step) == 4
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1, 2]
+    assert newest_step(tmp_path / "run").name == "4"
+
+    # Too many in a row end it, and it goes on when the data is mended.
+    bad |= {2}
+    with pytest.raises(
+        FloatingPointError, match=r"2 updates in a row .* the next run starts from scratch\."
+    ):
+        train(config, tmp_path / "other")
+    bad.clear()
+    assert int(train(config, tmp_path / "other").step) == 4
+
+
+def test_nothing_is_saved_at_sigterm_that_a_checkpoint_has_already(tiny_vq, tmp_path, monkeypatch):
+    config, bad = tiny_vq
+    bad |= {1}
+    asked = []
+
+    @contextlib.contextmanager
+    def at_the_second(mesh):
+        yield lambda: (asked.append(1) or len(asked) == 2) * signal.SIGTERM
+
+    monkeypatch.setattr(train_lib, "watch_signals", at_the_second)
+    assert int(train(config, tmp_path).step) == 2
+    assert newest_step(tmp_path).name == "1"
+
+
+def test_a_run_whose_workdir_is_another_runs_changes_nothing_there(tiny_vq, tmp_path):
+    config, _ = tiny_vq
+    claim_workdir(tmp_path, config_lib.to_dict(parse(config)))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with claimed(tmp_path), pytest.raises(ValueError, match="another process has this workdir"):
+        train(config | {"steps": 9}, tmp_path)
+    after = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {path: data for path, data in after.items() if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_damaged_file_of_a_workdir_is_named_by_whoever_opens_it(model_workdir, tmp_path, name):
+    workdir = shutil.copytree(model_workdir, tmp_path / "run")
+    config, path = read_config(workdir), workdir / name
+    path.write_text(path.read_text().replace("7", "6", 1))  # still JSON
+    begin = config | {"init": str(workdir)}
+    for use in (
+        lambda: train(config, workdir),
+        lambda: train(begin, tmp_path / "next"),
+        lambda: inspect(workdir),
+        lambda: MMaDA.load(workdir),
+    ):
+        with pytest.raises(ValueError, match=rf"run/{name} is damaged or was changed"):
+            use()
+    assert not (tmp_path / "next").exists()
+
+
+def test_params_that_are_not_finite_are_no_start(model_workdir, smoke_config, image_tokenizer, tmp_path):
+    stored = open_params(newest_step(model_workdir) / "params")
+    params = jax.tree.map(lambda x: np.full_like(x, np.nan), convert.in_memory(stored))
+    config = smoke_config | {"image_tokenizer": str(image_tokenizer)}
+    texts = {"tokenizer.json": (model_workdir / "tokenizer.json").read_text()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmada_jax.checkpoint.all_finite", lambda _: True)
+        save_params(tmp_path / "bad", config, params, texts=texts)
+    with pytest.raises(ValueError, match=r"config\.init: the params in .*bad are not finite"):
+        train(config | {"init": str(tmp_path / "bad")}, tmp_path / "run")
 
 
 def test_bad_configurations_are_refused_before_anything_is_written(smoke_config, image_tokenizer, tmp_path):

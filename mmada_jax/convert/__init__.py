@@ -67,6 +67,11 @@ class Lazy:
         return np.asarray(self[()], dtype)
 
 
+def lazy(params: Any) -> Any:
+    """A tree of arrays in memory -> the same as Lazy arrays."""
+    return jax.tree.map(lambda x: Lazy(x.shape, x.dtype, x.__getitem__), params)
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Where one PyTorch tensor lies in params.

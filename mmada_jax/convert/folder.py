@@ -26,18 +26,14 @@ from typing import Any
 import numpy as np
 
 from mmada_jax import convert, run, transformer, vq
-from mmada_jax.checkpoint import (
-    MANIFEST,
-    find_damage,
-    newest_params,
-    open_params,
-    verify_manifest,
-    write_params,
-)  # fmt: skip
+from mmada_jax.arrays import open_params, write_params
+from mmada_jax.checkpoint import newest_params
 from mmada_jax.convert import DTYPES, hub, llada, magvit, refuse
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.files import read_json
+from mmada_jax.manifest import MANIFEST, find_damage, verify_manifest
 from mmada_jax.metrics import Progress
+from mmada_jax.workdir import check_files, record_files
 
 _LOCK = "lock"
 IMAGE_TOKENIZER = "image_tokenizer"
@@ -99,19 +95,27 @@ class Source:
         return TextTokenizer.load(path) if path.is_file() else None
 
 
-def open_folder(path: str | pathlib.Path, dtype: str | None = None, add_image_vocab: int = 0) -> Source:
+def open_folder(
+    path: str | pathlib.Path, dtype: str | None = None, add_image_vocab: int = 0, weights: bool = True
+) -> Source:
     """Opens a folder of any kind and checks all there is to check before an array is read.
 
     Tensors of PyTorch are cast to `dtype` and, with `add_image_vocab`, grown as they are read. The
-    files of a checkpoint are compared with their manifest. Raises FileNotFoundError or ValueError.
+    files of a checkpoint are compared with their manifest. Without `weights` nothing is read of those of
+    a workdir, and `params` are their shapes. Raises FileNotFoundError or ValueError.
     """
     path = pathlib.Path(path).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} {_NEITHER}: there is no such folder")
+    check_files(path)
     values = read_json(path / "config.json", dict) if (path / "config.json").is_file() else {}
     try:
         if "program" in values or (path / "params").is_dir():
-            source = (_open_workdir if "program" in values else _open_checkpoint)(path, values)
+            source = (
+                _open_workdir(path, values, weights)
+                if "program" in values
+                else _open_checkpoint(path, values)
+            )
             source.tensors()  # raises unless the params are those of the configuration
         elif hub.holds_tensors(path):
             return _open_hugging_face(path, values, dtype, add_image_vocab)
@@ -172,16 +176,15 @@ def _open_checkpoint(path, values) -> Source:
     return Source(path, "checkpoint", values["model_type"], config, values, params, nested)
 
 
-def _open_workdir(path, values) -> Source:
+def _open_workdir(path, values, weights) -> Source:
     if values["program"] == "rl":
         try:
-            model, vision, init = values["architecture"], values["image_tokenizer"], values["init"]
-        except KeyError as error:
+            model, dtype = values["architecture"], values["architecture"]["dtype"]
+            nested = _vision_of(path, values) if model["codebook_size"] else None
+        except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'config.json'} is damaged: it lacks {error}") from error
-        params, step = newest_params(path)
-        config = llada.config_from_hf(model, dtype=model["dtype"])
-        nested = run.relative(vision or init, path)
-        nested = nested if vision else open_folder(nested).image_tokenizer
+        config = llada.config_from_hf(model, dtype=dtype)
+        params, step = newest_params(path) if weights else (transformer.param_shapes(config), None)
         return Source(path, "workdir", model["model_type"], config, model, params, nested, step)
     parsed = run.parse(values)
     params, step = newest_params(path)
@@ -193,6 +196,19 @@ def _open_workdir(path, values) -> Source:
     values = llada.config_to_hf(plan.model, plan.vocab, plan.grid, parsed.max_text)
     nested = run.image_tokenizer_of(parsed, path)
     return Source(path, "workdir", values["model_type"], plan.model, values, params, nested, step)
+
+
+def _vision_of(path: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path:
+    """Where the image tokenizer of a workdir of RL is, by these `values`: there itself or, in those of
+    older versions, where its configuration has it. It isn't opened."""
+    while not (path / IMAGE_TOKENIZER).is_dir() and "program" in values:
+        if values["image_tokenizer"]:
+            return run.relative(values["image_tokenizer"], path)
+        begun = run.relative(values["init"], path)
+        if not (begun / "config.json").is_file():
+            break  # it has moved: there is nothing to be found
+        path, values = begun, run.read_config(begun)
+    return path / IMAGE_TOKENIZER
 
 
 # ---- Conversion ----------------------------------------------------------------------------------
@@ -300,7 +316,19 @@ def _write_checkpoint(folder: pathlib.Path, source: Source, progress: Callable[[
         values |= magvit.config_to_hf(source.config)
     _write_json(folder / "config.json", values | {"dtype": source.dtype})
     _carry_files(source.path, folder)
+    record_files(folder)
     write_params(folder / "params", source.params, source.axes, progress)
+
+
+def write_image_tokenizer(folder: pathlib.Path, config: vq.Config, params: Any) -> None:
+    """Writes an image tokenizer in memory as a checkpoint, whole or not at all; one process does."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    unfinished.mkdir()
+    _write_json(unfinished / "config.json", magvit.config_to_hf(config) | {"dtype": "float32"})
+    record_files(unfinished)
+    write_params(unfinished / "params", convert.lazy(params), None)
+    unfinished.rename(folder)
 
 
 def _write_hugging_face(
@@ -368,7 +396,13 @@ def image_tokenizer_of(source: Source, given: str | pathlib.Path | None = None) 
     path = given or source.image_tokenizer
     if path is None:
         return None
-    nested = open_folder(path)
+    try:
+        nested = open_folder(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the image tokenizer of the model in {source.path} isn't there: {error}; name its folder "
+            "(image_tokenizer), or put it there"
+        ) from error
     if not nested.is_image_tokenizer:
         raise ValueError(f"{path} holds no image tokenizer but a model of type {nested.model_type!r}")
     codes = source.values.get("codebook_size") or 0

@@ -113,6 +113,10 @@ class TextTokenizer:
             tokenizer.add_special_tokens([AddedToken(CONTROL[name], special=True) for name in HEADERS])
         return cls(tokenizer)
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a tokenizer.json, whole or not at all."""
         temporary = pathlib.Path(path).with_suffix(".tmp")

@@ -27,8 +27,9 @@ from mmada_jax import config as config_lib
 from mmada_jax import loss, optim, sharding, transformer, vq
 from mmada_jax import train as train_lib
 from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
+from mmada_jax.checkpoint import Checkpoints
 from mmada_jax.convert import llada
+from mmada_jax.convert.folder import IMAGE_TOKENIZER, write_image_tokenizer
 from mmada_jax.distributed import together, watch_signals
 from mmada_jax.metrics import Metrics, png_of, tell, warn
 from mmada_jax.optim import Config as OptimConfig
@@ -40,7 +41,8 @@ from mmada_jax.rl.rewards import Combined
 from mmada_jax.rl.rollout import Span, Task, lay_out, make_generate, prompt_ids, read, read_image, span
 from mmada_jax.rl.unigrpo import Rollout
 from mmada_jax.run import Mesh, relative
-from mmada_jax.state import TrainState, start_state, state_shardings
+from mmada_jax.state import TrainState, all_finite, start_state, state_shardings
+from mmada_jax.workdir import TOKENIZER, check_workdir, claim_workdir, has_step, read_config, refuse_busy
 
 # In the progress line, and these where there are any.
 SHOWN = ("reward", "groups_that_differ", "response_length", "kl", "clip_fraction")
@@ -48,6 +50,8 @@ COUNTS = ("failed_", "skipped")
 # Groups of the configuration by which a checkpoint means something; of the objective only these.
 FIXED = ("program", "init", "ahead", "reference_dtype", "objective")
 OF_OBJECTIVE = ("mu", "kl")
+# What config.json says of the computation beside the architecture, as `init` had it.
+COMPUTED = ("attention", "pad", "remat", "unroll")
 FREE = tuple(
     f"objective.{f.name}" for f in dataclasses.fields(unigrpo.Config) if f.name not in OF_OBJECTIVE
 )
@@ -164,15 +168,14 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     workdir = pathlib.Path(workdir)
     with together("reinforcement learning") as same:
         run, mesh, prompts, rewards = check(config, workdir)
+        refuse_busy(workdir)
         model = load(run, workdir, mesh)
         check_model(run, model, prompts, rewards)
         same |= train_lib.start_of(run, workdir)
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
-    claim_workdir(workdir, description(run, model))
     if first_process:
         warn_without_effect(run)
-        model.tokenizer.save(workdir / "tokenizer.json")
 
     # ---- State ----------------------------------------------------------------------------------
     mu = run.objective.mu
@@ -187,6 +190,9 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     ):
         for combined in rewards.values():
             stack.enter_context(combined)
+        check_same(run, workdir)  # another run may have just ended
+        claim_workdir(workdir, description(run, model), {TOKENIZER: model.tokenizer.to_json()})
+        keep_image_tokenizer(workdir, model)
         shapes, shardings = shapes_of(model, optimizer, mesh)
         programs = {
             name: make_program(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
@@ -271,13 +277,19 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     values["lr"] = optim.learning_rate(run.optim, run.iterations * mu, state.opt_state)
                     values["failed_saves"] = checkpoints.failed
                     metrics.write(done, values, program.at.row * len(host.tokens_RL), shown)
-                    optim.check_streak(run.optim, state.opt_state, checkpoints.latest)
                 if run.samples_every and iteration % run.samples_every < len(run.cycle) and first_process:
                     text, png = samples(asked, responses, total_R, each, run.objective.responses)
                     metrics.save_samples(f"{iteration:06}-{name}", text, png)
-                if done % run.save_every == 0 or done == run.iterations or stop:
-                    with metrics.pausing():
-                        checkpoints.save(bundle(state, reference, ahead and ahead[1:]))
+                log = done % run.log_every == 0 or done == run.iterations
+                save = done % run.save_every == 0 or done == run.iterations or stop
+                if log or save:
+                    streak = optim.check_streak(run.optim, state.opt_state, checkpoints.give_up)
+                    sound = not streak and np.isfinite(of_updates[-1]["loss"])
+                    if stop and not sound:  # unless it is saved already
+                        sound = checkpoints.accepted() != int(state.opt_state.accepted)
+                    if save and (sound or done == run.iterations):
+                        with metrics.pausing():
+                            checkpoints.save(bundle(state, reference, ahead and ahead[1:]))
                 if stop:
                     name = signal.Signals(stop).name
                     say(f"stopped by {name} after iteration {done}; run again to resume")
@@ -295,9 +307,7 @@ def check(
     run, workdir = config_lib.from_dict(RLRun, config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
-    # A rollout in flight is that of its prompts, and scored under its masks.
-    fixed, free = ((*FIXED, "tasks", "seed"), ()) if run.ahead else (FIXED, FREE)
-    check_workdir(workdir, config_lib.to_dict(run), fixed, free)
+    check_same(run, workdir)
     prompts, rewards = {}, {}
     for name, task in run.tasks.items():
         try:
@@ -314,6 +324,15 @@ def check(
             kind = next(kind for kind in (ValueError, OSError, ImportError) if isinstance(error, kind))
             raise kind(f"config.tasks.{name}: {error}") from error
     return run, mesh, prompts, rewards
+
+
+def check_same(run: RLRun, workdir: pathlib.Path) -> None:
+    """Raises ValueError if the workdir is that of another run."""
+    # A rollout in flight is that of its prompts, and scored under its masks.
+    fixed, free = ((*FIXED, "tasks", "seed"), ()) if run.ahead else (FIXED, FREE)
+    if (workdir / IMAGE_TOKENIZER).is_dir():
+        fixed += ("image_tokenizer",)
+    check_workdir(workdir, config_lib.to_dict(run), fixed, free)
 
 
 def check_rows(run: RLRun, mesh: jax.sharding.Mesh) -> None:
@@ -368,20 +387,39 @@ def check_model(
 
 
 def load(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> MMaDA:
-    """The model that the run starts from, float32 on the mesh. Raises FileNotFoundError or ValueError if
-    there is none."""
+    """The model that the run starts from, float32 on the mesh; of a run that goes on, what its workdir says
+    of it, without params, and nothing is read of `init`. Raises FileNotFoundError or ValueError if there is
+    none."""
     if not run.init:
         raise ValueError("config.init is empty; name the workdir of a model, as that of configs/cot.py")
-    path = relative(run.init, workdir)
     vision = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
-    model = MMaDA.load(path, mesh, "float32", image_tokenizer=vision)
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, **run.model))
+    computed = read_config(workdir).get("computed") if has_step(workdir) else None
+    if computed is None:  # none of an older version
+        model = MMaDA.load(relative(run.init, workdir), mesh, "float32", image_tokenizer=vision)
+        if not all_finite(model.params):
+            raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
+        computed = {}
+    else:
+        model = MMaDA.load(workdir, mesh, "float32", weights=False)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, **computed | run.model))
+
+
+def keep_image_tokenizer(workdir: pathlib.Path, model: MMaDA) -> None:
+    """Copies the image tokenizer into the workdir, which then needs nothing of what it began with; the
+    first process does."""
+    vision, path = model.vision, workdir / IMAGE_TOKENIZER
+    if jax.process_index() == 0 and vision and not path.exists():
+        write_image_tokenizer(path, vision.config, jax.device_get(vision.params))
 
 
 def description(run: RLRun, model: MMaDA) -> dict[str, Any]:
-    """What the workdir's config.json says: the run, and the model as a checkpoint's does."""
+    """What the workdir's config.json says: the run, the model as a checkpoint's does, its computation."""
     values = llada.config_to_hf(model.config, model.vocab, model.grid, model.max_text)
-    return config_lib.to_dict(run) | {"architecture": values | {"dtype": model.config.dtype}}
+    computed = {name: getattr(model.config, name) for name in COMPUTED}
+    return config_lib.to_dict(run) | {
+        "architecture": values | {"dtype": model.config.dtype},
+        "computed": computed,
+    }
 
 
 def shapes_of(model: MMaDA, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
@@ -418,25 +456,33 @@ def resume(
 ) -> tuple[TrainState, Any, tuple[list[Prompt], Rollout, list[Scored]] | None]:
     """What the newest whole checkpoint holds: the state, the reference, and with `ahead` the rollout that
     was in flight, with its prompts and scores."""
-    step, mu, asked, flight = checkpoints.newest_whole(), run.objective.mu, None, None
+    mu, flight = run.objective.mu, None
     reference = jax.eval_shape(functools.partial(frozen, run=run), shapes.params)
-    if run.ahead:  # its shape is that of its task
-        program = programs[run.turn(step // mu)[0]]
-        asked, given = inputs(run, model, program, step // mu)
-        rollout = jax.eval_shape(program.generate, shapes.params, *given)
-        scored = jax.eval_shape(program.score, shapes.params, reference, rollout, jax.random.key(0), 0)
-        flight = rollout, [scored] * mu
-    rows = jax.tree.map(lambda _: sharding.batch_sharding(model.mesh), flight)
-    state = checkpoints.restore(
-        bundle(shapes, reference, flight),
-        bundle(shardings, reference and shardings.params, rows),
-        step,
-    )
+
+    def in_flight(step):
+        iteration = int(step) // mu
+        program = programs[run.turn(iteration)[0]]
+        return program, *inputs(run, model, program, iteration)
+
+    def layout(step):
+        flight = None
+        if run.ahead:  # its shape is that of its task
+            program, _, given = in_flight(step)
+            rollout = jax.eval_shape(program.generate, shapes.params, *given)
+            scored = jax.eval_shape(program.score, shapes.params, reference, rollout, jax.random.key(0), 0)
+            flight = rollout, [scored] * mu
+        rows = jax.tree.map(lambda _: sharding.batch_sharding(model.mesh), flight)
+        return (
+            bundle(shapes, reference, flight),
+            bundle(shardings, reference and shardings.params, rows),
+        )
+
+    state = checkpoints.restore_as(layout)
     held = state.opt_state
     if run.ahead:
         flight = Rollout(**held["rollout"]), [Scored(**held["scored"][str(n)]) for n in range(mu)]
     state = state._replace(opt_state=held["optimizer"])
-    return state, held.get("reference"), flight and (asked, *flight)
+    return state, held.get("reference"), flight and (in_flight(state.step)[1], *flight)
 
 
 # ---- The three functions -------------------------------------------------------------------------
