@@ -15,6 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -44,6 +45,8 @@ def connect(program: str) -> None:
     )
     with together(program, TIMEOUT.value) as same:
         same |= {"config": CONFIG.value.to_dict(), "workdir": os.path.abspath(WORKDIR.value)}
+    with together(program, TIMEOUT.value) as same:  # devices are asked for when all are sure to do so
+        same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}
 
 
 def main(argv):

@@ -1,9 +1,22 @@
 """Files that are written whole or not at all, and files that grow, also while the disk is full."""
 
+import errno
 import os
 import pathlib
 import secrets
 from collections.abc import Callable, Iterable
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it follows from, says that the disk, a quota or a limit is full; that
+    of a library may have any type."""
+    signs = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
+    while error is not None:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in signs):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def write_whole(path: str | os.PathLike[str], data: str | bytes | Iterable[bytes]) -> None:

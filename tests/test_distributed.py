@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import cot, unigrpo
-from mmada_jax import metrics, optim, sharding
+from mmada_jax import distributed, metrics, optim, sharding
 from mmada_jax.checkpoint import Checkpoints
 from mmada_jax.data import digits
 from mmada_jax.distributed import initialize_distributed, several_processes
@@ -240,3 +242,149 @@ def test_only_an_environment_of_several_processes_is_taken_for_one():
     ]
     assert [several_processes(e) for e in several] == [True] * len(several)
     assert [several_processes(e) for e in alone] == [False] * len(alone)
+
+
+class Store:
+    """The coordinator's store, for processes that are threads."""
+
+    def __init__(self):
+        self.values, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            assert key not in self.values
+            self.values[key] = value
+            self.changed.notify_all()
+
+    def key_value_dir_get(self, key):
+        with self.changed:
+            return [(name, value) for name, value in self.values.items() if name.startswith(key)]
+
+    def blocking_key_value_get(self, key, milliseconds):
+        with self.changed:
+            if self.changed.wait_for(lambda: key in self.values, milliseconds / 1000):
+                return self.values[key]
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+
+
+def settle(said, timeout=60.0):
+    """What each process is told when it has `said` so; None never comes."""
+    store, n = Store(), len(said)
+    talks = [distributed._Talk(store, "key", i, n) for i in range(n)]
+    with ThreadPoolExecutor(n) as pool:
+        told = [
+            pool.submit(talk.settle, what, timeout)
+            for talk, what in zip(talks, said, strict=True)
+            if what is not None
+        ]
+    return [verdict.result() for verdict in told]
+
+
+def values(**what):
+    config = {"seed": 0, "optim": {"lr": 0.1}}
+    return {"phase": "training", "values": {"config": config, "devices": 1} | what}
+
+
+@pytest.mark.parametrize(
+    ("last", "verdict"),
+    [
+        (values(), ""),
+        (
+            values(config={"seed": 1, "optim": {"lr": 0.1}}),
+            "config.seed is 0 in process 0 and 1 in",
+        ),
+        (values(config={"seed": 0, "optim": {"lr": 1}}), "config.optim.lr is 0.1 in process 0 and 1 in"),
+        (values(config={"optim": {"lr": 0.1}}), "config.seed is 0 in process 0 and missing in process 2"),
+        (values(more=None), "more is missing in process 0 and null in process 2"),
+        (values(devices=4), "devices is 1 in process 0 and 4 in process 2"),
+        (values() | {"phase": "evaluation"}, "process 0 runs training, process 2 evaluation"),
+        ({"failed": "the disk is gone"}, "process 2 has failed: the disk is gone"),
+    ],
+)
+def test_all_processes_are_told_the_first_difference(last, verdict):
+    told = settle([values(), values(), last])
+    assert len(set(told)) == 1
+    assert verdict in told[0] and bool(verdict) == bool(told[0])
+    first = settle([last, values(), values()])  # whichever it is that differs
+    assert len(set(first)) == 1 and bool(first[0]) == bool(verdict)
+
+
+def test_a_process_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "_PATIENCE", 0.0)
+    why = "has not started its run; do all run the same program?"
+    assert settle([values(), None], 0.2) == [f"process 1 {why}"]
+    assert settle([None, values()], 0.0) == [f"process 0 {why}"]
+
+
+def test_a_process_alone_agrees_with_itself():
+    with distributed.together("training") as same:
+        same["anything"] = object()
+    with pytest.raises(KeyError), distributed.together("training"):
+        raise KeyError("what is raised within")
+
+
+@pytest.mark.parametrize("other", ["--config.seed=1", "rl", "devices"])
+def test_processes_that_disagree_end_with_one_line(other, free_port, tmp_path):
+    who = ("--coordinator", f"127.0.0.1:{free_port}", "--num_processes", "2", "--process_id")
+    flags = [other] if other.startswith("--") else []
+    what = {"rl": {"program": "rl", "config": "unigrpo"}, "devices": {"devices": 2}}.get(other, {})
+    with (
+        launch(tmp_path / "run", *who, "0") as first,
+        launch(tmp_path / "run", *who, "1", *flags, **what) as second,
+    ):
+        ended = [(process.communicate(timeout=240)[0], process.returncode) for process in (first, second)]
+    difference = {
+        "--config.seed=1": "config.seed is 0 in process 0 and 1 in process 1",
+        "devices": "devices is 1 in process 0 and 2 in process 1",
+        "rl": "process 0 runs launch/train.py, process 1 launch/rl.py",
+    }[other]
+    for out, status in ended:
+        assert status == 1
+        assert out.startswith("error: the processes of this run disagree: ") and difference in out
+        assert out.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+SIGNALS = """
+import hashlib, os, signal, sys, threading, time, jax
+from mmada_jax import sharding
+from mmada_jax.distributed import watch_signals
+def send():
+    for _ in range(int(sys.argv[1])):
+        time.sleep(0.3)
+        os.kill(os.getpid(), int(sys.argv[2]))
+with watch_signals(sharding.make_mesh()) as signalled:
+    assert signalled() == 0
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    # No handler of Python's runs meanwhile, as when a step is compiled.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)
+    thread.join()
+    assert signalled() == int(sys.argv[2])
+print("saved")
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(10)
+"""
+
+
+@pytest.mark.parametrize(("times", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_second_ctrl_c_ends_at_once_whatever_the_program_does(times, number):
+    command = [sys.executable, "-c", SIGNALS, str(times), str(int(number))]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    at_once = times == 2 and number == signal.SIGINT
+    assert ended.stdout == ("" if at_once else "saved\n"), ended.stderr
+    if at_once:
+        assert (ended.returncode, ended.stderr) == (130, "stopped at once by a second Ctrl-C\n")
+    else:  # what it was before is so again
+        assert ended.returncode == -signal.SIGINT and "KeyboardInterrupt" in ended.stderr
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with distributed.watch_signals(sharding.make_mesh()) as signalled:
+            signal.raise_signal(signal.SIGINT)
+            assert signalled() == 0
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,11 +1,14 @@
 """Metrics of a run: what a row says, and that no disk and no damaged file stops a run."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import resource
 import struct
+import subprocess
+import sys
 import time
 import types
 
@@ -302,3 +305,58 @@ def test_an_entry_is_on_the_disk_whole_or_not_at_all(tmp_path, full):
     file.path.unlink()
     file.add(b"four.")
     assert file.path.read_bytes() == b"four."
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 24 MB, where this user may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mount isn't allowed here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_run_whose_disk_is_full_for_a_while_loses_no_row(small_disk, tmp_path):
+    workdir, fill, steps = small_disk / "run", small_disk / "fill", 40
+    command = [
+        sys.executable, ROOT / "launch/train.py", "--config", ROOT / "configs/vq.py:digits,smoke",
+        "--workdir", workdir, f"--config.steps={steps}", "--config.log_every=1", "--config.save_every=1000",
+    ]  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        out = []
+        for line in process.stdout:
+            out.append(line)
+            if line.startswith("step 5/"):
+                with contextlib.suppress(OSError), fill.open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(1 << 12))
+            if line.startswith("step 30/"):
+                fill.unlink()
+        assert process.wait() == 0, "".join(out)
+    assert len([line for line in out if line.startswith("warning")]) == 1, "".join(out)
+    assert [row["step"] for row in rows(workdir)] == list(range(1, steps + 1))
+    assert rows(workdir)[-1]["failed_writes"] > 20
+    assert_same(workdir)
+
+
+def test_a_log_on_a_full_disk_ends_nothing(tmp_path, monkeypatch):
+    with open("/dev/full", "w") as full, metrics.Metrics(tmp_path, 9) as m:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "stderr", full)
+        m.write(1, {"loss": 1.0}, 100)
+        metrics.warn("something")
+        monkeypatch.undo()
+        m.write(2, {"loss": 1.0}, 100)
+        with contextlib.suppress(OSError):
+            full.close()
+    assert list(losses(tmp_path)) == [1, 2]

@@ -764,7 +764,7 @@ def test_the_configurations_are_valid(arg):
     rl.check_rows(run, mesh)
 
 
-def test_launch_goes_on_after_kills_and_sigterm(model_workdir, tmp_path):
+def test_launch_goes_on_after_a_kill_and_ctrl_c(model_workdir, tmp_path):
     def launch(workdir, number=None, step=0):
         """Runs until a step is shown, where the process gets a signal; what it printed."""
         command = [
@@ -774,19 +774,20 @@ def test_launch_goes_on_after_kills_and_sigterm(model_workdir, tmp_path):
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        ) as process:  # fmt: skip
             out = []
             for line in process.stdout:
                 out.append(line)
                 if number and line.startswith(f"step {step}/"):
-                    process.send_signal(number)
+                    os.killpg(process.pid, number)  # as a terminal does, to all processes of a program
             assert process.wait() == (-number if number == signal.SIGKILL else 0), "".join(out)
         return out
 
     launch(tmp_path / "whole")
     launch(tmp_path / "run", signal.SIGKILL, 3)
-    assert "stopped by SIGTERM after iteration" in launch(tmp_path / "run", signal.SIGTERM, 6)[-1]
+    assert "stopped by SIGINT after iteration" in launch(tmp_path / "run", signal.SIGINT, 6)[-1]
     stopped = int(newest_step(tmp_path / "run").name) // 2
     assert 6 <= stopped < 12
     assert f"resuming at iteration {stopped}\n" in "".join(launch(tmp_path / "run"))

@@ -30,6 +30,7 @@ from mmada_jax.arrays import open_params, write_params
 from mmada_jax.checkpoint import newest_params
 from mmada_jax.convert import DTYPES, hub, llada, magvit, refuse
 from mmada_jax.data.tokenizer import TextTokenizer
+from mmada_jax.disk import is_full
 from mmada_jax.files import read_json
 from mmada_jax.manifest import MANIFEST, find_damage, verify_manifest
 from mmada_jax.metrics import Progress
@@ -452,7 +453,7 @@ def _target(
         _new(dst, unfinished)  # nobody else may have made it by now
         folder.rename(dst)
     except Exception as error:  # that of a library may have any type
-        if _is_full_disk(error):
+        if is_full(error):
             text = f"the disk is full, nothing was written ({str(error)[:200]})"
             raise OSError(errno.ENOSPC, text, str(dst)) from error
         raise
@@ -462,16 +463,6 @@ def _target(
         for parent in made:
             with contextlib.suppress(OSError):  # it holds something
                 parent.rmdir()
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    signs = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
-    while error is not None:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in signs):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _claim(dst: pathlib.Path) -> tuple[pathlib.Path, int]:
