@@ -108,7 +108,7 @@ def scores_of(reward, completions, answers):
 
 @pytest.fixture(scope="module")
 def correct():
-    reward = rewards.Correct()
+    reward = rewards.Correct(limit=60.0)
     yield reward
     reward.close()
 

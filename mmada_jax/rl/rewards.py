@@ -135,6 +135,12 @@ class Combined:
                 raise ValueError(
                     f"reward {name!r} scores images, and these rows make none; drop the reward"
                 )
+        for name, reward in self.rewards.items():
+            if hasattr(reward, "start"):
+                try:
+                    reward.start()
+                except (ImportError, RuntimeError, TimeoutError) as error:
+                    raise ValueError(f"reward {name!r} failed on a probe: {error}") from error
         n = min(_PROBE, len(prompts))
         completions = [f"<think>{row}</think>{row}" for row in range(n)]
         first = [rows if rows is None else rows[:n] for rows in (prompts, completions, images, answers)]
@@ -223,6 +229,10 @@ class Correct:
     def __init__(self, limit: float = 5.0, workers: int = 2):
         self._verify = Workers("math_verify", limit, workers)
         self.close, self.stop = self._verify.close, self._verify.stop
+
+    def start(self) -> None:
+        """Starts a process, which many answers don't need. Raises ImportError without the library."""
+        self._verify.ask("load", "math_verify")
 
     def __call__(self, prompts, completions, images, answers):
         """Raises Unscored where a comparison fails."""
