@@ -27,7 +27,6 @@ from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import split_thought
-from mmada_jax.denoise import TextRule
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.train import train
@@ -172,14 +171,13 @@ def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
     job = model.draw_job([digits.caption(3, 5)], evaluate.DRAW)
     for ids in model.steps(job):
         hidden = (ids[0] == model.vocab.mask).reshape(model.grid)
-        codes = np.where(ids == model.vocab.mask, model.vocab.image_offset, ids)
+        codes = np.where(ids[0] == model.vocab.mask, model.vocab.image_offset, ids[0])
         pixels = model.decode(model.vocab.image_codes(codes).reshape(-1, *model.grid))[0].copy()
         down = model.vision.config.downsampling
         pixels[np.repeat(np.repeat(hidden, down, 0), down, 1)] = 0
         images.append(pixels)
     scans = digits.load("test")
     job = model.answer_job([digits.canvas(*scans.pixels[:2])], [digits.ASK_TWO])
-    job = dataclasses.replace(job, rule=TextRule(steps=job.length, block=job.length))
     texts = []
     for ids in model.steps(job):
         shown = [

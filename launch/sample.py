@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     def text_rule(task):
         task.add_argument("--max-new", type=int, help="new tokens (default: as many as in training)")
         task.add_argument("--steps", type=int, help="denoising steps (default: one per new token)")
-        task.add_argument("--block", type=int, help="tokens per block (default: all new tokens)")
+        task.add_argument("--block", type=int, default=128, help="tokens per block (default: 128)")
         task.add_argument("--temperature", type=float, default=0.0)
         task.add_argument("--guidance", type=float, default=0.0)
 
@@ -64,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     image_rule(draw)
     think = tasks.add_parser("think", help="think about prompts, then draw images for them")
     think.add_argument("prompts", nargs="+")
-    think.add_argument("--block", type=int, help="tokens per block of the thought (default: all)")
+    think.add_argument(
+        "--block", type=int, default=128, help="tokens per block of the thought (default: 128)"
+    )
     image_rule(think)
     inpaint = tasks.add_parser("inpaint", help="redraw a part of images")
     inpaint.add_argument("images", nargs="+")
@@ -97,8 +99,7 @@ def main() -> None:
         drawings = model.draw(args.prompts, rule, seed=args.seed)
     elif args.task == "think":
         names = args.prompts
-        length = model.think_job(names).length
-        thinking = TextRule(length, args.block or length)
+        thinking = TextRule(block=args.block)
         thoughts, drawings = zip(*model.think_and_draw(names, thinking, rule, args.seed), strict=True)
         for name, thought in zip(names, thoughts, strict=True):
             print(f"{name}: {thought.text}")
@@ -126,13 +127,10 @@ def say(model: MMaDA, args: argparse.Namespace) -> None:
     """The tasks whose result is text."""
     if args.task == "text":
         names, inputs = args.prompts, (args.prompts,)
-        job = model.text_job(*inputs, max_new=args.max_new)
     else:
         names = args.images
         inputs = ([read_image(model, path) for path in args.images], [args.question] * len(names))
-        job = model.answer_job(*inputs, max_new=args.max_new)
-    block = args.block or job.length
-    rule = TextRule(args.steps or job.length, block, args.temperature, guidance=args.guidance)
+    rule = TextRule(args.steps, args.block, args.temperature, guidance=args.guidance)
     method = model.generate if args.task == "text" else model.answer
     for name, text in zip(names, method(*inputs, rule, args.max_new, seed=args.seed), strict=True):
         print(f"{name}: {text.text}")

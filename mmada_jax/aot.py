@@ -19,7 +19,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmada_jax import api, chips, denoise, hlo, layout, optim, sharding, train, transformer, vocab, vq
+from mmada_jax import (
+    api,
+    chips,
+    decode,
+    denoise,
+    hlo,
+    layout,
+    optim,
+    sharding,
+    train,
+    transformer,
+    vocab,
+    vq,
+)
 from mmada_jax.rl import train as rl_train
 from mmada_jax.rl.rollout import Task, make_generate, span
 from mmada_jax.rl.train import RLRun
@@ -84,8 +97,9 @@ def lower_draw(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     B, L = run.batch_size, _row_length(run)
     rows = jax.ShapeDtypeStruct((B, L), np.int32), jax.ShapeDtypeStruct((B, L), bool)
     with jax.set_mesh(mesh):
-        draw = api.decoder(mesh, model, VOCAB, run.max_text + 2, n_image, denoise.ImageRule())
-        return draw.lower(params, *rows, _key(), rows)
+        draw = decode.decoder(mesh, model, VOCAB, n_image, denoise.ImageRule())
+        of_rows = [jax.ShapeDtypeStruct((B,), kind) for kind in (np.int32, np.int32, np.uint32, np.int32)]
+        return draw.lower(params, decode.Given(*rows, *of_rows, rows))
 
 
 def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:

@@ -5,19 +5,19 @@ model.draw(["a handwritten seven"])[0].image.save("seven.png")
 """
 
 import dataclasses
-import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
 from PIL import Image
 
-from mmada_jax import denoise, layout, sharding, transformer, vq
+from mmada_jax import decode, layout, sharding, transformer, vq
 from mmada_jax.convert.folder import Source, image_tokenizer_of, open_folder
 from mmada_jax.data.images import fit_mask, to_pixels
 from mmada_jax.data.tokenizer import TextTokenizer, chat, conversation_end
+from mmada_jax.decode import Job
 from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.vision import Vision
 from mmada_jax.vocab import Vocab
@@ -26,6 +26,10 @@ Direction = Literal["left", "right", "up", "down"]
 Conversation = Sequence[Mapping[str, str]]
 # A question of the user, a conversation, or token ids as they are.
 Prompt = str | Conversation | np.ndarray
+# One for all rows, or one for each, whose result then doesn't depend on the others.
+Seed = int | Sequence[int]
+# New tokens of a text, where nothing else is said: no more than the reference.
+MOST_NEW = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +46,6 @@ class Drawing:
 
     image: Image.Image
     codes: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Rows ready for the denoising loop: what goes in, and the span that is to be filled."""
-
-    rows: layout.Batch
-    start: int
-    length: int
-    rule: denoise.Rule
-    unconditional: layout.Batch | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +127,7 @@ class MMaDA:
         down = self.vq_config.downsampling
         return self.grid[0] * down, self.grid[1] * down
 
-    @functools.cached_property
+    @property
     def vq_config(self) -> vq.Config:
         """The architecture of the image tokenizer. Raises ValueError without one."""
         return self._vision().config
@@ -145,13 +138,14 @@ class MMaDA:
         self,
         prompts: Sequence[Prompt],
         rule: TextRule | None = None,
-        max_new: int | None = None,
-        seed: int = 0,
+        max_new: int | Sequence[int] | None = None,
+        seed: Seed = 0,
     ) -> list[Text]:
         """Answers questions, or continues conversations ({"role", "content"} in turns), or rows of ids, in
         text.
 
-        `max_new` tokens, by default what fits the trained length, 512 at most.
+        `max_new` tokens, for all or for each, by default what its prompt leaves of the trained length, 512
+        at most.
         """
         return self._texts(self.text_job(prompts, rule, max_new), seed)
 
@@ -160,14 +154,14 @@ class MMaDA:
         images: Sequence[Any],
         questions: Sequence[str | Conversation],
         rule: TextRule | None = None,
-        max_new: int | None = None,
-        seed: int = 0,
+        max_new: int | Sequence[int] | None = None,
+        seed: Seed = 0,
     ) -> list[Text]:
         """Answers a question about each image (paths, PIL, or arrays: see `pixels`)."""
         return self._texts(self.answer_job(images, questions, rule, max_new), seed)
 
     def draw(
-        self, prompts: Sequence[str | np.ndarray], rule: ImageRule | None = None, seed: int = 0
+        self, prompts: Sequence[str | np.ndarray], rule: ImageRule | None = None, seed: Seed = 0
     ) -> list[Drawing]:
         """Draws an image for each prompt, a text or its token ids."""
         return self._drawings(self.draw_job(prompts, rule), seed)
@@ -177,17 +171,15 @@ class MMaDA:
         prompts: Sequence[Prompt],
         text_rule: TextRule | None = None,
         image_rule: ImageRule | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> list[tuple[Text, Drawing]]:
         """Thinks about each prompt, then draws an image with the thought in view."""
         job = self.think_job(prompts, text_rule)
         (image_rule or ImageRule()).check(self.n_image)
         thoughts, rows = [], []
-        for row, ids in zip(job.rows.tokens, self.run(job, seed), strict=True):
-            n_given = np.sum(row[1 : 1 + self.max_text] != self.vocab.mask)
-            slot = [*row[1 : job.start], *ids]
-            thoughts.append(self.read(slot[n_given:]))
-            text = [*slot[:n_given], *thoughts[-1].ids, self.vocab.end_turn]
+        for row, start, ids in zip(job.rows.tokens, job.start_B, self.run(job, seed), strict=True):
+            thoughts.append(self.read(ids))
+            text = [*row[1:start], *thoughts[-1].ids, self.vocab.end_turn]
             rows.append(layout.r2i(self.vocab, text, row[self.max_text + 2 : -1], self.max_text))
         return list(zip(thoughts, self._drawings(self._image_job(rows, image_rule), seed), strict=True))
 
@@ -197,7 +189,7 @@ class MMaDA:
         masks: Sequence[Any],
         prompts: Sequence[str],
         rule: ImageRule | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> list[Drawing]:
         """Redraws what `masks` cover; keeps all else.
 
@@ -212,7 +204,7 @@ class MMaDA:
         direction: Direction,
         prompts: Sequence[str],
         rule: ImageRule | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> list[Drawing]:
         """Continues each image beyond its edge by half of its size; returns the longer image.
 
@@ -239,18 +231,18 @@ class MMaDA:
         self,
         prompts: Sequence[Prompt],
         rule: TextRule | None = None,
-        max_new: int | None = None,
+        max_new: int | Sequence[int] | None = None,
     ) -> Job:
         """The rows of `generate`."""
         prefixes = [self._prompt(prompt) for prompt in prompts]
-        return self._text_job(prefixes, self.max_text + self.n_image + 3, rule, max_new)
+        return self._text_job(prefixes, rule, max_new)
 
     def answer_job(
         self,
         images: Sequence[Any],
         questions: Sequence[str | Conversation],
         rule: TextRule | None = None,
-        max_new: int | None = None,
+        max_new: int | Sequence[int] | None = None,
     ) -> Job:
         """The rows of `answer`."""
         _same_length(images=images, questions=questions)
@@ -258,7 +250,7 @@ class MMaDA:
             [self.vocab.mmu, self.vocab.soi, *ids, self.vocab.eoi, *self.tokenizer.encode(chat(question))]
             for ids, question in zip(self._image_ids(self.encode(images)), questions, strict=True)
         ]
-        return self._text_job(prefixes, self.max_text + self.n_image + 3, rule, max_new)
+        return self._text_job(prefixes, rule, max_new)
 
     def draw_job(self, prompts: Sequence[str | np.ndarray], rule: ImageRule | None = None) -> Job:
         """The rows of `draw`."""
@@ -267,16 +259,15 @@ class MMaDA:
         return self._image_job(rows, rule)
 
     def think_job(self, prompts: Sequence[Prompt], rule: TextRule | None = None) -> Job:
-        """The rows of the thoughts of `think_and_draw`. The span begins where the shortest prompt ends."""
+        """The rows of the thoughts of `think_and_draw`: what each prompt leaves of the text slot."""
         _some(prompts)
         self._vision()
         ids = [self._prompt(prompt) for prompt in prompts]
         rows = [layout.r2i_generation(self.vocab, i, self.n_image, self.max_text) for i in ids]
-        start = 1 + min(map(len, ids))
-        length = self.max_text + 1 - start
-        rule = rule or TextRule(steps=length, block=denoise.divisor(length, 128))
-        rule.check(length)
-        return Job(layout.stack(rows), start, length, rule)
+        batch, rule = layout.stack(rows), rule or TextRule()
+        rule.check(self.max_text)
+        start_B = np.argmax(batch.target, axis=1)
+        return Job(batch, start_B, self.max_text + 1 - start_B, self.max_text, rule)
 
     def inpaint_job(
         self,
@@ -295,44 +286,13 @@ class MMaDA:
         share_Bij = masks.reshape(-1, self.grid[0], down, self.grid[1], down).mean((2, 4))
         return self._image_job(self._image_rows(codes_Bij, share_Bij >= 0.5, prompts), rule)
 
-    def run(self, job: Job, seed: int = 0) -> np.ndarray:
-        """Fills the span of a job; ids [B, length]."""
-        run = decoder(self.mesh, self.config, self.vocab, job.start, job.length, job.rule)
-        tokens, valid = self._rows(job.rows)
-        other = None if job.unconditional is None else self._rows(job.unconditional)
-        with jax.set_mesh(self.mesh):
-            tokens = run(self.params, tokens, valid, jax.random.key(seed), other)
-        return np.asarray(tokens)[: len(job.rows.tokens), job.start : job.start + job.length]
+    def run(self, job: Job, seed: Seed = 0) -> list[np.ndarray]:
+        """Fills the spans of a job; the ids of each."""
+        return decode.run(self.params, self.config, self.vocab, self.mesh, job, seed)
 
-    def steps(self, job: Job, seed: int = 0):
-        """The same as a Python loop: yields ids [B, length] after every step."""
-        n, other = len(job.rows.tokens), job.unconditional
-        tokens, valid = self._rows(job.rows)
-        rows = denoise.denoise_steps(
-            functools.partial(transformer.hidden_states, self.params, self.config),
-            functools.partial(transformer.unembed, self.params, self.config),
-            tokens,
-            valid,
-            start=job.start,
-            length=job.length,
-            rule=job.rule,
-            vocab=self.vocab,
-            key=jax.random.key(seed),
-            unconditional=None if other is None else self._rows(other),
-        )
-        while True:
-            with jax.set_mesh(self.mesh):  # between two steps it is the caller's
-                tokens = next(rows, None)
-            if tokens is None:
-                return
-            yield np.asarray(tokens)[:n, job.start : job.start + job.length]
-
-    def _rows(self, batch: layout.Batch) -> tuple[jax.Array, jax.Array]:
-        """Tokens and validity, the last row repeated until the rows divide among the devices."""
-        more = -len(batch.tokens) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        pad = ((0, more), (0, 0))
-        rows = np.pad(batch.tokens, pad, "edge"), np.pad(batch.valid, pad, "edge")
-        return sharding.put_batch(self.mesh, rows)
+    def steps(self, job: Job, seed: Seed = 0) -> Iterator[list[np.ndarray]]:
+        """The same as a Python loop: yields the ids of all spans after every step."""
+        return decode.steps(self.params, self.config, self.vocab, self.mesh, job, seed)
 
     # ---- Images ---------------------------------------------------------------------------------
 
@@ -383,18 +343,14 @@ class MMaDA:
         rule = rule or ImageRule()
         rule.check(self.n_image)
         other = [layout.drop_condition(self.vocab, row, self.max_text) for row in rows]
-        return Job(
-            layout.stack(rows),
-            self.max_text + 2,
-            self.n_image,
-            rule,
-            layout.stack(other) if rule.guidance else None,
-        )
+        start_B, length_B = np.full((2, len(rows)), [[self.max_text + 2], [self.n_image]])
+        guide = layout.stack(other) if rule.guidance else None
+        return Job(layout.stack(rows), start_B, length_B, self.n_image, rule, guide)
 
-    def _run_image(self, job: Job, seed: int) -> np.ndarray:
-        return self.vocab.image_codes(self.run(job, seed)).reshape(-1, *self.grid)
+    def _run_image(self, job: Job, seed: Seed) -> np.ndarray:
+        return self.vocab.image_codes(np.stack(self.run(job, seed))).reshape(-1, *self.grid)
 
-    def _drawings(self, job: Job, seed: int) -> list[Drawing]:
+    def _drawings(self, job: Job, seed: Seed) -> list[Drawing]:
         return self._decoded(self._run_image(job, seed))
 
     def _decoded(self, codes_Bij: np.ndarray) -> list[Drawing]:
@@ -407,23 +363,27 @@ class MMaDA:
     # ---- Text -----------------------------------------------------------------------------------
 
     def _text_job(
-        self, prefixes: list[list[int]], row: int, rule: TextRule | None, max_new: int | None
+        self, prefixes: list[list[int]], rule: TextRule | None, max_new: int | Sequence[int] | None
     ) -> Job:
         _some(prefixes)
-        longest = max(map(len, prefixes))
-        new = max_new
-        if new is None:
-            # All that the trained length leaves; of long rows whole blocks, no more than the reference.
-            new = row - longest
-            new = min(new - new % 128, 512) if new > 128 else new
-        if new < 1 or longest + new > self.config.max_len:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {new} new ones don't fit: the model was trained on "
-                f"rows of {row} and takes {self.config.max_len}; shorten the prompt or lower max_new"
-            )
-        rule = rule or TextRule(steps=new, block=denoise.divisor(new, 128))
-        rule.check(new)
-        return Job(layout.continuation(self.vocab, prefixes, new), longest, new, rule)
+        row, given = self.max_text + self.n_image + 3, [len(prefix) for prefix in prefixes]
+        most = min(row, MOST_NEW) if max_new is None else max(np.atleast_1d(max_new))
+        if max_new is None:
+            new = [min(row - n, MOST_NEW) for n in given]  # all that the trained length leaves
+        else:
+            new = np.broadcast_to(max_new, (len(given),)).tolist()
+        for n, more in zip(given, new, strict=True):
+            if more < 1 or n + more > self.config.max_len:
+                raise ValueError(
+                    f"a prompt of {n} tokens and {more} new ones don't fit: the model was trained on rows "
+                    f"of {row} and takes {self.config.max_len}; shorten the prompt or lower max_new"
+                )
+        rule = rule or TextRule()
+        rule.check(int(most))
+        length = max(map(sum, zip(given, new, strict=True)))
+        length = max(length, min(layout.bucket(length), self.config.max_len))
+        rows = layout.answers(self.vocab, prefixes, new, length)
+        return Job(rows, np.array(given), np.array(new), int(most), rule)
 
     def _prompt(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, np.ndarray):
@@ -432,49 +392,13 @@ class MMaDA:
             raise ValueError("a prompt of ids holds the mask, which stands for what is to be generated")
         return prompt.tolist()
 
-    def _texts(self, job: Job, seed: int) -> list[Text]:
+    def _texts(self, job: Job, seed: Seed) -> list[Text]:
         return [self.read(ids) for ids in self.run(job, seed)]
 
     def read(self, ids: Sequence[int]) -> Text:
         """Generated ids -> the text up to the first end of turn."""
         ids = conversation_end(ids, self.vocab)
         return Text(self.tokenizer.decode(ids).strip(), np.asarray(ids, np.int32))
-
-
-@functools.cache
-def decoder(
-    mesh: jax.sharding.Mesh,
-    config: transformer.Config,
-    vocab: Vocab,
-    start: int,
-    length: int,
-    rule: denoise.Rule,
-) -> Callable[..., jax.Array]:
-    """The jitted decoding (params, tokens, valid, key, unconditional rows or None) -> tokens [B, L], which
-    every process gets whole."""
-
-    def run(params, tokens_BL, valid_BL, key, unconditional):
-        return denoise.denoise(
-            functools.partial(transformer.hidden_states, params, config),
-            functools.partial(transformer.unembed, params, config),
-            tokens_BL,
-            valid_BL,
-            start=start,
-            length=length,
-            rule=rule,
-            vocab=vocab,
-            key=key,
-            unconditional=unconditional,
-        )
-
-    params = sharding.tree_shardings(mesh, transformer.param_axes(config), transformer.param_shapes(config))
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    return jax.jit(
-        run,
-        in_shardings=(params, rows, rows, everywhere, rows),
-        out_shardings=everywhere,
-        compiler_options=sharding.compiler_options(mesh),
-    )
 
 
 def _grid(source: Source, down: int, image_size: tuple[int, int] | None) -> tuple[int, int]:

@@ -22,7 +22,6 @@ from jax.experimental import multihost_utils
 
 from mmada_jax.arrays import check_leaves, missing, open_params
 from mmada_jax.convert import leaves, refuse
-from mmada_jax.disk import is_full
 from mmada_jax.distributed import together
 from mmada_jax.manifest import MANIFEST, PARTS, find_damage, verify_manifest, write_manifest
 from mmada_jax.state import TrainState, all_finite
@@ -214,13 +213,12 @@ class Checkpoints:
             while jax.process_count() > 1 and cause.__context__:
                 cause = cause.__context__  # of the error that no other process came to the barrier
             reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-            self._problem = f"the checkpoint of step {self._saving.step} could not be saved ({reason})"
-            if is_full(error):
-                free = shutil.disk_usage(self.folder).free
-                nbytes = sum(
-                    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._saving[1:])
-                )
-                self._problem += f"; it needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            free = shutil.disk_usage(self.folder).free
+            nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._saving[1:]))
+            self._problem = (
+                f"the checkpoint of step {self._saving.step} could not be saved ({reason}); it needs "
+                f"{nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            )
             self.failed += 1
 
     def _clear(self) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from mmada_jax import corrupt, layout, loss, sharding, transformer, vq
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import split_thought
-from mmada_jax.denoise import ImageRule, TextRule, divisor
+from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.vocab import Vocab
 
 # Of an answer while training.
@@ -126,7 +126,7 @@ def text_cot(
     held_out = digits.chains(split)
     chains = [held_out[i % len(held_out)] for i in range(n)]
     questions = [digits.addition(*chain) for chain in chains]
-    rule = dataclasses.replace(_thinking(model, model.text_job(questions)), temperature=temperature)
+    rule = dataclasses.replace(_thinking(model), temperature=temperature)
     texts = [text.text for text in model.generate(questions, rule, seed=seed)]
     wanted = [str(sum(chain)) for chain in chains]
     return _answered(texts, wanted), list(zip(questions, texts, wanted, strict=True))
@@ -136,7 +136,7 @@ def vqa_sum(model, n: int, split: str = "test", seed: int = 0) -> tuple[Count, l
     """vqa_sum: the sum of the two digits on canvases of held-out scans, after a thought."""
     canvases, labels = _canvases(2, n, split, seed + 2)
     questions = [digits.ASK_SUM] * n
-    rule = _thinking(model, model.answer_job(canvases, questions))
+    rule = _thinking(model)
     texts = [text.text for text in model.answer(canvases, questions, rule, seed=seed)]
     wanted = [str(total) for total in labels.sum(axis=1)]
     return _answered(texts, wanted), list(zip(canvases, texts, wanted, strict=True))
@@ -150,7 +150,7 @@ def draw_sums(
     held_out = digits.pairs(split)
     pairs = [held_out[i % len(held_out)] for i in range(n)]
     prompts = [digits.request(*pair) for pair in pairs]
-    made = model.think_and_draw(prompts, _thinking(model, model.think_job(prompts)), DRAW, seed=seed)
+    made = model.think_and_draw(prompts, _thinking(model), DRAW, seed=seed)
     thoughts = [split_thought(text.text)[0] for text, _ in made]
     wanted = [digits.thought(*pair) for pair in pairs]
     pixels = model.decode(np.stack([drawing.codes for _, drawing in made]))
@@ -162,9 +162,9 @@ def draw_sums(
     return counts, pixels, list(zip(prompts, thoughts, strict=True))
 
 
-def _thinking(model, job) -> TextRule:
+def _thinking(model) -> TextRule:
     """From the left, token by token, until every thought and answer has ended."""
-    return TextRule(steps=job.length, block=1, stop=model.vocab.eos)
+    return TextRule(block=1, stop=model.vocab.eos)
 
 
 def _answered(texts: list[str], wanted: list[str]) -> Count:
@@ -272,17 +272,17 @@ def generations(
     """What a model makes of `n` rows of each task in a batch of held-out rows: the share of answers that
     are exactly those of the rows (exact_TASK), all drawings, n in a line, and what was said, line by line.
 
-    Answers have at most MAX_NEW tokens, decoded from the left in blocks of about `block`.
+    Answers have at most MAX_NEW tokens, decoded from the left in blocks of `block`.
     """
     values, lines, drawings = {}, [], []
+    rule = TextRule(block=block, stop=model.vocab.eos)
     for task in ("lm_chat", "mmu"):
         of_task = np.flatnonzero(batch.task == layout.TASKS.index(task))[:n]
         if not len(of_task):
             continue
         answers = [batch.tokens[row][batch.target[row]] for row in of_task]
         prompts = [batch.tokens[row][: np.argmax(batch.target[row])] for row in of_task]
-        new = min(MAX_NEW, len(batch.tokens[0]) - max(map(len, prompts)))
-        rule = TextRule(steps=new, block=divisor(new, block), stop=model.vocab.eos)
+        new = [min(MAX_NEW, len(batch.tokens[0]) - len(prompt)) for prompt in prompts]
         job = model.text_job(prompts, rule, new)
         said = [model.read(ids).text for ids in model.run(job, seed)]
         wanted = [model.read(answer).text for answer in answers]
@@ -302,8 +302,6 @@ def generations(
     of_task = np.flatnonzero((batch.task == layout.TASKS.index("r2i")) & answered)[:n]
     prompts = [batch.tokens[row][1 : np.argmax(batch.target[row])] for row in of_task]
     if prompts:
-        new = model.think_job(prompts).length
-        rule = TextRule(steps=new, block=divisor(new, block), stop=model.vocab.eos)
         made = model.think_and_draw(prompts, rule, seed=seed)
         drawings += [drawing.codes for _, drawing in made]
         for prompt, (thought, _) in zip(prompts, made, strict=True):

@@ -113,12 +113,13 @@ def image_start(task: str, max_text: int) -> int:
 
 
 def r2i_generation(vocab: Vocab, prompt: Sequence[int], n_image: int, max_text: int) -> Batch:
-    """The r2i row of a prompt: what it leaves of the text slot is hidden, and the image. A prompt that
-    leaves nothing is an error."""
+    """The r2i row of a prompt: what it leaves of the text slot is hidden, and the image, and these are the
+    target. A prompt that leaves nothing is an error."""
     prompt = _with_bos(vocab, prompt)
     check_fits(len(prompt) + 1, max_text, "prompt with the first token of a thought")
     row = r2i(vocab, prompt, [vocab.mask] * n_image, max_text)
     row.tokens[1 + len(prompt) : 1 + max_text] = vocab.mask
+    row.target[: 1 + max_text] = np.arange(1 + max_text) > len(prompt)
     return row
 
 
@@ -147,6 +148,25 @@ def continuation(
         valid = np.arange(length + n_new) >= pads
         rows.append(_row("lm_chat", tokens, valid, target=[(length, length + n_new)]))
     return stack(rows)
+
+
+def answers(vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: Sequence[int], length: int) -> Batch:
+    """Prompts, each from the left and followed by its own number of hidden tokens; what is then left of the
+    `length` of a row is padding, which isn't valid. So the result of a prompt depends on neither."""
+    rows = []
+    for prompt, new in zip(prompts, n_new, strict=True):
+        end = len(prompt) + new
+        check_fits(end, length, "prompt with what is to follow it")
+        tokens = [*prompt, *[vocab.mask] * new, *[vocab.eos] * (length - end)]
+        rows.append(_row("lm_chat", tokens, np.arange(length) < end, target=[(len(prompt), end)]))
+    return stack(rows)
+
+
+def bucket(length: int) -> int:
+    """The next of a few lengths, at most a quarter longer from 64 tokens on: rows of that length share a
+    compilation."""
+    step = max(16, 2 ** (length - 1).bit_length() // 8)
+    return -(-length // step) * step
 
 
 def check_fits(length: int, limit: int, what: str) -> None:

@@ -76,7 +76,7 @@ class ModelRun(Run):
     `mixture` shares the rows of a batch among the tasks, `data` names the sources of each task, with
     paths below `data_root` (itself relative to the workdir, or absolute), and `held_out` those of the
     evaluation. Every `eval_every` steps `eval_rows` held-out rows are scored and `samples` of each kind
-    of generation are saved, with answers decoded in blocks of about `answer_block` tokens; 0 is never.
+    of generation are saved, with answers decoded in blocks of `answer_block` tokens; 0 is never.
     """
 
     preset: str = "digits"

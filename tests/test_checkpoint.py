@@ -613,20 +613,6 @@ def test_the_last_save_must_not_fail(tmp_path, full):
     assert steps_in(tmp_path) == ["2"]
 
 
-def test_what_is_no_full_disk_is_not_called_one(tmp_path, capsys):
-    def fail(folder):
-        raise ValueError("what can't be written")
-
-    with Checkpoints(tmp_path) as checkpoints, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmada_jax.checkpoint.write_manifest", fail)
-        checkpoints.save(tiny(1))
-        assert checkpoints.latest() is None
-        patch.undo()
-        checkpoints.save(tiny(2))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert "step 1 could not be saved (what can't be written)" in line and "MB" not in line
-
-
 def test_another_error_is_not_hidden_by_that_of_the_last_save(tmp_path, capsys):
     def fail():
         with no_manifest(), Checkpoints(tmp_path) as checkpoints:

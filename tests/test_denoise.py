@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from mmada_jax import schedule
-from mmada_jax.denoise import ImageRule, TextRule, denoise, denoise_steps, transfer_quota
+from mmada_jax.denoise import (
+    ImageRule,
+    Rows,
+    TextRule,
+    advance,
+    begin,
+    denoise,
+    transfer_quota,
+    unfinished,
+)  # fmt: skip
 from mmada_jax.vocab import Vocab
 
 V, D, B, L = 40, 8, 3, 20
@@ -36,6 +45,8 @@ TEXT_RULES = {
     "threshold": TextRule(block=6, threshold=0.6),
     "factor": TextRule(block=12, factor=1.5),
     "stop": TextRule(steps=6, block=4, stop=11),
+    "shorter last block": TextRule(steps=6, block=5),
+    "one a step": TextRule(block=5),
 }
 IMAGE_RULES = {
     "cosine": ImageRule(steps=5, guidance=0.0),
@@ -78,6 +89,22 @@ def settings(rule, seed=0):
             "unconditional": other}  # fmt: skip
 
 
+def denoise_steps(hidden, unembed, tokens, valid, *, start, length, rule, vocab, key, unconditional):
+    """The decoding as a Python loop: the rows after every step."""
+    n = len(tokens)
+    rows = Rows(
+        jnp.asarray(tokens), jnp.asarray(valid), jnp.full(n, start), jnp.full(n, length),
+        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)), unconditional,
+    )  # fmt: skip
+    step = jax.jit(lambda state: advance(
+        hidden, unembed, rows, state, length=length, rule=rule, vocab=vocab
+    ))  # fmt: skip
+    state = begin(rows, vocab)
+    while unfinished(rows, state, length, rule).any():
+        state = step(state)
+        yield state.tokens_BL
+
+
 def run(rule, tokens_valid=None, seed=0):
     call = jax.jit(lambda t, v: denoise(hidden, unembed, t, v, **settings(rule, seed)))
     return np.asarray(call(*(tokens_valid or rows())))
@@ -116,14 +143,16 @@ def test_the_prompt_never_changes_and_less_and_less_is_hidden(name, known):
     ("rule", "greedy"),
     [
         (TextRule(steps=4, block=12, temperature=1.0), {"temperature": 0.0}),
-        (ImageRule(steps=4, guidance=0.0, temperature=0.1), {"draw": "argmax"}),
+        (ImageRule(steps=2, guidance=0.0, temperature=0.1), {"draw": "argmax"}),
     ],
 )
 def test_by_the_largest_probability_the_order_does_not_depend_on_the_draw(rule, greedy):
     def revealed(**values):
         changed = dataclasses.replace(rule, **values)
-        first = next(denoise_steps(hidden, unembed, *rows(), **settings(changed)))
-        return np.asarray(first)[:, START : START + LENGTH] != VOCAB.mask
+        first = [
+            next(denoise_steps(hidden, unembed, *rows(), **settings(changed, seed))) for seed in (0, 1)
+        ]
+        return np.asarray(first)[:, :, START : START + LENGTH] != VOCAB.mask
 
     np.testing.assert_array_equal(revealed(remask="largest"), revealed(remask="largest", **greedy))
     assert (revealed() != revealed(**greedy)).any()
@@ -146,9 +175,10 @@ def test_text_blocks_are_filled_from_the_left():
 
 def test_the_number_of_steps_is_the_rules():
     for name, rule in TEXT_RULES.items():
+        rule = dataclasses.replace(rule, never=(VOCAB.mask,))  # to draw it reveals nothing
         n = sum(1 for _ in denoise_steps(hidden, unembed, *rows(), **settings(rule)))
         if rule.threshold is None and rule.factor is None and name != "stop":
-            assert n == rule.steps, name
+            assert n == (rule.steps or LENGTH), name
         else:
             assert n <= LENGTH, name
     for name, rule in IMAGE_RULES.items():
@@ -257,10 +287,7 @@ def test_quotas_add_up_and_come_first(n, steps):
     ("rule", "message"),
     [
         (lambda: TextRule(steps=5, block=4), "steps 5 are not divisible by the 3 blocks"),
-        (
-            lambda: TextRule(steps=12, block=5),
-            "length 12 is not divisible by block 5; choose a block .* as 4",
-        ),
+        (lambda: TextRule(steps=10, block=5), "steps 10 are not divisible by the 3 blocks of 5 tokens"),
         (lambda: TextRule(steps=12, block=0), "block is 0; it must be at least 1"),
         (lambda: TextRule(steps=12, block=12, remask="luck"), "unknown remask 'luck'"),
         (lambda: TextRule(steps=12, block=12, temperature=-1), "temperature is -1; it must be at least 0"),
@@ -277,3 +304,53 @@ def test_a_span_outside_the_row_is_an_error():
     given = settings(TextRule(steps=12, block=12)) | {"start": 10}
     with pytest.raises(ValueError, match=r"span \[10, 22\) is outside a row of 20 tokens"):
         denoise(hidden, unembed, *rows(), **given)
+
+
+# ---- A row doesn't depend on its company -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "text hot", "text guided", "text factor", "text random", "text stop", "text shorter last block",
+    "image guided", "image hidden",
+])  # fmt: skip
+def test_a_row_is_decoded_as_it_is_alone(name):
+    # Rows whose spans begin and end elsewhere, so that their blocks do, with keys of their own.
+    rule = RULES[name]
+    length = LENGTH if isinstance(rule, TextRule) else 9
+    starts, lengths = np.array([6, 2, 7]), np.array([12, 7, 10] if isinstance(rule, TextRule) else [9] * 3)
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(12, 24, size=(B, L)).astype(np.int32)
+    for row, start, n in zip(tokens, starts, lengths, strict=True):
+        row[start : start + n] = VOCAB.mask
+    valid = np.ones((B, L), bool)
+    valid[1, 18:] = False
+    other = np.where(tokens == VOCAB.mask, tokens, 12).astype(np.int32), valid
+    key = jax.random.split(jax.random.key(7), B)
+
+    @jax.jit
+    def fill(which):
+        return denoise(
+            hidden, unembed, tokens[which], valid[which], start=jnp.asarray(starts)[which], length=length,
+            lengths=jnp.asarray(lengths)[which], rule=rule, vocab=VOCAB, key=key[which],
+            unconditional=jax.tree.map(lambda x: jnp.asarray(x)[which], other) if rule.guidance else None,
+        )  # fmt: skip
+
+    tokens, valid = jnp.asarray(tokens), jnp.asarray(valid)
+    together = np.asarray(fill(np.arange(B)))
+    assert not (together[0, starts[0] : starts[0] + lengths[0]] == VOCAB.mask).any()
+    for b in range(B):
+        outside = np.ones(L, bool)
+        outside[starts[b] : starts[b] + lengths[b]] = False
+        np.testing.assert_array_equal(together[b, outside], np.asarray(tokens)[b, outside])
+        np.testing.assert_array_equal(np.asarray(fill(np.full(B, b)))[0], together[b])
+    np.testing.assert_array_equal(np.asarray(fill(np.array([2, 0, 1]))), together[[2, 0, 1]])
+
+
+def test_the_last_block_is_shorter_and_the_others_are_not():
+    rule = TEXT_RULES["shorter last block"]  # 5, 5 and 2 of 12
+    for now in denoise_steps(hidden, unembed, *rows(), **settings(rule)):
+        span = np.asarray(now)[:, START : START + LENGTH] == VOCAB.mask
+        for one in span:
+            blocks = [one[:5], one[5:10], one[10:]]
+            for before, after in itertools.pairwise(blocks):
+                assert not before.any() or after.all()

@@ -15,7 +15,7 @@ LAYERS = (
     "data.sources.* data.digits",
     "transformer vq clip rl.answers",
     "corrupt loss denoise vision",
-    "state optim manifest workdir arrays checkpoint metrics run convert.* data.pipeline rl.prompts "
+    "state optim manifest workdir arrays checkpoint metrics run decode convert.* data.pipeline rl.prompts "
     "rl.unigrpo rl.rewards",
     "train rl.train rl.rollout rl.diagnose evaluate api aot",
 )
@@ -164,8 +164,6 @@ def test_every_jit_says_where_its_arrays_lie():
     # What the compiler chooses may lie on the devices of other processes, where nothing can read it.
     bare = []
     for path in sorted((ROOT / "mmada_jax").rglob("*.py")):
-        if path.name == "denoise.py":
-            continue
         for line, keywords in jits(ast.parse(path.read_text())):
             if missing := {"in_shardings", "out_shardings"} - keywords:
                 bare.append(f"{path.relative_to(ROOT)}:{line} lacks {', '.join(sorted(missing))}")

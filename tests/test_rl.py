@@ -165,8 +165,8 @@ def test_the_record_is_what_the_policy_gives_at_the_state_of_the_reveal(model, t
 def test_a_response_is_scored_up_to_its_first_end(model):
     _, rollout, job = generate(model, TEXT, PROMPTS * 4, responses=8)  # 64 rows in one call
     rollout = jax.device_get(rollout)
-    span = slice(job.start, job.start + job.length)
-    assert not rollout.response_RL[:, : job.start].any()
+    span = slice(job.start_B[0], job.start_B[0] + job.length)
+    assert not rollout.response_RL[:, : span.start].any()
     assert len(rollout.tokens_RL) == 64
     for ids, response in zip(rollout.tokens_RL[:, span], rollout.response_RL[:, span], strict=True):
         ends = np.flatnonzero(ids == model.vocab.eos)
@@ -628,7 +628,7 @@ def change(config, **task):
         ({"rewards": {"nan": 1.0}}, {}, "reward 'nan' failed on a probe: it returned nan"),
         ({"rewards": {"short": 1.0}}, {}, r"reward 'short' failed on a probe: .* shape \(1,\)"),
         ({"max_prompt": 3}, {}, "max_prompt is 3; shorten it or raise max_prompt"),
-        ({"max_new": 9}, {}, "length 9 is not divisible by block 4"),
+        ({"max_new": 9}, {}, "steps 8 are not divisible by the 3 blocks of 4 tokens in a length of 9"),
         ({"max_new": 400, "text": {"steps": 400, "block": 4, "temperature": 1.0}}, {}, "lower max_prompt"),
         ({"text": {"steps": 8, "block": 4, "temperature": 0.0}}, {}, "greedy rule"),
         ({"update_groups": 5}, {}, "update_groups 5"),

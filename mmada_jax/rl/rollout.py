@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax import denoise, layout, sharding, transformer
-from mmada_jax.api import Job, MMaDA
+from mmada_jax.api import MMaDA
 from mmada_jax.data import images
 from mmada_jax.data.tokenizer import chat
+from mmada_jax.decode import Job
 from mmada_jax.denoise import ImageRule, TextRule
 from mmada_jax.ranges import Positive, Range, Ranged
 from mmada_jax.rl import prompts as prompts_lib
@@ -121,7 +122,8 @@ def lay_out(model: MMaDA, task: Task, prompts: Sequence[Prompt], responses: int)
     def repeat(rows):
         return rows and layout.Batch(*(np.repeat(x, responses, axis=0) for x in rows))
 
-    return Job(repeat(batch), at.start, at.length, at.rule, repeat(other))
+    start_R, length_R = np.full((2, len(prompts) * responses), [[at.start], [at.length]])
+    return Job(repeat(batch), start_R, length_R, at.length, at.rule, repeat(other))
 
 
 def make_generate(
