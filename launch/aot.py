@@ -7,6 +7,9 @@
         --config.batch_size=1
     python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8
 
+A model of one's own has the sizes of its configuration and of its tokenizers, which must be there:
+    python launch/aot.py --config my_config.py: --workdir runs/mine --topology v5e:2x2
+
 Needs no device, but libtpu: pip install -e ".[aot]". A compilation of the 8B takes some minutes. Exit
 status 1 where the step doesn't fit. All figures are of one chip; the ceiling is an estimate of the
 compiler, without collectives and Pallas kernels, and never a throughput.
@@ -14,6 +17,7 @@ compiler, without collectives and Pallas kernels, and never a throughput.
 
 import json
 import os
+import pathlib
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -36,6 +40,10 @@ STEP = flags.DEFINE_enum(
 )  # fmt: skip
 TASK = flags.DEFINE_string("task", "", "Task of a UniGRPO config; by default that of the longest rows.")
 PROGRAM = flags.DEFINE_string("program", None, "Write the compiled program there, as text (HLO).")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/aot", "Where the run will lie: the paths of its tokenizers and its start are relative "
+    "to it. What isn't there yet is known of the published 8B models alone."
+)  # fmt: skip
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -61,7 +69,9 @@ def main(argv):
         raise ValueError(f"--program is one file; name one of {', '.join(steps)} with --step")
     reports = []
     for step in steps:
-        report = named | aot.report(run, topology, step, PROGRAM.value, TASK.value)
+        report = named | aot.report(
+            run, topology, step, PROGRAM.value, TASK.value, pathlib.Path(WORKDIR.value)
+        )
         reports.append(report)
         if not JSON.value:
             print(as_text(report), flush=True)
@@ -82,7 +92,7 @@ def as_text(report):
     lines += [
         f"{report['topology']}, {report['chips']} chips ({mesh})",
         f"{report['rows_per_chip']:g} rows of {report['row_length']} tokens per chip, "
-        f"remat {report['remat']}",
+        f"{report['vocabulary']} logits for each, remat {report['remat']}",
         "",
         f"memory       {'fits' if report['fits'] else 'does not fit'}: peak "
         f"{report['hbm_peak_gib']:.2f} GiB of {report['hbm_limit_gib']:.2f}",

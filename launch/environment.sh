@@ -61,7 +61,3 @@ pip_install() {
 }
 
 install_extras "$1" || exit 1
-# XLA asks for its buffers anew in every step. That glibc keeps the freed ones, in large pages, instead
-# of handing them back to the kernel, makes a training step on a virtual machine about 1.3 times as fast.
-malloc=glibc.malloc
-export GLIBC_TUNABLES="${GLIBC_TUNABLES:-$malloc.hugetlb=1:$malloc.mmap_max=0:$malloc.trim_threshold=17179869184:$malloc.top_pad=268435456:$malloc.arena_max=1}"

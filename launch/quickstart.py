@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from configs import cot, pretrain, unigrpo, vq
-from launch import benchmark_rl, fail
+from launch import benchmark_rl, fail, keep_memory
 from mmada_jax import evaluate, metrics
 from mmada_jax.api import MMaDA
 from mmada_jax.data import digits
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/quickstart", help="default: %(default)s")
     parser.add_argument("--fast", action="store_true", help="fewer steps and cases, lower floors")
     args = parser.parse_args()
+    keep_memory()
     workdir = pathlib.Path(args.workdir)
     report = workdir / "report.json"
     if report.is_file():

@@ -20,7 +20,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from configs import vq
-from launch import run
+from launch import keep_memory, run
 from mmada_jax.distributed import initialize_distributed, together
 from mmada_jax.train import check, train
 
@@ -47,6 +47,7 @@ def connect(program: str) -> None:
         same |= {"config": CONFIG.value.to_dict(), "workdir": os.path.abspath(WORKDIR.value)}
     with together(program, TIMEOUT.value) as same:  # devices are asked for when all are sure to do so
         same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}
+    keep_memory()
 
 
 def main(argv):

@@ -19,28 +19,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmada_jax import (
-    api,
-    chips,
-    decode,
-    denoise,
-    hlo,
-    layout,
-    optim,
-    sharding,
-    train,
-    transformer,
-    vocab,
-    vq,
-)
+from mmada_jax import api, chips, decode, denoise, hlo, layout, optim, sharding, train, transformer
+from mmada_jax.convert.folder import image_tokenizer_of, open_folder
 from mmada_jax.rl import train as rl_train
 from mmada_jax.rl.rollout import Task, make_generate, span
 from mmada_jax.rl.train import RLRun
-from mmada_jax.run import ModelRun, model_of
+from mmada_jax.run import ModelRun, Plan, foresee, relative
 from mmada_jax.state import state_shardings
+from mmada_jax.vocab import LLADA
 
-VOCAB = vocab.LLADA
 GIB = 2**30
+WORKDIR = pathlib.Path("runs/aot")  # where a run would lie, if nobody says
 
 
 def devices(topology: chips.Topology) -> list[Any]:
@@ -70,10 +59,10 @@ def devices(topology: chips.Topology) -> list[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
-def lower_train(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def lower_train(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The training step of `run`, not yet compiled; the shape of the batch is all it needs of data."""
-    model, L = model_of(run, VOCAB, _n_image(run)), _row_length(run)
-    objective = train.model_objective(run, model, VOCAB)
+    L = plan.max_text + plan.n_image + 3
+    objective = train.model_objective(run, plan.model, plan.vocab)
     optimizer = optim.make(run.optim, run.steps)
     train.check_rows(run, mesh)
     with jax.set_mesh(mesh):
@@ -85,34 +74,35 @@ def lower_train(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         return step.lower(shapes, _key(), layout.Batch(**batch, task=task))
 
 
-def lower_draw(run: ModelRun, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def lower_draw(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """Drawing `run.batch_size` images with guidance, not yet compiled: the loop over the steps."""
-    n_image = _n_image(run)
-    model = dataclasses.replace(model_of(run, VOCAB, n_image), remat="none")
+    model = dataclasses.replace(plan.model, remat="none")
     shapes = transformer.param_shapes(model)
     places = sharding.tree_shardings(mesh, transformer.param_axes(model), shapes)
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=place), shapes, places
     )
-    B, L = run.batch_size, _row_length(run)
+    B, L = run.batch_size, plan.max_text + plan.n_image + 3
     rows = jax.ShapeDtypeStruct((B, L), np.int32), jax.ShapeDtypeStruct((B, L), bool)
     with jax.set_mesh(mesh):
-        draw = decode.decoder(mesh, model, VOCAB, n_image, denoise.ImageRule())
+        draw = decode.decoder(mesh, model, plan.vocab, plan.n_image, denoise.ImageRule())
         of_rows = [jax.ShapeDtypeStruct((B,), kind) for kind in (np.int32, np.int32, np.uint32, np.int32)]
         return draw.lower(params, decode.Given(*rows, *of_rows, rows))
 
 
-def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+def lower_rl(
+    run: RLRun, model: api.MMaDA, step: str, task: Task, mesh: jax.sharding.Mesh
+) -> jax.stages.Lowered:
     """One of the three functions of reinforcement learning for a task, not yet compiled."""
-    model = rl_model(run, mesh)
-    at = span(task, VOCAB, model.n_image, model.max_text)
+    model = dataclasses.replace(model, mesh=mesh)
+    at = span(task, model.vocab, model.n_image, model.max_text)
     optimizer = optim.make(run.optim, run.iterations * run.objective.mu)
     rl_train.check_rows(run, mesh)
     with jax.set_mesh(mesh):
         shapes, shardings = rl_train.shapes_of(model, optimizer, mesh)
         R, S = (n * run.objective.responses for n in (task.groups, task.kept))
         rows = [jax.ShapeDtypeStruct((R, at.row), kind) for kind in (np.int32, bool)]
-        generate = make_generate(mesh, model.config, VOCAB, at, shardings.params)
+        generate = make_generate(mesh, model.config, model.vocab, at, shardings.params)
         guided = at.rule.guidance and task.layout == "t2i"
         given = shapes.params, *rows, _key(), rows if guided else None
         if step == "rollout":
@@ -131,10 +121,28 @@ def lower_rl(run: RLRun, step: str, task: Task, mesh: jax.sharding.Mesh) -> jax.
         return update.lower(shapes, _key(), batch)
 
 
-def rl_model(run: RLRun, mesh: jax.sharding.Mesh | None) -> api.MMaDA:
-    """What a run of the 8B would load, without its params and tokenizer: it draws 512 x 512 pixels."""
-    config = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=VOCAB.rows, **run.model)
-    return api.MMaDA(None, config, VOCAB, None, 512, (32, 32), mesh)
+def rl_model(run: RLRun, workdir: pathlib.Path) -> api.MMaDA:
+    """What a run would load, without its params, on no mesh. Where there is no `init` yet, the published
+    8B model is meant, which draws 512 x 512 pixels, unless tasks are about digits."""
+    init = relative(run.init, workdir)
+    if not init.exists() and any(task.data.format == "digits" for task in run.tasks.values()):
+        raise FileNotFoundError(
+            f"config.init: there is no {init}; train it first (--workdir says where this run lies), or "
+            "use unigrpo.py:8b, whose sizes are known"
+        )
+    if not init.exists():
+        config = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=LLADA.rows, **run.model)
+        return api.MMaDA(None, config, LLADA, None, 512, (32, 32), None)
+    source = open_folder(init)
+    nested = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
+    images, texts = image_tokenizer_of(source, nested), source.tokenizer()
+    if images is None or texts is None:
+        raise FileNotFoundError(f"config.init: {init} needs a tokenizer.json and an image tokenizer")
+    vocab = texts.vocab(images.config.codebook_size, source.config.vocab)
+    side = 512 // images.config.downsampling
+    grid = tuple(source.values.get("image_grid", (side, side)))
+    config = dataclasses.replace(source.config, **({"dtype": "float32"} | dict(run.model)))
+    return api.MMaDA(None, config, vocab, texts, source.values.get("max_text", 512), grid, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +165,7 @@ class Subject:
 TRAINING, RL = ("train", "draw"), ("rollout", "score", "update")
 
 
-def subject(run: ModelRun | RLRun, step: str, task: str = "") -> Subject:
+def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.Path = WORKDIR) -> Subject:
     """A step of a run: of TRAINING for a model, of RL for one of its tasks, by default that with the
     longest rows. Raises ValueError for a step that the run doesn't have."""
     known = RL if isinstance(run, RLRun) else TRAINING
@@ -165,17 +173,17 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "") -> Subject:
         raise ValueError(f"this configuration has no step {step!r}; known: {', '.join(known)}")
     mesh = dataclasses.asdict(run.mesh)
     if isinstance(run, RLRun):
-        model = rl_model(run, None)
-        if any(task.data.format == "digits" for task in run.tasks.values()):
-            raise ValueError("this is compiled for the model of 8 billion parameters; use unigrpo.py:8b")
-        spans = {n: span(t, VOCAB, model.n_image, model.max_text) for n, t in sorted(run.tasks.items())}
+        model = rl_model(run, workdir)
+        spans = {
+            n: span(t, model.vocab, model.n_image, model.max_text) for n, t in sorted(run.tasks.items())
+        }
         task = task or max(spans, key=lambda name: spans[name].row)
         if task not in spans:
             raise ValueError(f"there is no task {task!r}; known: {', '.join(spans)}")
         of, at = run.tasks[task], spans[task]
-        lower = functools.partial(lower_rl, run, step, of)
+        lower = functools.partial(lower_rl, run, model, step, of)
         rows = run.objective.responses * (of.kept if step == "update" else of.groups)
-        n_ids = at.rule.vocabulary(VOCAB)[1] or VOCAB.rows
+        n_ids = at.rule.vocabulary(model.vocab)[1] or model.vocab.rows
         if step == "rollout":
             guided = 2 if at.rule.guidance else 1
             block = at.rule.block if of.layout != "t2i" else at.length
@@ -188,15 +196,15 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "") -> Subject:
         parts = run.accumulate if step == "update" else 1
         logits = rows * at.length * n_ids
         return Subject(lower, model.config, mesh, rows, at.row, passes, logits, parts, run.loss_chunk)
-    n_image, L, B = _n_image(run), _row_length(run), run.batch_size
-    model = model_of(run, VOCAB, n_image)
+    plan = foresee(run, workdir)
+    B, L, model = run.batch_size, plan.max_text + plan.n_image + 3, plan.model
     if step == "train":
-        lower = functools.partial(lower_train, run)
+        lower = functools.partial(lower_train, run, plan)
         return Subject(lower, model, mesh, B, L, 3, None, run.accumulate, run.loss_chunk)
     # No rows to spread: every chip has a part of each weight. Every image has a second row.
     model = dataclasses.replace(model, remat="none")
-    mesh, logits = {"data": 1, "fsdp": 1, "tensor": -1}, 2 * B * n_image * VOCAB.codebook_size
-    return Subject(functools.partial(lower_draw, run), model, mesh, 2 * B, L, 1, logits, copies=2)
+    mesh, logits = {"data": 1, "fsdp": 1, "tensor": -1}, 2 * B * plan.n_image * plan.vocab.codebook_size
+    return Subject(functools.partial(lower_draw, run, plan), model, mesh, 2 * B, L, 1, logits, copies=2)
 
 
 def report(
@@ -205,6 +213,7 @@ def report(
     step: str = "train",
     program_file: str | None = None,
     task: str = "",
+    workdir: pathlib.Path = WORKDIR,
 ) -> dict[str, Any]:
     """Compiles and reports; all figures are per chip, for "draw" and "rollout" those of one step in each
     block.
@@ -218,7 +227,7 @@ def report(
     collectives      kind -> count, those of them that are asynchronous, bytes
     layer_loop_blocking_mb   of collectives that nothing hides, forward and backward of one layer
     """
-    what = subject(run, step, task)
+    what = subject(run, step, task, workdir)
     model = what.model
     if step == "draw" and model.n_kv_heads % topology.chips:
         raise ValueError(
@@ -235,6 +244,7 @@ def report(
         "mesh": dict(mesh.shape),
         "rows_per_chip": rows / what.copies,
         "row_length": what.length,
+        "vocabulary": model.vocab,
         "accumulate": what.accumulate,
         "remat": model.remat if step in ("train", "update") else "none",
         "hbm_limit_gib": chip.hbm_gib,
@@ -319,22 +329,6 @@ def _blocking_mb(program: hlo.Program, trips: int) -> float:
     }
     blocking = [c for c in program.collectives() if c.loop in loops and not c.is_async]
     return sum(c.bytes for c in blocking) / 1e6
-
-
-def _n_image(run: ModelRun) -> int:
-    if not run.image_size:
-        raise ValueError(
-            "config.image_size is 0, so the length of a row isn't known: this is for the 8B "
-            "configurations, as configs/pretrain.py:8b"
-        )
-    side, rest = divmod(run.image_size, vq.PRESETS["magvitv2"].downsampling)
-    if rest:
-        raise ValueError(f"config.image_size is {run.image_size}; it must be a multiple of 16")
-    return side**2
-
-
-def _row_length(run: ModelRun) -> int:
-    return run.max_text + _n_image(run) + 3
 
 
 def _key():

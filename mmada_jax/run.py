@@ -21,7 +21,7 @@ from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.manifest import verify_manifest
 from mmada_jax.optim import Config as OptimConfig
 from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
-from mmada_jax.vocab import Vocab
+from mmada_jax.vocab import LLADA, Vocab
 from mmada_jax.workdir import check_files, has_step, read_config
 
 
@@ -127,7 +127,7 @@ class Start:
 class Plan:
     """What a ModelRun amounts to: tokenizers, ids, architectures, and the shape of an image."""
 
-    tokenizer: TextTokenizer
+    tokenizer: TextTokenizer | None  # None only where `foresee` assumes that of LLaDA
     vocab: Vocab
     model: transformer.Config
     vq: vq.Config
@@ -173,6 +173,34 @@ def plan(
     return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
 
 
+def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
+    """The plan of a run of which nothing need be there, to compile its steps.
+
+    Tokenizers, and what it starts from, are read where they lie. Where nothing lies, the preset
+    "llada-8b" means the published ones: LLaDA's vocabulary and MAGVIT-v2. Any other preset without
+    its files is an error, as in `plan`."""
+    published = run.preset == "llada-8b"
+    folder, init = image_tokenizer_of(run, workdir), relative(run.init, workdir)
+    if not run.image_tokenizer:
+        codec = vq.PRESETS["digits"]  # launch/train.py trains it
+    elif published and not folder.exists():
+        codec = vq.PRESETS["magvitv2"]
+    else:
+        codec = vq_config_of(folder)
+    begin, tokenizer, vocab = None, None, LLADA
+    if run.init and (init.exists() or not published):
+        begin = Start(None, architecture_of(init), init / "tokenizer.json")
+    texts = run.text_tokenizer and relative(run.text_tokenizer, workdir).exists()
+    if begin or texts or not published:
+        tokenizer = _text_tokenizer(run, workdir, begin)
+        vocab = tokenizer.vocab(codec.codebook_size, begin and begin.model.vocab)
+    grid = grid_of(run, codec)
+    model = model_of(run, vocab, grid[0] * grid[1])
+    if begin:
+        _check_same(begin.model, model, init)
+    return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
+
+
 def grid_of(run: ModelRun, vq_config: vq.Config) -> tuple[int, int]:
     """Rows and columns of image tokens."""
     down = vq_config.downsampling
@@ -212,21 +240,30 @@ def open_start(path: pathlib.Path) -> Start:
 
     Raises FileNotFoundError or ValueError if there is no model in `path`."""
     check_files(path)
+    config = architecture_of(path)
+    if (path / "params").is_dir():
+        verify_manifest(path / "params")
+        params = open_params(path / "params")
+    else:
+        params, _ = newest_params(path)
+    return Start(params, config, path / "tokenizer.json")
+
+
+def architecture_of(path: pathlib.Path) -> transformer.Config:
+    """That of the model in a workdir or a checkpoint, by its description alone.
+
+    Raises FileNotFoundError or ValueError if there is none in `path`."""
     values = read_config(path) if (path / "config.json").is_file() else {}
     if values.get("program") == "model":
-        config = plan(parse(values), path).model
-        params, _ = newest_params(path)
-    elif values.get("program") == "rl":
-        config, (params, _) = llada.config_from_hf(values["architecture"]), newest_params(path)
-    elif (path / "params").is_dir() and values.get("model_type") in llada.MODEL_TYPES:
-        verify_manifest(path / "params")
-        config, params = llada.config_from_hf(values), open_params(path / "params")
-    else:
-        raise FileNotFoundError(
-            f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face "
-            "folder becomes one by launch/convert.py from-torch"
-        )
-    return Start(params, config, path / "tokenizer.json")
+        return plan(parse(values), path).model
+    if values.get("program") == "rl":
+        return llada.config_from_hf(values["architecture"])
+    if (path / "params").is_dir() and values.get("model_type") in llada.MODEL_TYPES:
+        return llada.config_from_hf(values)
+    raise FileNotFoundError(
+        f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face folder "
+        "becomes one by launch/convert.py from-torch"
+    )
 
 
 def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.Path) -> None:

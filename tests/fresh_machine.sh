@@ -51,6 +51,8 @@ mounted "$root/dev/shm" -t tmpfs tmpfs
 for file in /etc/resolv.conf /etc/ssl/certs/ca-certificates.crt; do
   cp -L "$file" "$root$file"
 done
+# As an installer does: processes of one run find each other by the machine's name.
+grep -q "$(hostname)" "$root/etc/hosts" || echo "127.0.1.1 $(hostname)" >>"$root/etc/hosts"
 pip=(/etc/pip.conf /etc/xdg/pip/pip.conf ~/.config/pip/pip.conf ~/.pip/pip.conf)
 for i in "${!pip[@]}"; do
   [ -f "${pip[i]}" ] || { unset "pip[i]"; continue; }

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from mmada_jax import chips
+from configs import pretrain, unigrpo
+from mmada_jax import aot, chips, config, run, vocab
+from mmada_jax.rl.train import RLRun
 
 ROOT = pathlib.Path(__file__).parent.parent
 # An 8B step in small: the same program, heads as wide, in seconds instead of minutes.
@@ -156,9 +158,10 @@ def test_one_file_takes_the_program_of_one_step(tmp_path):
     assert "name one of rollout, score, update with --step" in run.stderr
 
 
-def test_reinforcement_learning_is_compiled_for_the_8b_alone():
+def test_reinforcement_learning_without_its_start_says_so():
     run = launch("--config", "configs/unigrpo.py:digits", "--topology", "v5p:2x2x1")
     assert run.returncode == 1
+    assert f"config.init: there is no {ROOT}/runs/cot; train it first" in run.stderr
     assert "use unigrpo.py:8b" in run.stderr
 
 
@@ -172,7 +175,56 @@ def test_training_on_it_says_what_is_missing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_digits_run_has_no_row_length_to_compile():
-    run = launch("--config", "configs/pretrain.py:digits", "--topology", "v5p:2x2x1")
-    assert run.returncode == 1
-    assert "image_size" in run.stderr
+def test_sizes_of_ones_own_are_those_of_the_configuration_and_its_tokenizers(model_workdir, smoke_config):
+    # As training in that workdir would have them.
+    own = run.parse(smoke_config | {"image_tokenizer": str(run.parse(
+        json.loads((model_workdir / "config.json").read_text())).image_tokenizer)})  # fmt: skip
+    what = aot.subject(own, "train", workdir=model_workdir)
+    plan = run.plan(own, model_workdir)
+    assert what.length == plan.max_text + plan.n_image + 3
+    assert what.model == plan.model
+    draw = aot.subject(own, "draw", workdir=model_workdir)
+    assert draw.logits == 2 * own.batch_size * plan.n_image * plan.vocab.codebook_size
+    # From scratch, with the image tokenizer that training makes first.
+    scratch = run.parse(smoke_config | {"image_tokenizer": ""})
+    assert aot.subject(scratch, "train").length == what.length
+    with pytest.raises(FileNotFoundError, match=r"no image tokenizer: .*elsewhere is no workdir"):
+        aot.subject(run.parse(smoke_config | {"image_tokenizer": "../elsewhere"}), "train")
+
+
+def test_what_it_starts_from_gives_the_vocabulary(model_workdir, smoke_config):
+    values = json.loads((model_workdir / "config.json").read_text())
+    started = run.parse(values | {"init": str(model_workdir), "text_vocab": 0})
+    what = aot.subject(started, "train", workdir=model_workdir.parent / "next")
+    assert what.model.vocab == run.plan(run.parse(values), model_workdir).model.vocab
+
+
+def test_sizes_of_reinforcement_learning_are_those_of_its_start(model_workdir):
+    values = unigrpo.get_config("digits,smoke").to_dict() | {"init": str(model_workdir)}
+    own = config.from_dict(RLRun, values)
+    model = aot.rl_model(own, model_workdir.parent / "rl")
+    plan = run.plan(run.parse(json.loads((model_workdir / "config.json").read_text())), model_workdir)
+    assert (model.vocab, model.grid, model.max_text) == (plan.vocab, plan.grid, plan.max_text)
+    assert aot.subject(own, "score", workdir=model_workdir.parent / "rl").model == model.config
+
+
+def test_the_published_model_needs_no_files(tmp_path):
+    known = run.parse(pretrain.get_config("8b,phase=3").to_dict())
+    plan = run.foresee(known, tmp_path / "none")
+    assert (plan.vocab, plan.grid, plan.model.vocab) == (vocab.LLADA, (32, 32), 134656)
+    # Its own tokenizer counts where there is one.
+    (tmp_path / "magvitv2").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"no image tokenizer: .*{tmp_path.name}/magvitv2"):
+        run.foresee(known, tmp_path / "none")
+
+
+@pytest.mark.aot
+def test_a_model_of_ones_own_is_compiled(model_workdir):
+    own = run.parse(json.loads((model_workdir / "config.json").read_text()))
+    report = aot.report(own, chips.topology("v5e:2x2"), workdir=model_workdir)
+    plan = run.plan(own, model_workdir)
+    assert report["fits"]
+    assert (report["row_length"], report["vocabulary"]) == (
+        plan.max_text + plan.n_image + 3,
+        plan.model.vocab,
+    )

@@ -112,7 +112,10 @@ def test_remat_unrolling_and_attention_change_nothing(params, change):
     other_value, other_grads = loss_and_gradients(params, dataclasses.replace(TINY, **change))
     np.testing.assert_allclose(value, other_value, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(a).max()) + 1e-7)
+        if "attention" in change:  # sums in another order, as near as test_attention.py asks of gradients
+            assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(a)
+        else:
+            np.testing.assert_allclose(a, b, atol=1e-6 * float(jnp.abs(a).max()) + 1e-7)
         assert np.isfinite(a).all() and np.any(a)
 
 
