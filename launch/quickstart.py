@@ -168,24 +168,11 @@ def data_wait(workdir: pathlib.Path) -> float:
 
 def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
     """Denoising step by step: one image (hidden tokens grey), one text (hidden tokens as blanks)."""
-    images = []
-    job = model.draw_job([digits.caption(3, 5)], evaluate.DRAW)
-    for ids in model.steps(job):
-        hidden = (ids[0] == model.vocab.mask).reshape(model.grid)
-        codes = np.where(ids[0] == model.vocab.mask, model.vocab.image_offset, ids[0])
-        pixels = model.decode(model.vocab.image_codes(codes).reshape(-1, *model.grid))[0].copy()
-        down = model.vision.config.downsampling
-        pixels[np.repeat(np.repeat(hidden, down, 0), down, 1)] = 0
-        images.append(pixels)
+    drawings = model.watch(model.draw_job(digits.caption(3, 5), evaluate.DRAW))
+    images = [model.pixels(drawing.image) for drawing in drawings]
     scans = digits.load("test")
-    job = model.answer_job([digits.canvas(*scans.pixels[:2])], [digits.ASK_TWO])
-    texts = []
-    for ids in model.steps(job):
-        shown = [
-            "▁" if i == model.vocab.mask else model.tokenizer.decode([i]) or "·" for i in ids[0].tolist()
-        ]
-        texts.append(" ".join(s.strip() or "⏎" for s in shown))
-    return images, texts
+    texts = model.watch(model.answer_job(digits.canvas(*scans.pixels[:2]), digits.ASK_TWO))
+    return images, [text.text for text in texts]
 
 
 # ---- The report ------------------------------------------------------------------------------------

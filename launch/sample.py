@@ -1,12 +1,11 @@
-"""Samples from a model: writes PNGs and prints text.
+"""Samples from a model: writes PNGs and prints text. Options stand before or after the task.
 
-python launch/sample.py --model runs/digits text "7 + 12"
-python launch/sample.py --model runs/digits draw "a handwritten seven" "a three and a five"
-python launch/sample.py --model runs/digits think "draw 3+4" --block 1
-python launch/sample.py --model runs/digits answer canvas.png --question "which digit is this?"
-python launch/sample.py --model runs/digits inpaint canvas.png --box 0 8 8 16 \
-        --prompt "a three and a five"
-python launch/sample.py --model runs/digits extend canvas.png --direction right --prompt "a five"
+python launch/sample.py text "7 + 12" --model runs/digits
+python launch/sample.py draw "a handwritten seven" "a three and a five" --model runs/digits --steps 12
+python launch/sample.py think "draw 3+4" --model runs/digits --block 1
+python launch/sample.py answer canvas.png --model runs/digits --question "which digit is this?"
+python launch/sample.py inpaint canvas.png --model runs/digits --box 0 8 8 16 --prompt "a three and a five"
+python launch/sample.py extend canvas.png --model runs/digits --direction right --prompt "a five"
 """
 
 import argparse
@@ -23,117 +22,145 @@ from PIL import Image
 from launch import fail
 from mmada_jax.api import MMaDA
 from mmada_jax.data.images import open_image, to_mask
-from mmada_jax.denoise import ImageRule, TextRule
+
+TASKS = {
+    "text": "answers questions in text",
+    "answer": "answers a question about each picture",
+    "draw": "draws a picture for each prompt",
+    "think": "thinks about each prompt, then draws a picture for it",
+    "inpaint": "redraws a part of each picture",
+    "extend": "continues each picture beyond an edge",
+}
+OF_TEXT, OF_PICTURES = ("text", "answer"), ("draw", "think", "inpaint", "extend")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. Options of a task are None where they aren't given."""
+    top = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="tasks:\n" + "\n".join(f"  {name:8} {what}" for name, what in TASKS.items()),
+        allow_abbrev=False,
+    )
+    top.add_argument("task", choices=TASKS, metavar="TASK", help="see below")
     top.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="prompts; of answer, inpaint, extend: files"
+    )
+    top.add_argument("--out", default="samples", help="folder for the PNGs (default: %(default)s)")
+    top.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
+
+    group = top.add_argument_group("the model")
+    group.add_argument(
         "--model", "--workdir", required=True, metavar="FOLDER",
         help="training workdir, checkpoint, or Hugging Face folder",
     )  # fmt: skip
-    top.add_argument("--image-tokenizer", metavar="FOLDER", help="if the model's folder has none")
-    top.add_argument("--out", default="samples", help="folder for the PNGs (default: %(default)s)")
-    top.add_argument("--seed", type=int, default=0, help="same seed, same result (default: 0)")
-    tasks = top.add_subparsers(dest="task", required=True, metavar="TASK")
+    group.add_argument("--image-tokenizer", metavar="FOLDER", help="if the model's folder has none")
+    group.add_argument("--step", type=int, metavar="N", help="an older checkpoint of a workdir")
+    group.add_argument(
+        "--image-size", type=image_size, metavar="ROWSxCOLUMNS",
+        help="in pixels, or one number for both (default: as the folder says, else 512)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-text", type=int, metavar="N",
+        help="tokens of the text slot (default: as the folder says, else 512)",
+    )  # fmt: skip
 
-    def text_rule(task):
-        task.add_argument("--max-new", type=int, help="new tokens (default: as many as in training)")
-        task.add_argument("--steps", type=int, help="denoising steps (default: one per new token)")
-        task.add_argument("--block", type=int, default=128, help="tokens per block (default: 128)")
-        task.add_argument("--temperature", type=float, default=0.0)
-        task.add_argument("--guidance", type=float, default=0.0)
+    def add(name, tasks, **settings):
+        settings["help"] += f" [{', '.join(tasks)}]"
+        group.add_argument(name, **settings)
+        task_of[name[2:].replace("-", "_")] = tasks
 
-    def image_rule(task):
-        task.add_argument("--steps", type=int, default=12, help="denoising steps (default: 12)")
-        task.add_argument("--guidance", type=float, default=1.0, help="0: none (default: 1)")
-        task.add_argument("--temperature", type=float, default=1.0, help="of the order (default: 1)")
-        task.add_argument("--schedule", default="cosine", help="cosine, linear, powK, sigmoid")
-        task.add_argument("--scale", type=int, help="enlarge the PNG (default: small ones, to 256 pixels)")
-
-    text = tasks.add_parser("text", help="answer questions in text")
-    text.add_argument("prompts", nargs="+")
-    text_rule(text)
-    answer = tasks.add_parser("answer", help="answer a question about images")
-    answer.add_argument("images", nargs="+")
-    answer.add_argument("--question", default="which digit is this?")
-    text_rule(answer)
-    draw = tasks.add_parser("draw", help="draw images for prompts")
-    draw.add_argument("prompts", nargs="+")
-    image_rule(draw)
-    think = tasks.add_parser("think", help="think about prompts, then draw images for them")
-    think.add_argument("prompts", nargs="+")
-    think.add_argument(
-        "--block", type=int, default=128, help="tokens per block of the thought (default: 128)"
+    task_of = {}
+    group = top.add_argument_group("decoding (defaults: those of the model's folder)")
+    add("--steps", (*OF_TEXT, *OF_PICTURES), type=int, help="denoising steps; text: one per token")
+    add("--guidance", (*OF_TEXT, *OF_PICTURES), type=float, help="0: none")
+    add("--temperature", (*OF_TEXT, *OF_PICTURES), type=float, help="of text, or of the order of pictures")
+    add("--max-new", OF_TEXT, type=int, help="new tokens, as many as in training")
+    add("--block", (*OF_TEXT, "think"), type=int, help="tokens per block of a text")
+    add("--schedule", OF_PICTURES, help="cosine, linear, powK, sigmoid")
+    group = top.add_argument_group("tasks")
+    add("--question", ("answer",), help="about the pictures")
+    add(
+        "--prompt",
+        ("inpaint", "extend"),
+        help="what the whole picture, or its new part and that beside it, show",
     )
-    image_rule(think)
-    inpaint = tasks.add_parser("inpaint", help="redraw a part of images")
-    inpaint.add_argument("images", nargs="+")
-    inpaint.add_argument("--prompt", default="", help="what the whole image shows")
-    inpaint.add_argument("--mask", help="a picture of the same size; white is redrawn")
-    inpaint.add_argument(
-        "--box", type=int, nargs=4, metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"), help="in pixels"
+    add("--mask", ("inpaint",), metavar="FILE", help="a picture of the same proportions; white is redrawn")
+    add(
+        "--box",
+        ("inpaint",),
+        type=int,
+        nargs=4,
+        metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"),
+        help="in pixels",
     )
-    image_rule(inpaint)
-    extend = tasks.add_parser("extend", help="continue images beyond an edge")
-    extend.add_argument("images", nargs="+")
-    extend.add_argument(
-        "--prompt", default="", help="what the new part of the image and its neighbour show"
-    )
-    extend.add_argument("--direction", choices=("left", "right", "up", "down"), default="right")
-    image_rule(extend)
+    directions = ("left", "right", "up", "down")
+    add("--direction", ("extend",), choices=directions, help="where to (default: right)")
+    add("--scale", OF_PICTURES, type=int, help="enlarges PNGs (default: small ones, to 256 pixels)")
+    top.set_defaults(task_of=task_of)
     return top
+
+
+def parse() -> argparse.Namespace:
+    """The command line, whose options must be those of its task."""
+    top = parser()
+    args = top.parse_args()
+    for name, tasks in args.task_of.items():
+        if getattr(args, name) is not None and args.task not in tasks:
+            top.error(f"--{name.replace('_', '-')} is an option of {', '.join(tasks)}, not of {args.task}")
+    return args
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`8x16`, or `512` for both."""
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2:
+        raise ValueError(text)
+    return sides[0], sides[-1]
 
 
 def main() -> None:
     """Loads the model, runs one task, writes and prints its results."""
-    args = parser().parse_args()
-    model = MMaDA.load(args.model, image_tokenizer=args.image_tokenizer)
-    if args.task in ("text", "answer"):
-        say(model, args)
-        return
-    rule = ImageRule(args.steps, args.schedule, args.temperature, args.guidance)
-    if args.task == "draw":
-        names = args.prompts
-        drawings = model.draw(args.prompts, rule, seed=args.seed)
+    args = parse()
+    model = MMaDA.load(
+        args.model,
+        image_tokenizer=args.image_tokenizer,
+        image_size=args.image_size,
+        max_text=args.max_text,
+        step=args.step,
+    )
+    names, texts, drawings = args.inputs, [], []
+    rule = {name: getattr(args, name) for name in ("steps", "guidance", "temperature")} | {
+        "seed": args.seed
+    }
+    of_text = rule | {"block": args.block, "max_new": args.max_new}
+    of_pictures = rule | {"schedule": args.schedule}
+    if args.task == "text":
+        texts = model.generate(names, **of_text)
+    elif args.task == "answer":
+        texts = model.answer([read_image(model, path) for path in names], args.question, **of_text)
+    elif args.task == "draw":
+        drawings = model.draw(names, **of_pictures)
     elif args.task == "think":
-        names = args.prompts
-        thinking = TextRule(block=args.block)
-        thoughts, drawings = zip(*model.think_and_draw(names, thinking, rule, args.seed), strict=True)
-        for name, thought in zip(names, thoughts, strict=True):
-            print(f"{name}: {thought.text}")
+        texts, drawings = zip(*model.think_and_draw(names, block=args.block, **of_pictures), strict=True)
     else:
-        names = [pathlib.Path(path).stem for path in args.images]
-        images = [read_image(model, path) for path in args.images]
-        prompts = [args.prompt] * len(images)
+        images, prompt = [read_image(model, path) for path in names], args.prompt or ""
         if args.task == "inpaint":
             masks = [read_mask(args, image.size) for image in images]
-            drawings = model.inpaint(images, masks, prompts, rule, seed=args.seed)
+            drawings = model.inpaint(images, masks, prompt, **of_pictures)
         else:
-            drawings = model.extend(images, args.direction, prompts, rule, seed=args.seed)
+            drawings = model.extend(images, args.direction or "right", prompt, **of_pictures)
+    for name, text in zip(names, texts, strict=False):
+        print(f"{name}: {text}")
     out = pathlib.Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, (name, drawing) in enumerate(zip(names, drawings, strict=True)):
+    if drawings:
+        out.mkdir(parents=True, exist_ok=True)
+    for i, (name, drawing) in enumerate(zip(names, drawings, strict=False)):
+        name = pathlib.Path(name).stem if args.task in ("inpaint", "extend") else name
         slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40]
         path = out / f"{args.task}_{i:02}_{slug}.png"
-        scale = args.scale or max(1, 256 // max(drawing.image.size))
-        size = [scale * side for side in drawing.image.size]
-        drawing.image.resize(size, Image.Resampling.NEAREST).save(path)
+        drawing.enlarged(args.scale).save(path)
         print(path)
-
-
-def say(model: MMaDA, args: argparse.Namespace) -> None:
-    """The tasks whose result is text."""
-    if args.task == "text":
-        names, inputs = args.prompts, (args.prompts,)
-    else:
-        names = args.images
-        inputs = ([read_image(model, path) for path in args.images], [args.question] * len(names))
-    rule = TextRule(args.steps, args.block, args.temperature, guidance=args.guidance)
-    method = model.generate if args.task == "text" else model.answer
-    for name, text in zip(names, method(*inputs, rule, args.max_new, seed=args.seed), strict=True):
-        print(f"{name}: {text.text}")
 
 
 def read_image(model: MMaDA, path: str) -> Image.Image:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmada_jax import api, chips, decode, denoise, hlo, layout, optim, sharding, train, transformer
+from mmada_jax import api, chips, decode, denoise, hlo, inputs, layout, optim, sharding, train, transformer
 from mmada_jax.convert.folder import image_tokenizer_of, open_folder
 from mmada_jax.rl import train as rl_train
 from mmada_jax.rl.rollout import Task, make_generate, span
@@ -132,17 +132,17 @@ def rl_model(run: RLRun, workdir: pathlib.Path) -> api.MMaDA:
         )
     if not init.exists():
         config = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=LLADA.rows, **run.model)
-        return api.MMaDA(None, config, LLADA, None, 512, (32, 32), None)
+        return api.MMaDA(None, config, LLADA, None, None, None, 512, (32, 32), None)
     source = open_folder(init)
     nested = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
     images, texts = image_tokenizer_of(source, nested), source.tokenizer()
     if images is None or texts is None:
         raise FileNotFoundError(f"config.init: {init} needs a tokenizer.json and an image tokenizer")
     vocab = texts.vocab(images.config.codebook_size, source.config.vocab)
-    side = 512 // images.config.downsampling
-    grid = tuple(source.values.get("image_grid", (side, side)))
+    grid = inputs.image_grid(source.values, images.config.downsampling)
+    max_text = inputs.text_length(source.values)
     config = dataclasses.replace(source.config, **({"dtype": "float32"} | dict(run.model)))
-    return api.MMaDA(None, config, vocab, texts, source.values.get("max_text", 512), grid, None)
+    return api.MMaDA(None, config, vocab, texts, None, images.config, max_text, grid, None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -257,9 +257,10 @@ def _anywhere(here: bool) -> bool:
     )
 
 
-def newest_params(workdir: str | pathlib.Path) -> tuple[dict[str, Any], int]:
-    """The params of the newest step of a workdir, verified, as `open_params` gives them; and the step."""
-    folder = newest_step(workdir)
+def newest_params(workdir: str | pathlib.Path, step: int | None = None) -> tuple[dict[str, Any], int]:
+    """The params of the newest step of a workdir, or of `step`, verified, as `open_params` gives them; and
+    the step."""
+    folder = newest_step(workdir, step)
     verify_manifest(folder, "params")
     return open_params(folder / "params"), int(folder.name)
 

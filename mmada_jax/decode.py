@@ -3,6 +3,7 @@ shape; how long a prompt is changes neither."""
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from mmada_jax.vocab import Vocab
 class Job:
     """Rows ready for the denoising loop, and the span of each that is to be filled.
 
-    `length` is that of the longest span that the rule is meant for; a span has at most so many tokens."""
+    `length` is that of the longest span that the rule is meant for; a span has at most so many tokens.
+    `one` says that its only row was asked for by itself, so that a result is given and no list."""
 
     rows: layout.Batch
     start_B: np.ndarray
@@ -26,6 +28,7 @@ class Job:
     length: int
     rule: denoise.Rule
     unconditional: layout.Batch | None = None
+    one: bool = False
 
     def spans(self, tokens_BL: np.ndarray) -> list[np.ndarray]:
         """Of rows, those of this job first, the ids of their spans."""
@@ -89,17 +92,19 @@ def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Giv
     if np.ndim(seed):
         if len(seed) != n:
             raise ValueError(f"{len(seed)} seeds for {n} rows; give one seed, or one for each row")
-        seeds, numbers = list(seed), [0] * n
+        seeds, places = list(seed), [0] * n
     else:
-        seeds, numbers = [seed] * n, range(n)
+        seeds, places = [seed] * n, range(n)
+    if wrong := [one for one in seeds if not isinstance(one, numbers.Integral)]:
+        raise ValueError(f"the seed is {wrong[0]!r}; it must be an integer")
     other = job.unconditional
     given = Given(
         job.rows.tokens,
         job.rows.valid,
         np.asarray(job.start_B, np.int32),
         np.asarray(job.length_B, np.int32),
-        np.array([int(one) & 0xFFFFFFFF for one in seeds], np.uint32),
-        np.array(numbers, np.int32),
+        np.array([one & 0xFFFFFFFF for one in seeds], np.uint32),
+        np.array(places, np.int32),
         None if other is None else (other.tokens, other.valid),
     )
     more = -n % (mesh.shape["data"] * mesh.shape["fsdp"])

@@ -25,8 +25,8 @@ from mmada_jax.vocab import Vocab
 # Of an answer while training.
 MAX_NEW = 256
 # Chosen on the validation scans.
-DRAW = ImageRule(steps=12, guidance=1.0)
-INPAINT = ImageRule(steps=12, guidance=1.0, quota="hidden")
+DRAW = ImageRule(steps=digits.GENERATION["image_steps"], guidance=digits.GENERATION["image_guidance"])
+INPAINT = dataclasses.replace(DRAW, quota="hidden")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -456,8 +456,9 @@ def evaluation(
         nll = evaluate.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
         values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
         if run.samples:
+            of_images = vision.params, vision.config
             model = MMaDA(
-                params, what.model, what.vocab, what.tokenizer, run.max_text, what.grid, mesh, vision
+                params, what.model, what.vocab, what.tokenizer, *of_images, run.max_text, what.grid, mesh
             )
             exact, picture, lines = evaluate.generations(
                 model, on_host, run.samples, run.answer_block, run.seed

@@ -26,7 +26,7 @@ class Vision:
     Where there are several processes, all call its methods, with the same images; all get all results.
     """
 
-    params: Any
+    params: Any = dataclasses.field(repr=False)
     config: vq.Config
     grid: tuple[int, int]
     mesh: jax.sharding.Mesh

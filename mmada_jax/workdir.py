@@ -226,15 +226,19 @@ def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
 # ---- Steps ---------------------------------------------------------------------------------------
 
 
-def newest_step(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder of the newest complete step of a workdir; its manifest covers all that is in it.
+def newest_step(workdir: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+    """The folder of the newest complete step of a workdir, or of `step`; its manifest covers all that is in
+    it.
 
     Raises FileNotFoundError if there is none. Nothing is created or cleaned up.
     """
     folder = pathlib.Path(workdir).resolve() / "checkpoints"
     if not has_step(workdir):
         raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name another workdir")
-    return folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit()))
+    known = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    if step is not None and step not in known:
+        raise FileNotFoundError(f"no step {step} in {folder}; it has {', '.join(map(str, known))}")
+    return folder / str(known[-1] if step is None else step)
 
 
 def has_step(workdir: str | pathlib.Path) -> bool:

@@ -24,6 +24,7 @@ from mmada_jax.convert import folder, hub, llada, magvit
 from mmada_jax.convert.folder import from_torch, inspect, open_folder, to_torch
 from mmada_jax.data.tokenizer import chat
 from mmada_jax.denoise import ImageRule, TextRule
+from mmada_jax.inputs import Defaults
 
 CONVERT = str(ROOT / "launch" / "convert.py")
 FIELDS = load_golden("backbone_gqa")[0]["config"]
@@ -874,6 +875,7 @@ def test_all_three_do_the_same(models):
     text = [t.text for t in first.generate(["7 + 2"], TextRule(steps=4, block=8), max_new=8)]
     for other in others:
         assert (other.vocab, other.grid, other.max_text) == (first.vocab, first.grid, first.max_text)
+        assert other.defaults == first.defaults != Defaults()
         np.testing.assert_array_equal([d.codes for d in other.draw(prompts, rule, seed=3)], drawn)
         assert [t.text for t in other.generate(["7 + 2"], TextRule(steps=4, block=8), max_new=8)] == text
 

@@ -13,10 +13,10 @@ LAYERS = (
     "rl.quantities",
     "attention sharding distributed layout data.records data.tokenizer data.texts data.images "
     "data.sources.* data.digits",
-    "transformer vq clip rl.answers",
+    "transformer vq clip rl.answers results",
     "corrupt loss denoise vision",
-    "state optim manifest workdir arrays checkpoint metrics run decode convert.* data.pipeline rl.prompts "
-    "rl.unigrpo rl.rewards",
+    "state optim manifest workdir arrays checkpoint metrics run decode inputs convert.* data.pipeline "
+    "rl.prompts rl.unigrpo rl.rewards",
     "train rl.train rl.rollout rl.diagnose evaluate api aot",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}

@@ -179,7 +179,7 @@ def api_codes(tokenizer, pixels):
     grid = (pixels[0].shape[0] // 2, pixels[0].shape[1] // 2)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     vision = Vision.place(open_folder(tokenizer).params, VQ, grid, mesh)
-    model = MMaDA(None, None, None, None, 0, grid, mesh, vision)
+    model = MMaDA(None, None, None, None, vision.params, VQ, 0, grid, mesh)
     return model.encode(pixels).reshape(len(pixels), -1)
 
 

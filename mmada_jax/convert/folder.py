@@ -29,6 +29,7 @@ from mmada_jax import convert, run, transformer, vq
 from mmada_jax.arrays import open_params, write_params
 from mmada_jax.checkpoint import newest_params
 from mmada_jax.convert import DTYPES, hub, llada, magvit, refuse
+from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import TextTokenizer
 from mmada_jax.disk import is_full
 from mmada_jax.files import read_json
@@ -38,10 +39,11 @@ from mmada_jax.workdir import check_files, record_files
 
 _LOCK = "lock"
 IMAGE_TOKENIZER = "image_tokenizer"
+GENERATION = "generation_config.json"
 # What travels beside the weights. Code never does.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", GENERATION,
 )  # fmt: skip
 _NEITHER = "is no workdir of a training run, no checkpoint and no Hugging Face folder"
 
@@ -49,7 +51,7 @@ _NEITHER = "is no workdir of a training run, no checkpoint and no Hugging Face f
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A model in a folder. `params` is a tree of Lazy arrays, `values` the fields of its config.json
-    as Hugging Face has them, `step` that of a workdir."""
+    as Hugging Face has them, `generation` those of its generation_config.json, `step` that of a workdir."""
 
     path: pathlib.Path
     kind: str
@@ -59,6 +61,7 @@ class Source:
     params: dict[str, Any]
     image_tokenizer: pathlib.Path | None = None
     step: int | None = None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def is_image_tokenizer(self) -> bool:
@@ -97,23 +100,32 @@ class Source:
 
 
 def open_folder(
-    path: str | pathlib.Path, dtype: str | None = None, add_image_vocab: int = 0, weights: bool = True
+    path: str | pathlib.Path,
+    dtype: str | None = None,
+    add_image_vocab: int = 0,
+    weights: bool = True,
+    step: int | None = None,
 ) -> Source:
     """Opens a folder of any kind and checks all there is to check before an array is read.
 
     Tensors of PyTorch are cast to `dtype` and, with `add_image_vocab`, grown as they are read. The
     files of a checkpoint are compared with their manifest. Without `weights` nothing is read of those of
-    a workdir, and `params` are their shapes. Raises FileNotFoundError or ValueError.
+    a workdir, and `params` are their shapes. `step` is an older one of a workdir. Raises FileNotFoundError
+    or ValueError.
     """
     path = pathlib.Path(path).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"{path} {_NEITHER}: there is no such folder")
     check_files(path)
     values = read_json(path / "config.json", dict) if (path / "config.json").is_file() else {}
+    if step is not None and "program" not in values:
+        raise ValueError(
+            f"{path} is no workdir of a training run and has no step {step}; leave the step out"
+        )
     try:
         if "program" in values or (path / "params").is_dir():
             source = (
-                _open_workdir(path, values, weights)
+                _open_workdir(path, values, weights, step)
                 if "program" in values
                 else _open_checkpoint(path, values)
             )
@@ -140,7 +152,7 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
                "if the weights were changed on purpose)")  # fmt: skip
     state = hub.read_tensors(path)
     target = _dtype(dtype)
-    nested = path / IMAGE_TOKENIZER if (path / IMAGE_TOKENIZER).is_dir() else None
+    nested, told = _beside(path)
     if values.get("model_type") in llada.MODEL_TYPES:
         config = llada.config_from_hf(values)
         params = convert.params_of(state, llada.key_table(config), target)
@@ -148,7 +160,8 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
             values = llada.grown_config(values, add_image_vocab)
             config = llada.config_from_hf(values)
             params = llada.grow(params, add_image_vocab)
-        return Source(path, "Hugging Face folder", values["model_type"], config, values, params, nested)
+        kind, model_type = "Hugging Face folder", values["model_type"]
+        return Source(path, kind, model_type, config, values, params, nested, generation=told)
     vision = any(key.endswith("encoder.quant_conv.weight") for key in state)
     if vision or values.get("model_type") == magvit.MODEL_TYPE:
         if add_image_vocab:
@@ -170,14 +183,18 @@ def _open_checkpoint(path, values) -> Source:
     verify_manifest(path / "params")
     params = open_params(path / "params")
     if values.get("model_type") == magvit.MODEL_TYPE:
-        config, nested = magvit.config_from_hf(values), None
-    else:
-        config = llada.config_from_hf(values)
-        nested = path / IMAGE_TOKENIZER if (path / IMAGE_TOKENIZER).is_dir() else None
-    return Source(path, "checkpoint", values["model_type"], config, values, params, nested)
+        return Source(path, "checkpoint", magvit.MODEL_TYPE, magvit.config_from_hf(values), values, params)
+    config, (nested, told) = llada.config_from_hf(values), _beside(path)
+    return Source(path, "checkpoint", values["model_type"], config, values, params, nested, generation=told)
 
 
-def _open_workdir(path, values, weights) -> Source:
+def _beside(path: pathlib.Path) -> tuple[pathlib.Path | None, dict[str, Any]]:
+    """What lies beside the weights of a model: its image tokenizer, and how it generates."""
+    nested, told = path / IMAGE_TOKENIZER, path / GENERATION
+    return nested if nested.is_dir() else None, read_json(told, dict) if told.is_file() else {}
+
+
+def _open_workdir(path, values, weights, step) -> Source:
     if values["program"] == "rl":
         try:
             model, dtype = values["architecture"], values["architecture"]["dtype"]
@@ -185,10 +202,13 @@ def _open_workdir(path, values, weights) -> Source:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'config.json'} is damaged: it lacks {error}") from error
         config = llada.config_from_hf(model, dtype=dtype)
-        params, step = newest_params(path) if weights else (transformer.param_shapes(config), None)
-        return Source(path, "workdir", model["model_type"], config, model, params, nested, step)
+        params = transformer.param_shapes(config)
+        if weights:
+            params, step = newest_params(path, step)
+        told = values.get("generation", {}) | _beside(path)[1]
+        return Source(path, "workdir", model["model_type"], config, model, params, nested, step, told)
     parsed = run.parse(values)
-    params, step = newest_params(path)
+    params, step = newest_params(path, step)
     if isinstance(parsed, run.VQRun):
         config = run.preset_of(vq.PRESETS, parsed.preset)
         values = magvit.config_to_hf(config)
@@ -196,7 +216,9 @@ def _open_workdir(path, values, weights) -> Source:
     plan = run.plan(parsed, path)
     values = llada.config_to_hf(plan.model, plan.vocab, plan.grid, parsed.max_text)
     nested = run.image_tokenizer_of(parsed, path)
-    return Source(path, "workdir", values["model_type"], plan.model, values, params, nested, step)
+    formats = {source.format for of_task in parsed.data.values() for source in of_task.values()}
+    told = (digits.GENERATION if "digits" in formats else {}) | _beside(path)[1]
+    return Source(path, "workdir", values["model_type"], plan.model, values, params, nested, step, told)
 
 
 def _vision_of(path: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path:
@@ -363,8 +385,8 @@ def _write_hugging_face(
     _carry_files(source.path, folder)
     if tokenizer := source.tokenizer():
         tokenizer.export(folder)
-    if not source.is_image_tokenizer and not (folder / "generation_config.json").is_file():
-        _write_json(folder / "generation_config.json", _generation_defaults(values))
+    if not source.is_image_tokenizer and not (folder / GENERATION).is_file():
+        _write_json(folder / GENERATION, _generation_defaults(values) | dict(source.generation))
     hashes = hub.write_tensors(folder, tensors, progress, shard)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": h} for name, h in hashes.items()}
     _write_json(folder / MANIFEST, {"files": files})

@@ -23,6 +23,8 @@ ASK_ONE = "which digit is this?"
 ASK_TWO = "which digits are these?"
 ASK_NUMBERS = "in numbers?"
 ASK_SUM = "add them"
+# How a model of them generates where nothing else is said, as fields of a generation_config.json.
+GENERATION = {"image_steps": 12, "image_guidance": 1.0, "question": ASK_ONE}
 SPLITS = ("train", "validation", "test")
 KINDS = ("captions", "statements", "sums", "reading", "text_cot", "vqa_sum", "draw_sum")
 

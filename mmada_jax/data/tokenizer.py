@@ -251,13 +251,19 @@ def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None)
 
     `messages` are {"role", "content"} in turns, or one question of the user. The template ends with the
     assistant's header and its newline, ready to be continued; with `answer`, as a training text does,
-    with that answer and the end of its turn.
+    with that answer and the end of its turn. Raises ValueError for a turn that lacks one of the two.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     start, end, end_turn = (Control(name) for name in HEADERS)
     parts = [Control("bos")]
-    for message in messages:
+    for i, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(
+                    f"turn {i + 1} of a conversation has no text as its {key!r}: {str(message)[:60]}; "
+                    "every turn needs a 'role' and a 'content'"
+                )
         parts += [start, message["role"], end, f"\n{message['content'].strip()}", end_turn]
     parts += [start, "assistant", end]
     return Template((*parts, "\n") if answer is None else (*parts, f"\n{answer}", end_turn))

@@ -419,6 +419,7 @@ def description(run: RLRun, model: MMaDA) -> dict[str, Any]:
     return config_lib.to_dict(run) | {
         "architecture": values | {"dtype": model.config.dtype},
         "computed": computed,
+        "generation": model.defaults.values(),
     }
 
 
