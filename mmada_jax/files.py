@@ -4,6 +4,7 @@ Every reader refuses what would block or never end (a pipe, a device), and a poi
 lies where a file should be after a clone without git-lfs.
 """
 
+import codecs
 import io
 import json
 import os
@@ -32,8 +33,9 @@ def refuse_pointer(source: bytes | Path, name: str = "") -> None:
             return
         with open(source, "rb") as file:
             source = file.read(1024)  # a pointer is shorter, by its specification
+    source = source[:1024].removeprefix(codecs.BOM_UTF8).lstrip()  # as editors and shells save it again
     if source.startswith(_POINTERS):
-        size = re.search(rb"^size (\d+)", source[:1024], re.MULTILINE)
+        size = re.search(rb"^size (\d+)", source, re.MULTILINE)
         stands_for = f" that stands for {int(size[1])} bytes" if size and len(size[1]) < 20 else ""
         raise ValueError(
             f"{name or 'the file'} is a pointer of git LFS{stands_for}, not the file itself; fetch it: "
@@ -44,7 +46,11 @@ def refuse_pointer(source: bytes | Path, name: str = "") -> None:
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """All bytes of a regular file. Raises OSError if there is none, ValueError for anything else than a
     file, for a pointer of git LFS, and for more than `limit` bytes."""
-    name, found = os.fspath(path), os.stat(path)
+    name = os.fspath(path)
+    try:
+        found = os.stat(path)
+    except ValueError as error:  # a zero byte, or half of a surrogate pair
+        raise ValueError(f"no file can have the name {name!r:.80}: {error}") from error
     # A pipe that nobody writes to would block where it is opened.
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{name} is {_kind(found.st_mode)}; name a file")

@@ -4,8 +4,9 @@
 # SUITE is bookworm (Debian 12, Python 3.11), trixie (Debian 13, Python 3.13) or noble (Ubuntu 24.04, Python
 # 3.12). FOLDER, new or made by this script before, becomes the machine's root file system; default: a temporary
 # one, which is removed. COMMAND runs there in a copy of the last commit; default: the quickstart in its fast
-# form, then the tests. Needs root and debootstrap. Debian's mirror is the one that apt uses here, MIRROR names
-# another. What pip is told on this machine (variables PIP_* and files) goes along.
+# form, then the tests. Needs root and debootstrap.
+# Debian's mirror is the one that apt uses here, Ubuntu's is its own; MIRROR names another. What pip is told on
+# this machine (variables PIP_* and files) goes along.
 set -euo pipefail
 suite=${1:?name a suite: bookworm, trixie or noble}
 root=${2-}
@@ -32,16 +33,21 @@ mounted() { # mounted POINT OPTIONS...: mounts there until the end
 }
 
 if [ ! -x "$root/usr/bin/python3" ]; then
-  components=main
-  [ "$suite" != noble ] || components=main,universe # Ubuntu has python3.12-venv there
-  mirror=${MIRROR-}
-  if [ -z "$mirror" ] && [ "$suite" != noble ]; then
+  components=main script= unchecked= mirror=${MIRROR-}
+  if [ "$suite" = noble ]; then
+    components=main,universe # Ubuntu has python3.12-venv there
+    script=gutsy             # one for all of Ubuntu; debootstrap may be older than the suite
+    [ -f /usr/share/keyrings/ubuntu-archive-keyring.gpg ] || {
+      echo "warning: Ubuntu's keyring isn't installed; its packages are taken unchecked" >&2
+      unchecked=--no-check-gpg
+    }
+  elif [ -z "$mirror" ]; then
     mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' 'Created-By: Packages' |
       awk '$1 == "Debian" && $2 !~ /security/ && !found { print $2; found = 1 }')
   fi
   echo "making $suite in $root ..."
-  debootstrap --variant=minbase --components="$components" --include=ca-certificates,python3 \
-    "$suite" "$root" ${mirror:+"$mirror"} >"$root.log" 2>&1 || { tail -3 "$root.log" >&2; exit 1; }
+  debootstrap $unchecked --variant=minbase --components="$components" --include=ca-certificates,python3 \
+    "$suite" "$root" "$mirror" $script >"$root.log" 2>&1 || { tail -3 "$root.log" >&2; exit 1; }
   rm "$root.log"
 fi
 mounted "$root/proc" -t proc proc

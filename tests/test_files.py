@@ -12,11 +12,13 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 16031
 READERS = {"bytes": files.read_bytes, "text": files.read_text, "json": files.read_json}
 
 
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("version", ["git-lfs.github.com/spec/v1", "hawser.github.com/spec/v1"])
 @pytest.mark.parametrize("read", READERS)
-def test_a_pointer_of_git_lfs_is_refused(tmp_path, read, version, newline):
-    pointer = POINTER.replace("git-lfs.github.com/spec/v1", version).replace("\n", newline).encode()
+def test_a_pointer_of_git_lfs_is_refused(tmp_path, read, version, newline, begin):
+    pointer = begin + POINTER.replace("git-lfs.github.com/spec/v1", version).replace("\n", newline)
+    pointer = pointer.encode()
     path = tmp_path / "a file"
     path.write_bytes(pointer)
     for call in (
@@ -28,6 +30,13 @@ def test_a_pointer_of_git_lfs_is_refused(tmp_path, read, version, newline):
         with pytest.raises(ValueError, match=r"a file is a pointer of git LFS that stands for 16031000000.*"
                            r"git lfs pull"):  # fmt: skip
             call()
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud83d.png", "\ude00"])
+@pytest.mark.parametrize("read", READERS)
+def test_a_name_that_no_file_can_have_is_named(read, name):
+    with pytest.raises(ValueError, match="no file can have the name"):
+        READERS[read](name)
 
 
 def test_what_is_no_pointer_passes(tmp_path):

@@ -5,6 +5,7 @@ import os
 import struct
 import zlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -308,8 +309,11 @@ def test_what_is_transparent_is_white_in_every_form():
 
 
 def test_arrays_in_every_form(rgb):
-    for pixels in (rgb, rgb.astype(np.int64), rgb.astype(np.uint16) * 256 + 9, rgb.tolist()):
+    for pixels in (rgb, rgb.astype(np.int64), rgb.astype(np.uint16) * 256 + 9, rgb.tolist(),
+                   (rgb.astype(np.uint16) * 256 + 9).astype(">u2")):  # fmt: skip
         np.testing.assert_array_equal(np.asarray(to_image(pixels)), rgb)
+    rounded = to_image((rgb.astype(np.float32) / 127.5 - 1).astype(ml_dtypes.bfloat16))
+    np.testing.assert_allclose(np.asarray(rounded, int), rgb, atol=1)
     bits = rgb[..., 0] > 127
     np.testing.assert_array_equal(np.asarray(to_image(bits))[..., 1], bits * 255)
     exact = np.linspace(-1, 1, ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS)

@@ -34,6 +34,12 @@ def ask(prompt="What?", **fields):
 def test_images_lie_beside_the_prompts_or_in_a_folder_there(folder):
     found = opened(folder, ask(image="a.png"), ask(image="more/b.png"), ask(image=""), ask(image=None))
     assert [prompt.image for prompt in found] == [folder / "a.png", folder / "more/b.png", None, None]
+    lists = opened(
+        folder, ask(image=["a.png"]), ask(images=["more/b.png"]), ask(image=[]), ask(images=[""])
+    )
+    assert [prompt.image for prompt in lists] == [prompt.image for prompt in found]
+    with pytest.raises(ValueError, match="line 1: there is a list of 2 images"):
+        opened(folder, ask(image=["a.png", "a.png"]))
 
 
 def test_the_place_of_an_image_is_left_out_of_prompts(folder):
@@ -56,7 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_a_file_of_prompts(folder):
         (ask(image="pipe.png"), "line 2: it names the image .*pipe.png, which is no regular file"),
         (ask(image="more"), "line 2: it names the image .*more, which is no regular file"),
         (ask(image="rows.jsonl"), "line 2: .*cannot identify image file"),
-        (ask(image=["a.png"]), r"line 2: 'image' is \['a.png'\]; name a file"),
+        (ask(image=7), "line 2: 'image' is 7; name a file"),
         ("[" * 100_000, "line 2 is JSON that is nested too deeply"),
         ("[1]", "line 2 holds an array, expected an object"),
         ("null", "line 2 holds null, expected an object"),

@@ -201,6 +201,7 @@ def test_pictures_of_an_image_folder_are_read_or_counted(tmp_path):
     assert source.ignored == {
         "format of images that isn't read": 2, "no image": 1, "link to a folder": 1,
         "broken link or no regular file": 1, "image outside of the folders of classes": 1,
+        "hidden file": 1,
     }  # fmt: skip
 
 

@@ -32,9 +32,75 @@ def test_json_lines(tmp_path):
             source[index]
 
 
+def test_lines_of_spaces_are_no_rows(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\n   \n{"text": "a"}\n\t \r\n \r\n{"text": "b"}\n    ')
+    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    assert [source[i] for i in range(len(source))] == [
+        Record("x.jsonl:3", texts=("a",)), Record("x.jsonl:6", texts=("b",)),
+    ]  # fmt: skip
+
+
+def test_roles_by_the_names_that_data_sets_have(tmp_path):
+    names = [
+        ("User", "Assistant"), ("HUMAN", "GPT"), ("human", "chatgpt"), ("human", "bard"),
+        ("human", "bing"), ("user", "model"), (" user", "assistant "),
+    ]  # fmt: skip
+    rows = [
+        {"messages": [{"role": q, "content": "q"}, {"role": a, "content": "a"}], "text": "a<image>"}
+        for q, a in names
+    ]
+    write_lines(tmp_path / "x.jsonl", rows)
+    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    want = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
+    assert [source[i].turns for i in range(len(source))] == [want] * len(rows)
+
+
+@pytest.mark.parametrize(
+    "image", [{"bytes": None, "path": None}, {"bytes": None, "path": ""}, [None], [""]]
+)
+def test_an_image_of_nothing_is_none(tmp_path, image):
+    rows = [{"image": image, "conversations": talk(0)}]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    write_lines(tmp_path / "x.jsonl", rows)
+    config = Config("x.json", "llava")
+    with pytest.raises(ValueError, match=r"no record that can be used .no image: 1"):
+        open_source(config, str(tmp_path))
+    assert open_source(config, str(tmp_path), with_images=False)[0].turns == tuple(talk(0))
+    assert open_source(Config("x.jsonl", "jsonl"), str(tmp_path))[0].image is None
+
+
+def test_llavas_rows_may_have_messages(tmp_path):
+    write_images(tmp_path, 1)
+    (tmp_path / "x.json").write_text(json.dumps([{"images": ["0.png"], "messages": talk(0)}]))
+    source = open_source(Config("x.json", "llava"), str(tmp_path))
+    assert source[0] == Record("x.json:0", picture(0), turns=tuple(talk(0)))
+
+
+def test_the_place_of_an_image_leaves_its_captions(tmp_path):
+    write_images(tmp_path, 1)
+    rows = [
+        {"text": ["<image>\na cat", "<image>"], "short": "<image> cat", "image": "0.png"},
+        {"text": "a <image>"},
+    ]
+    write_lines(tmp_path / "x.jsonl", rows)
+    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    assert source[0] == Record("x.jsonl:1", picture(0), texts=("a cat",), short="cat")
+    assert source[1].texts == ("a <image>",)  # markup, about no image
+
+
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
+        (
+            {"text": "a", "image": {"url": "a.png"}},
+            {},
+            "an image is given by url, not by its bytes or path",
+        ),
+        (
+            {"turns": {"role": ["user"], "content": ["q", "a"]}},
+            {},
+            "different lengths: 1 under role, 2 under",
+        ),
         ({"text": "a"}, {"text": "caption"}, "the row has no 'caption'; it has: text"),
         ({"text": "a"}, {"short": "brief"}, "the row has no 'brief'"),
         ({"x": 1, "y": 2}, {}, "nothing under text or caption or turns.*; the row has: x, y"),

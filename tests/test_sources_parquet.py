@@ -50,7 +50,10 @@ def test_parquet_columns(tmp_path):
     source = open_parquet(path, columns, **chosen)
     assert source[1] == Record("x.parquet:1", picture(0), texts=("b",), turns=tuple(talk(1)), short="y")
     assert source[0].image == picture(0)
-    assert open_parquet(path, columns, turns="talk")[0] == Record("x.parquet:0", turns=tuple(talk(0)))
+    # What is said about a picture comes with it, though nobody asked for its column.
+    assert open_parquet(path, columns, turns="talk")[0] == Record(
+        "x.parquet:0", picture(0), turns=tuple(talk(0))
+    )
     with pytest.raises(
         ValueError, match=r"x.parquet has no 'prompt'; it has: text, content, talk, image, s"
     ):
@@ -64,6 +67,14 @@ def test_parquet_columns(tmp_path):
         ValueError, match=r"'x.parquet:1': there is nothing under content; the row has: content"
     ):
         open_parquet(path, columns)[1]
+
+
+@pytest.mark.parametrize("name", ["turns", "messages", "conversations"])
+def test_conversations_are_found_by_their_usual_names(tmp_path, name):
+    images = [[{"bytes": picture(0), "path": None}], [], [{"bytes": None, "path": None}]]
+    record, *others = open_parquet(tmp_path / "x.parquet", {name: [talk(0)] * 3, "images": images})
+    assert record == Record("x.parquet:0", picture(0), turns=tuple(talk(0)))
+    assert [other.image for other in others] == [None, None]
 
 
 def test_parquet_reads_only_what_it_needs_and_keeps_what_fits(tmp_path, monkeypatch):

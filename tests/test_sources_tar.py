@@ -72,7 +72,7 @@ def test_what_no_sample_has_is_left_out_and_counted(tmp_path):
     assert [source[i].key for i in range(len(source))] == ["x/a"]
     assert source.ignored == {
         "link or special file": 4, "path outside of the tar": 3, "empty or too large": 2,
-        "no image": 1, "no caption": 2,
+        "no image": 1, "no caption": 2, "hidden file": 1,
     }  # fmt: skip
 
 
@@ -103,6 +103,23 @@ def test_side_files_of_captions(tmp_path):
         open_tar(tmp_path / "x.tar", members, captions=f"{tmp_path}/c.txt")
     with pytest.raises(ValueError, match="captions replace the keys long"):
         open_tar(tmp_path / "x.tar", members, captions=f"{tmp_path}/c.json", text="long")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("between", [",", ";", "\t", ", "])
+def test_a_csv_as_spreadsheets_of_all_countries_write_it(tmp_path, between, newline, encoding):
+    lines = [["image", "question", "solution"], ["a.png", "Which?", '"one; two, ""three"""']]
+    text = newline.join(map(between.join, lines)) + newline
+    (tmp_path / "q.csv").write_bytes(text.encode(encoding))
+    source = open_tar(tmp_path / "x.tar", [("a.png", picture(0))], captions=f"{tmp_path}/q.csv")
+    assert [turn["content"] for turn in source[0].turns] == ["Which?", 'one; two, "three"']
+
+
+def test_a_csv_in_another_encoding_names_the_line(tmp_path):
+    (tmp_path / "q.csv").write_bytes("image,question,solution\na.png,é,s".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"q.csv, line 2: byte 0xe9 is no UTF-8"):
+        open_tar(tmp_path / "x.tar", [("a.png", picture(0))], captions=f"{tmp_path}/q.csv")
 
 
 def test_questions_of_a_csv_become_a_record_each(tmp_path):

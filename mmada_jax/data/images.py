@@ -101,7 +101,7 @@ def to_image(picture: Any) -> Image.Image:
     pixels = _array(picture)
     if pixels.dtype.kind == "f":
         pixels = np.clip(np.round((pixels.astype(np.float32) + 1) * 127.5), 0, 255)
-    elif pixels.dtype == np.uint16:
+    elif pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         pixels = pixels >> 8
     elif pixels.dtype == bool:
         pixels = pixels * np.uint8(255)
@@ -210,6 +210,8 @@ def _array(picture: Any) -> np.ndarray:
             f"{type(picture).__name__} is no picture; give a path, bytes, an image of Pillow's or an array"
         )
     pixels = np.asarray(picture)
+    if pixels.dtype.name == "bfloat16":  # which NumPy doesn't know as a float
+        pixels = pixels.astype(np.float32)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype.kind not in "biuf" or pixels.ndim != 3 or not pixels.size or pixels.shape[2] > 4:
         raise ValueError(

@@ -56,8 +56,10 @@ INSTRUCTIONS = (
     "Look at the image and describe it.",
 )
 
-# Where other models put the picture, once or several times in a row.
-_IMAGE_TAGS = re.compile(r"<image>(?:\s*<image>)*", re.IGNORECASE)
+# Where other models put the picture, once or several times in a row. A number in the tag names one of
+# several pictures, and is read as part of the sentence.
+_IMAGE_TAG = r"(?:<(?:im_start|img)>\s*)?<image\s*/?>(?:\s*</(?:image|img)>|\s*<im_end>)?"
+_IMAGE_TAGS = re.compile(rf"{_IMAGE_TAG}(?:\s*{_IMAGE_TAG})*", re.IGNORECASE)
 
 Turns = Sequence[Mapping[str, str]]
 

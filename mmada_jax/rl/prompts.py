@@ -20,6 +20,7 @@ from mmada_jax import files
 from mmada_jax.data import digits, images
 from mmada_jax.data.records import without_image_tag
 from mmada_jax.data.sources.paths import below
+from mmada_jax.data.sources.rows import one_of
 from mmada_jax.ranges import Range, Ranged, Seed
 from mmada_jax.rl.rewards import ReasoningGym
 
@@ -90,7 +91,7 @@ def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
     text = without_image_tag(row["prompt"])
     if not text:
         raise ValueError("'prompt' asks nothing but <image>; every row needs a text")
-    name = row.get("image") or None
+    name = one_of(row.get("image") or row.get("images"))
     if name is None:
         return Prompt(text, row["answer"])
     if not isinstance(name, str):

@@ -42,7 +42,7 @@ class ImageFolder(Records):
                 self._files.append((number, path))
                 seen.update(f"{path}:{size}\n".encode(errors="replace"))
         stamp = seen.digest() + stamp_of([*filter(None, [labels])])
-        super().__init__(config, len(self._files), stamp, ignored)
+        super().__init__(config, len(self._files), stamp, +ignored)
 
     def _key(self, index: int) -> str:
         return self._files[index][1]
@@ -56,11 +56,12 @@ class ImageFolder(Records):
 def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
     """Path below `folder` and size of each image in a folder of it, and in the folders of that, in order.
 
-    What is left out is counted, hidden files aside.
+    What is left out is counted; of hidden files the pictures are.
     """
     for entry in sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name):
         path = f"{name}/{entry.name}"
         if entry.name[0] == ".":
+            ignored["hidden file"] += _is_image(entry.name)
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _images_below(folder, path, ignored)

@@ -15,6 +15,8 @@ from mmada_jax.data.sources.paths import (
 from mmada_jax.data.sources.rows import choose, make_record
 from mmada_jax.data.sources.source import Config, Records
 
+_BLANK = 64  # bytes of the longest line that may be nothing but spaces
+
 
 class JsonLines(Records):
     """A record from each line; where lines begin and end is kept, not what they hold."""
@@ -57,4 +59,11 @@ def _find_lines(path: str) -> np.ndarray:
     starts = np.concatenate([*edges, [at]])
     sizes = np.diff(starts)
     lines = np.stack([np.arange(1, len(starts)), starts[:-1], sizes], axis=1)
-    return lines[sizes > len("\r\n")]
+    lines = lines[sizes > len("\r\n")]
+    blank = [_is_blank(path, at, size) for _, at, size in lines.tolist() if size <= _BLANK]
+    lines[lines[:, 2] <= _BLANK, 2] *= ~np.array(blank, bool)
+    return lines[lines[:, 2] > 0]
+
+
+def _is_blank(path: str, at: int, size: int) -> bool:
+    return not read_file(path, at, size).strip()

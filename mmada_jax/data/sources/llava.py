@@ -41,10 +41,10 @@ class Llava(Records):
 
     def _read(self, index: int) -> Record:
         key, folder, row = self._rows[index]
-        if "conversations" not in row and "prompt" in row:
+        if not {"conversations", "messages"} & row.keys() and "prompt" in row:
             turns = [("human", row["prompt"]), ("gpt", row.get("response"))]
             row = {**row, "conversations": [{"from": role, "value": value} for role, value in turns]}
-        return make_record(key, row, Columns(image=_IMAGE, turns=("conversations",)), folder)
+        return make_record(key, row, Columns(image=_IMAGE, turns=("conversations", "messages")), folder)
 
 
 def _about(row: Any) -> str:

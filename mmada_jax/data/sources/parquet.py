@@ -10,6 +10,7 @@ from mmada_jax.data.sources.paths import find_image_root, find_inputs, locate, r
 from mmada_jax.data.sources.rows import choose, make_record
 from mmada_jax.data.sources.source import Config, Records
 
+_USUAL = {"text": "content text", "turns": "turns messages conversations"}
 CACHED = 256 << 20  # bytes of row groups that a source keeps
 
 
@@ -23,13 +24,19 @@ class Parquet(Records):
         self._names = relative_names(self._paths)
         self._folders = [find_image_root(config, root, path) for path in self._paths]
         self._files, self._groups = [], []
+        alone = {"text": ""} if config.turns else {"turns": ""} if config.text else {}
         for number, path in enumerate(self._paths):
             try:
                 with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                     footer, known = file.metadata, file.schema_arrow.names
             except Exception as error:  # those of Arrow, of Thrift, and of the system
                 raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
-            columns = choose(config, known, path, text="" if config.turns else "content text")
+            columns = choose(config, known, path, **_USUAL | alone)
+            if columns.turns and not columns.image:
+                # What is said about a picture is never read without it.
+                columns = columns._replace(
+                    image=tuple(name for name in ("image", "images") if name in known)
+                )
             self._files.append((footer, columns))
             self._groups += [(number, i) for i in range(footer.num_row_groups)]
         sizes = [self._files[number][0].row_group(i).num_rows for number, i in self._groups]

@@ -10,7 +10,11 @@ from mmada_jax.data.records import LeftOut, Record, without_image_tag
 from mmada_jax.data.sources.paths import MAX_IMAGE, below, read_file
 from mmada_jax.data.sources.source import Config
 
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+# In the data sets that ShareGPT's form comes from, other models speak too.
+_ROLES = {
+    "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
+    "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system",
+}  # fmt: skip
 _TEXTS, _IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", "input_image")
 
 
@@ -59,6 +63,8 @@ def make_record(
     short = fields["short"] or ""
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in [*texts, short]):
         raise ValueError(f"text must be a string or a list of them, not {texts!r:.80} and {short!r:.80}")
+    if image is not None:
+        texts, short = [without_image_tag(text) for text in texts], without_image_tag(short)
     texts = tuple(text for text in texts if text.strip())
     turns, names_image = _turns(fields["turns"], image is not None)
     if not texts and not turns and (columns.text or columns.turns):
@@ -78,7 +84,9 @@ def one_of(value: Any) -> Any:
         if len(items) > 1:
             raise LeftOut("several images", f"there is a list of {len(items)} images; a record has one")
         value = items[0] if len(items) else None
-    return None if isinstance(value, str | Mapping) and not value else value
+    if isinstance(value, Mapping) and not any(value.values()):
+        return None
+    return None if isinstance(value, str) and not value else value
 
 
 def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], bool]:
@@ -89,6 +97,7 @@ def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], 
         turn = files.parse_json(turn, f"turn {number}") if isinstance(turn, str) else turn
         turn = turn if isinstance(turn, Mapping) else {}
         role, content = _first(turn, "role", "from"), _first(turn, "content", "value")
+        role = role.strip().lower() if isinstance(role, str) else role
         if role not in _ROLES or not isinstance(content, str | list | Mapping):
             raise ValueError(
                 f"turn {number} has role {role!r} and content {content!r:.80}; expected one of "
@@ -127,6 +136,9 @@ def _items(value: Any) -> Sequence:
         value = files.parse_json(value, f"the text {value[:40]!r}") if value.strip() else []
     if _is_struct_of_lists(value):
         lists = {name: items for name, items in value.items() if items is not None}
+        if len({len(items) for items in lists.values()}) > 1:
+            sizes = ", ".join(f"{len(items)} under {name}" for name, items in lists.items())
+            raise ValueError(f"lists that belong together have different lengths: {sizes}")
         return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
     if value is not None and not isinstance(value, list | tuple):
         raise ValueError(f"expected a list, found {value!r:.80}")
@@ -145,7 +157,9 @@ def _first(row: Mapping[str, Any], *names: str) -> Any:
 def _image(value: Any, folder: str) -> bytes | None:
     """An image's file from its bytes, its path below `folder`, or a dict of either."""
     if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+        if not (found := value.get("bytes") or value.get("path")):
+            raise ValueError(f"an image is given by {', '.join(map(str, value))}, not by its bytes or path")
+        value = found
     if isinstance(value, str):
         return read_file(below(folder, value))
     if value is not None and not (isinstance(value, bytes) and 0 < len(value) <= MAX_IMAGE):

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import io
 import os
 import pathlib
 import re
@@ -159,7 +160,10 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
                 folder, slash, file = name.rpartition("/")
                 stem, _, suffix = file.partition(".")
                 suffix = suffix.lower()
-                if not stem or member.isdir():
+                if member.isdir():
+                    continue
+                if not stem:
+                    ignored["hidden file"] += suffix.rpartition(".")[2] in IMAGES
                     continue
                 key = f"{folder}{slash}{stem}"
                 if suffix not in IMAGES + CAPTIONS:
@@ -249,18 +253,20 @@ def _read_captions(path: str) -> dict[str, list[Mapping]]:
         raise ValueError(
             f"captions {path}: expected .json, .csv or a pattern like {{dir}}/{{tar}}/{{key}}.txt"
         )
-    files.refuse_pointer(path)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            check_columns(("image", "question", "solution"), reader.fieldnames or (), path)
-            for row in reader:
-                turns = [("user", row["question"]), ("assistant", row["solution"])]
-                rows.setdefault(_key_of(row["image"] or ""), []).append(
-                    {"turns": [{"role": role, "content": content} for role, content in turns]}
-                )
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}") from error
+    text = files.read_text(path)
+    header = text.partition("\n")[0]
+    # What spreadsheets write depends on the country.
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    try:
+        check_columns(("image", "question", "solution"), reader.fieldnames or (), path)
+        for row in reader:
+            turns = [("user", row["question"]), ("assistant", row["solution"])]
+            rows.setdefault(_key_of(row["image"] or ""), []).append(
+                {"turns": [{"role": role, "content": content} for role, content in turns]}
+            )
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV after line {reader.line_num}: {error}") from error
     return rows
 
 
