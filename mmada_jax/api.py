@@ -112,8 +112,9 @@ class MMaDA:
 
     def __repr__(self) -> str:
         n, devices = sum(x.size for x in jax.tree.leaves(self.params)), self.mesh.size if self.mesh else 0
+        on = f"{devices} device{'s' * (devices != 1)}"
         size = "images of {} x {} pixels".format(*self.image_size) if self.vq_config else "no images"
-        return f"MMaDA({n:,} parameters, {devices} devices, text of {self.max_text} tokens, {size})"
+        return f"MMaDA({n:,} parameters on {on}, text of {self.max_text} tokens, {size})"
 
     @property
     def n_image(self) -> int:

@@ -38,14 +38,15 @@ class Defaults:
 
         Raises ValueError for values that can't be used."""
         given = {key: values.get(key) for key in cls().values()}
+        most, question = given["max_new_tokens"], given["question"]
         try:
             text = rule_of(TextRule(), None, {"block": given["block_length"]})
             image = {"steps": given["image_steps"], "guidance": given["image_guidance"]}
             image = rule_of(ImageRule(), None, image)
-            most = _count(given["max_new_tokens"] or cls.max_new)
+            most = cls.max_new if most is None else _count(most)
         except ValueError as error:
             raise ValueError(f"generation_config.json: {error}") from error
-        question = given["question"] or cls.question
+        question = cls.question if question is None else question
         if not isinstance(question, str):
             raise ValueError(f"generation_config.json: question is {question!r}; it must be a text")
         return cls(text, image, most, question)

@@ -148,7 +148,7 @@ def test_defaults_are_read_and_written():
     own = {"image_steps": 7, "image_guidance": 0.5, "block_length": 4, "max_new_tokens": 9, "question": "?"}
     assert Defaults.of(own | {"do_sample": True, "temperature": 0.6}).values() == own
     for key, value in (("image_steps", "many"), ("image_guidance", -1), ("max_new_tokens", 1.5),
-                       ("block_length", 0), ("question", 3)):  # fmt: skip
+                       ("max_new_tokens", 0), ("block_length", 0), ("question", 3)):  # fmt: skip
         with pytest.raises(ValueError, match=r"generation_config\.json: "):
             Defaults.of(own | {key: value})
 
