@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from mmada_jax.convert import Lazy, leaves, pieces, refuse, tree
+from mmada_jax.disk import refuse_place, resolved
 from mmada_jax.manifest import write_manifest
 
 # Axes of params are stored in chunks of these lengths, so that a process of a sharded restore reads
@@ -49,7 +50,8 @@ def write_params(
     streamed = tree(
         (path, _Stream(array, _chunks(array, names.get(path)), progress)) for path, array in leaves(params)
     )
-    folder = pathlib.Path(folder).resolve()
+    folder = resolved(folder)
+    refuse_place(folder)
     # Data files are written when they reach this size, and held in memory before.
     args = ocp.args.PyTreeSave(streamed, ocdbt_target_data_file_size=32 << 20)
     try:
@@ -66,7 +68,7 @@ def write_params(
 def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
     """The arrays of a checkpoint's params (or optimizer state) as a tree of Lazy arrays; nothing is read
     yet."""
-    folder = pathlib.Path(folder).resolve()
+    folder = resolved(folder)
 
     def open_one(path):
         # What Orbax writes: one zarr array for each leaf in one OCDBT store.

@@ -29,14 +29,16 @@ class Board:
             workdir / "tensorboard",
             f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}",
         )
-        self._old = [path for path in folder.glob("events.out.tfevents.*") if path.name != name]
+        self._old = [
+            path for path in folder.glob("events.out.tfevents.*") if path.name != name and path.is_file()
+        ]
 
         def begin() -> Iterator[bytes]:
             yield _record(wall_time=began, file_version="brain.Event:2")
             yield from map(self._row, rows)
             seconds = {row["step"]: row.get("wall_seconds", 0.0) for row in rows}
             for text in sorted((workdir / "samples").glob("*.md")):
-                if text.stem.isdigit() and (step := int(text.stem)) <= last:
+                if text.is_file() and text.stem.isdecimal() and (step := int(text.stem)) <= last:
                     picture = text.with_suffix(".png")
                     png = picture.read_bytes() if picture.is_file() else b""
                     yield self._samples(step, seconds.get(step, 0.0), text.read_bytes(), png)
@@ -69,7 +71,7 @@ class Board:
             value
             for name, x in row.items()
             if name != "step" and math.isfinite(x)
-            for value in summary.scalar(name, x).value
+            for value in summary.scalar(name, float(x)).value
         ]
         return self._event(row["step"], row.get("wall_seconds", 0.0), values)
 
@@ -77,8 +79,8 @@ class Board:
         from tensorboardX import summary
 
         values = list(summary.text("samples", text.decode(errors="replace")).value)
-        if png:
-            height, width = reversed(struct.unpack(">II", png[16:24]))
+        width, height = struct.unpack(">ii", png[16:24]) if len(png) >= 24 else (0, 0)
+        if width > 0 and height > 0:  # else the file has lost what it held
             image = summary.Summary.Image(
                 height=height, width=width, colorspace=3, encoded_image_string=png
             )

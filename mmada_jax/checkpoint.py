@@ -3,7 +3,7 @@
 WORKDIR/checkpoints/N        params and optimizer state after N steps, the newest few
 FOLDER/params                params alone, streamed there by a conversion
 
-A run whose newest checkpoint is damaged, or holds params that aren't finite, goes on from the one
+A run whose newest checkpoint is damaged, or holds numbers that aren't finite, goes on from the one
 before; a checkpoint that can't be written costs the run nothing but that checkpoint.
 """
 
@@ -22,10 +22,13 @@ from jax.experimental import multihost_utils
 
 from mmada_jax.arrays import check_leaves, missing, open_params
 from mmada_jax.convert import leaves, refuse
+from mmada_jax.disk import refuse_place, resolved
 from mmada_jax.distributed import together
 from mmada_jax.manifest import MANIFEST, PARTS, find_damage, verify_manifest, write_manifest
 from mmada_jax.state import TrainState, all_finite
 from mmada_jax.workdir import FILES, claimed, newest_step, record_files
+
+NAMED = {"params": "params are", "opt_state": "numbers of the optimizer are"}
 
 
 class Checkpoints:
@@ -33,10 +36,11 @@ class Checkpoints:
     finishes the last save, and raises OSError if that failed. A save before the last one that fails is
     reported on stderr and counted in `failed`.
 
-    Raises ValueError if another run is writing to the workdir."""
+    Raises ValueError if another run is writing to the workdir, or if Orbax can't write there."""
 
     def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
-        self.folder = pathlib.Path(workdir).resolve() / "checkpoints"
+        self.folder = resolved(workdir) / "checkpoints"
+        refuse_place(self.folder)
         self.failed = 0
         self._saving: TrainState | None = None  # its shapes
         self._problem = ""  # of the last save
@@ -81,13 +85,15 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Starts saving `state` under its step; does nothing if that step is there already.
 
-        Raises FloatingPointError, and saves nothing, if params aren't finite."""
+        Raises FloatingPointError, and saves nothing, if params or the optimizer's state aren't finite."""
         step = int(state.step)
         if step == self.latest():  # one save at a time: `_saving` is the one under way
             return
-        if not all_finite(state.params):
+        for part in PARTS:
+            if all_finite(getattr(state, part)):
+                continue
             raise FloatingPointError(
-                f"the params are not finite after step {step} and weren't saved; the next run "
+                f"the {NAMED[part]} not finite after step {step} and weren't saved; the next run "
                 f"{self._next_start()}. Lower optim.lr, or look at the data of these steps"
             )
         self._warn()
@@ -106,8 +112,8 @@ class Checkpoints:
         return self.restore_as(lambda step: (shapes, shardings))
 
     def restore_as(self, layout: Callable[[int], tuple[TrainState, TrainState]]) -> TrainState:
-        """The newest step that is as its manifest says, can be read and has finite params; `layout` gives
-        the shapes and shardings of a step. Newer ones are renamed to N.damaged: the run writes them anew.
+        """The newest step that is as its manifest says, can be read and is finite; `layout` gives the
+        shapes and shardings of a step. Newer ones are renamed to N.damaged: the run writes them anew.
 
         Raises ValueError, naming files or leaves, if all steps are damaged (nothing is renamed then), or
         if a leaf has another shape or dtype than asked for.
@@ -167,8 +173,7 @@ class Checkpoints:
         wrong = []
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-            if not all_finite(restored["params"]):
-                wrong = ["its params are not finite"]
+            wrong = [f"its {NAMED[part]} not finite" for part in PARTS if not all_finite(restored[part])]
         except (ValueError, KeyError, FileNotFoundError) as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise  # of memory or files that are open, not of the disk

@@ -8,11 +8,14 @@ before anything is computed.
 import ast
 import dataclasses
 import difflib
+import math
 import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Annotated, Any, TypeVar
+
+import numpy as np
 
 from mmada_jax.ranges import FieldsOf, hints, problems
 
@@ -32,11 +35,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     number out of its range. An int is taken where a float is asked for, a list where a tuple is.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in values:
+    for key, value in values.items():
         if key not in fields:
-            raise ValueError(
-                unknown_key(f"{path}{key}", [f"{path}{name}" for name in fields], _paths(cls, path))
-            )
+            known = [f"{path}{name}" for name in fields]
+            raise ValueError(unknown_key(f"{path}{key}", known, _paths(cls, path), _first_leaf(value)))
     missing = [
         f"{path}{f.name}"
         for f in fields.values()
@@ -54,15 +56,26 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
         raise ValueError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
 
 
-def unknown_key(key: str, known: list[str], deeper: Iterable[str] = ()) -> str:
+def unknown_key(key: str, known: list[str], deeper: Iterable[str] = (), below: str = "") -> str:
     """The error text for a key that nothing knows: names the nearest one of `known`, or of those `deeper`
-    one of the same name, and lists all that are known."""
-    name = key.rpartition(".")[2]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    one of the same name, and lists all that are known. `below` is the rest of the path, where a value was
+    set in a group of that key."""
+    whole = f"{key}{below}"
+    name = whole.rpartition(".")[2]
+    near = [f"{one}{below}" for one in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
     same = [other for other in deeper if other.rpartition(".")[2] == name]
-    nearest = same[:1] or near
+    nearest = difflib.get_close_matches(whole, same, n=1, cutoff=0) or near
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-    return f"unknown config key {key!r}{hint} Known: {', '.join(sorted(known))}"
+    return f"unknown config key {whole!r}{hint} Known: {', '.join(sorted(known))}"
+
+
+def _first_leaf(value: Any) -> str:
+    """The path below a group to the first value in it, empty for what is no group."""
+    path = ""
+    while hasattr(value, "items") and value:
+        key, value = next(iter(value.items()))
+        path += f".{key}"
+    return path
 
 
 def _paths(cls: type, path: str) -> Iterator[str]:
@@ -233,6 +246,8 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         return _convert(next(a for a in args if a is not type(None)), value, path)
     if isinstance(value, Text):
         value = _read(kind, value)
+    if isinstance(value, np.generic):
+        value = value.item()
     if kind is Any:  # plain all the way down: it goes into JSON
         return (
             {k: _convert(Any, v, f"{path}.{k}") for k, v in value.items()}
@@ -252,7 +267,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if origin is dict or kind is dict:
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in _group(value, path).items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= sys.float_info.max else math.inf if value > 0 else -math.inf
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r}; it must be of type {kind.__name__}")
     return value
@@ -263,7 +278,8 @@ def _convert_fields(fields: FieldsOf, value: Any, path: str) -> dict[str, Any]:
     value = _group(_literal(value) if isinstance(value, Text) else value, path)
     for key in value:
         if key not in fields.names:
-            text = unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in fields.names])
+            known = [f"{path}.{name}" for name in fields.names]
+            text = unknown_key(f"{path}.{key}", known, below=_first_leaf(value[key]))
             raise ValueError(f"{text} ({fields.why})" if fields.why else text)
     kinds = hints(fields.of)
     return {key: _convert(kinds[key], v, f"{path}.{key}") for key, v in value.items()}

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import re
 import secrets
 from collections.abc import Callable, Iterable
 
@@ -17,6 +18,25 @@ def is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def resolved(path: str | os.PathLike[str]) -> pathlib.Path:
+    """An absolute path without links and `..`, which TensorStore doesn't take. Raises OSError for a link
+    that leads back to itself."""
+    try:
+        return pathlib.Path(path).resolve()
+    except RuntimeError as error:
+        raise OSError(errno.ELOOP, "the link leads back to itself", os.fspath(path)) from error
+
+
+def refuse_place(folder: pathlib.Path) -> None:
+    r"""Raises ValueError for a folder that arrays can't be written to: Orbax reads [...] in its path as a
+    pattern and finds no files, TensorStore reads \ as /."""
+    if found := re.search(r"\[[^/]+\]|\\", str(folder)):
+        raise ValueError(
+            f"checkpoints can't be written to {folder}: Orbax doesn't take {found[0]!r} in a path; name "
+            "another folder"
+        )
 
 
 def write_whole(path: str | os.PathLike[str], data: str | bytes | Iterable[bytes]) -> None:

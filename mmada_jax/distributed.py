@@ -23,6 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mmada_jax import sharding
 
 _phases = itertools.count()
+# Settings of jax that change programs or numbers.
+_SETTINGS = (
+    "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable", "jax_random_seed_offset",
+    "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion",
+    "jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "jax_use_shardy_partitioner",
+)  # fmt: skip
 _PATIENCE = 10  # seconds for processes that are about to end together
 
 
@@ -129,11 +135,22 @@ def together(phase: str, timeout: float = math.inf) -> Iterator[dict[str, Any]]:
         if isinstance(error, RuntimeError) and f"process {state.process_id} " not in wrong:
             raise ValueError(wrong) from error  # what failed here follows from that
         raise
-    values = {"processes": state.num_processes, "jax": jax.__version__, **mine}
+    values = {"processes": state.num_processes, "jax": jax.__version__, **mine, **_settings(os.environ)}
     wrong = talk.settle({"phase": phase, "values": values}, timeout)
     if wrong:
         leave()
         raise ValueError(wrong)
+
+
+def _settings(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What decides, beside the configuration, which programs a process compiles and which numbers they
+    give: jax's settings and XLA's options, but for what XLA writes down, and devices, which are counted."""
+    apart = ("--xla_dump", "--xla_force_host_platform_device_count")
+    options = {
+        name: " ".join(sorted(x for x in environment.get(name, "").split() if not x.startswith(apart)))
+        for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    }
+    return {name: jax.config.values[name] for name in _SETTINGS if name in jax.config.values} | options
 
 
 class _Talk(NamedTuple):

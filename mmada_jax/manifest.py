@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,6 +56,11 @@ def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
             f"{tree} is not in {MANIFEST}: the arrays are missing"
             for tree in _trees(folder)
             if tree.startswith(part) and tree not in listed
+        ]
+        wrong += [
+            f"{name} is not in {MANIFEST}, so that nothing tells whether it is whole"
+            for name in _files_below(folder, _is_data)
+            if name.startswith(part) and name not in listed
         ]
         mine = sorted(name for name in listed if name.startswith(part))
         mine = mine[jax.process_index() :: jax.process_count()]
@@ -121,12 +126,20 @@ def _hashes_below(folder: pathlib.Path) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: hash_of(folder / name), names), strict=True))
 
 
-def _files_below(folder: pathlib.Path) -> list[str]:
+def _is_data(path: pathlib.PurePath) -> bool:
+    """Whether a file of this path within a checkpoint or an exported folder holds arrays."""
+    own = len(path.parts) == 1 and path.suffix == ".safetensors"
+    return own or path.name == "manifest.ocdbt" or "d" in path.parts[:-1]
+
+
+def _files_below(
+    folder: pathlib.Path, which: Callable[[pathlib.PurePath], bool] = lambda path: True
+) -> list[str]:
     skip = (MANIFEST, "_CHECKPOINT_METADATA")  # the second: time stamps, set at the commit
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")
-        if path.is_file() and str(path.relative_to(folder)) not in skip
+        if path.is_file() and str(path.relative_to(folder)) not in skip and which(path.relative_to(folder))
     )
 
 

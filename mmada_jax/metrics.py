@@ -55,9 +55,8 @@ class Metrics:
         try:
             rows = read(path)
         except OSError as error:
-            rows, aside = [], path.with_name("metrics.unreadable.jsonl")
-            warn(f"{path} can't be read ({error}); it is now called {aside.name}")
-            path.replace(aside)
+            rows = []
+            warn(f"{path} can't be read ({error}); {_set_aside(path)}")
         kept = [row for row in rows if row["step"] <= resume_step]
         # The time of steps that are to be repeated was spent, and for nothing.
         spent = _last(rows, "wall_seconds")
@@ -245,7 +244,7 @@ def read(path: str | pathlib.Path) -> list[dict[str, float]]:
     worth one. Raises OSError where the file can't be read.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):
         return []
     rows, damaged = [], []
     *lines, last = path.read_bytes().split(b"\n")
@@ -271,9 +270,22 @@ def _row(line: bytes) -> dict[str, float] | None:
         row = {name: math.nan if value is None else value for name, value in row.items()}
         for value in row.values():
             math.isfinite(value)  # raises for what is no number
-        return row if isinstance(row["step"], int) else None
+        step = row["step"]
+        return row if type(step) is int and 0 <= step < 2**63 else None
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
         return None
+
+
+def _set_aside(path: pathlib.Path) -> str:
+    """Renames what can't be read to a name that is free; what has become of it."""
+    aside, again = path.with_name("metrics.unreadable.jsonl"), 1
+    while aside.exists():
+        aside, again = path.with_name(f"metrics.unreadable.{again}.jsonl"), again + 1
+    try:
+        path.rename(aside)
+    except OSError as error:
+        return f"it can't be renamed ({error})"
+    return f"it is now called {aside.name}"
 
 
 def _line(row: Mapping[str, float]) -> bytes:

@@ -28,7 +28,7 @@ class Config(Ranged):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Range(0, 1000)] = 5e-5
+    lr: Annotated[float, Range(0, 1e38)] = 5e-5  # float32 ends there; one too large is found by its params
     warmup: Count = 5000
     floor: Share = 0.0
     b1: Annotated[float, Range(0, 1, below=True)] = 0.9

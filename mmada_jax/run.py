@@ -18,6 +18,7 @@ from mmada_jax.data import digits, records, sources
 from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
 from mmada_jax.data.texts import sample_texts
 from mmada_jax.data.tokenizer import TextTokenizer
+from mmada_jax.disk import resolved
 from mmada_jax.manifest import verify_manifest
 from mmada_jax.optim import Config as OptimConfig
 from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
@@ -299,7 +300,7 @@ def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
 
 def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
     """A path of a configuration: relative to the run's workdir, or absolute."""
-    return (pathlib.Path(workdir) / path).resolve()  # tensorstore takes no path with ..
+    return resolved(pathlib.Path(workdir) / path)
 
 
 def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:

@@ -20,6 +20,7 @@ from mmada_jax import checkpoint, disk, optim, sharding, transformer
 from mmada_jax.arrays import open_params, write_params
 from mmada_jax.checkpoint import Checkpoints, newest_params, trust
 from mmada_jax.convert import Lazy
+from mmada_jax.convert.folder import open_folder
 from mmada_jax.manifest import MANIFEST, fingerprint, verify_manifest, write_manifest
 from mmada_jax.state import TrainState, all_finite, init_state, state_shardings
 from mmada_jax.workdir import (
@@ -172,8 +173,8 @@ def tiny(step):
     return TrainState(np.int32(step), {"w": w}, {"count": jnp.int32(step)})
 
 
-def restore_tiny(checkpoints):
-    state = tiny(0)
+def restore_tiny(checkpoints, like=None):
+    state = like or tiny(0)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return checkpoints.restore(shapes, jax.tree.map(lambda _: one, state))
@@ -232,6 +233,21 @@ def test_every_file_is_in_the_manifest_but_what_the_commit_writes(saved):
     listed = json.loads((step / MANIFEST).read_text())["files"]
     there = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
     assert there - set(listed) == {MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
+def test_arrays_that_a_manifest_leaves_out_are_damage_and_other_files_are_not(saved, tmp_path):
+    step = shutil.copytree(saved[0] / "checkpoints" / "3", tmp_path / "3")
+    (step / "params/.DS_Store").write_bytes(b"x")
+    (step / "params/notes.txt").write_text("x")
+    verify_manifest(step)
+    values = json.loads((step / MANIFEST).read_text())
+    chunks = [name for name in values["files"] if "/d/" in name and name.startswith("params/")]
+    del values["files"][chunks[0]]
+    (step / MANIFEST).write_text(json.dumps(values))
+    for part in ("", "params"):
+        with pytest.raises(ValueError, match=rf"{chunks[0]} is not in {MANIFEST}"):
+            verify_manifest(step, part)
+    verify_manifest(step, "opt_state")
 
 
 def test_a_step_whose_manifest_is_lost_or_damaged_is_refused_until_it_is_trusted(saved, tmp_path):
@@ -347,6 +363,24 @@ def raising(error):
 
 
 # ---- Values that are not finite --------------------------------------------------------------------
+
+
+def test_moments_that_are_not_finite_are_neither_saved_nor_resumed(tmp_path, capsys):
+    def moments(step, value):
+        return tiny(step)._replace(opt_state={"m": jnp.full(8, value, jnp.float32)})
+
+    poisoned = moments(2, np.nan)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(moments(1, 0.5))
+        with pytest.raises(FloatingPointError, match=r"optimizer are not finite after step 2 .* step 1\. "):
+            checkpoints.save(poisoned)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "all_finite", lambda _: True)  # as an older version did
+            checkpoints.save(poisoned)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(restore_tiny(checkpoints, moments(0, 0.0)).step) == 1
+    assert steps_in(tmp_path) == ["1", "2.damaged"]
+    assert "its numbers of the optimizer are not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -654,3 +688,29 @@ def test_params_are_streamed_in_pieces_and_come_back_in_any_slice(tmp_path, monk
     np.testing.assert_array_equal(back["head_DV"][3:300, 8000:9000], arrays["head_DV"][3:300, 8000:9000])
     np.testing.assert_array_equal(back["blocks"]["q_DHK"][1], arrays["blocks"]["q_DHK"][1])
     verify_manifest(tmp_path / "params")
+
+
+# ---- Places ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[!a]", "a\\b"])
+def test_a_folder_that_no_arrays_can_be_written_to_is_refused_at_the_start(tmp_path, name):
+    for write in (Checkpoints, lambda path: write_params(path, {}, None)):
+        with pytest.raises(ValueError, match=r"can't be written to .*; name another folder"):
+            write(tmp_path / name / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["run (1)", "a[b", "50%", "x*?", "ünï"])
+def test_any_other_folder_is_taken(tmp_path, name):
+    with Checkpoints(tmp_path / name) as checkpoints:
+        checkpoints.save(tiny(1))
+    with Checkpoints(tmp_path / name) as checkpoints:
+        assert int(restore_tiny(checkpoints).step) == 1
+
+
+def test_a_link_to_itself_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for use in (Checkpoints, newest_step, open_folder):
+        with pytest.raises(OSError, match="loop"):
+            use(tmp_path / "loop")

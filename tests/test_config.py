@@ -8,6 +8,7 @@ import types
 import typing
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -56,6 +57,13 @@ def test_every_kind_of_field_is_read(wrap):
     assert read == expected
     assert list(read.extra) == [1, "two"]
     assert isinstance(read.inner.rate, float) and isinstance(read.weights["x"], float)
+
+
+def test_numbers_of_numpy_are_plain_ones():
+    typed = {"steps": np.int64(3), "seed": np.uint8(2), "optim": {"lr": np.float32(0.5)}}
+    read = config.from_dict(run.ModelRun, {"program": "model", "batch_size": np.int16(1), **typed})
+    assert (read.steps, read.seed, read.optim.lr) == (3, 2, 0.5)
+    json.dumps(config.to_dict(read))
 
 
 def test_there_and_back_through_json():
@@ -396,6 +404,11 @@ def test_what_is_typed_is_read_as_the_field_has_it(command_line):
     [
         ("optim.rl=1", "unknown config key 'optim.rl'; did you mean 'optim.lr'"),
         ("lr=1", "unknown config key 'lr'; did you mean 'optim.lr'"),
+        ("optm.lr=1", "unknown config key 'optm.lr'; did you mean 'optim.lr'"),
+        ("lss.eps=1", "unknown config key 'lss.eps'; did you mean 'loss.eps'"),
+        ("dota.lm.words.path=x", "key 'dota.lm.words.path'; did you mean 'data.lm.words.path'"),
+        ("model.n_layer.x=1", "key 'model.n_layer.x'; did you mean 'model.n_layers.x'"),
+        ("optim.lr=1" + "0" * 400, "optim.lr is inf; it must be at least 0"),
         ("n_layers=1", "unknown config key 'n_layers'; did you mean 'model.n_layers'"),
         (
             "data.lm.words.pth=x",

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -314,6 +315,34 @@ def test_a_process_that_does_not_come_is_named(monkeypatch):
     why = "has not started its run; do all run the same program?"
     assert settle([values(), None], 0.2) == [f"process 1 {why}"]
     assert settle([None, values()], 0.0) == [f"process 0 {why}"]
+
+
+def test_settings_that_change_numbers_are_compared(monkeypatch):
+    told = []
+    one = types.SimpleNamespace(client=object(), process_id=0, num_processes=2)
+    monkeypatch.setattr(distributed.distributed, "global_state", one)
+    monkeypatch.setattr(distributed._Talk, "settle", lambda self, said, timeout: told.append(said) or "")
+
+    def differences(name, value, restore):
+        with distributed.together("training"):
+            pass
+        jax.config.update(name, value)
+        try:
+            with distributed.together("training"):
+                pass
+        finally:
+            jax.config.update(name, restore)
+        return distributed._disagreement(*told[-2:], 1)
+
+    for name, value in (
+        ("jax_default_prng_impl", "rbg"),
+        ("jax_default_matmul_precision", "float32"),
+        ("jax_enable_x64", True),
+    ):
+        assert f"{name} is " in differences(name, value, jax.config.values[name])
+    assert not differences("jax_log_compiles", True, False)
+    flags = "--xla_a=1 --xla_dump_to=/x --xla_force_host_platform_device_count=2"
+    assert distributed._settings({"XLA_FLAGS": flags})["XLA_FLAGS"] == "--xla_a=1"
 
 
 def test_a_process_alone_agrees_with_itself():

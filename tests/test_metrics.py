@@ -27,7 +27,7 @@ def rows(workdir):
 
 
 def losses(workdir):
-    return {row["step"]: row["loss"] for row in rows(workdir)}
+    return {row["step"]: row["loss"] for row in rows(workdir) if "loss" in row}
 
 
 def events(workdir):
@@ -271,6 +271,9 @@ DAMAGE = {
     "no step": lambda line: b'{"loss": 1.0}',
     "no number": lambda line: line.replace(b"1.0", b'"x"'),
     "a step of null": lambda line: b'{"step": null}',
+    "a step of true": lambda line: b'{"step": true}',
+    "a step before all": lambda line: line.replace(b"5", b"-5"),
+    "a step of no time": lambda line: line.replace(b"5", b"-1" + b"0" * 30),
     "deep": lambda line: b"[" * 100_000,
     "empty": lambda line: b"",
 }
@@ -288,6 +291,41 @@ def test_a_damaged_line_costs_that_line_and_is_reported(tmp_path, name, capsys):
         m.write(10, {"loss": 2.0}, 100)
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert_same(tmp_path)
+
+
+ODD_FILES = {
+    "a picture that is cut": lambda at: at("samples/00000005.png").write_bytes(b"\x89PNG\r\n"),
+    "a picture of zeros": lambda at: at("samples/00000005.png").write_bytes(bytes(500)),
+    "a picture of ones": lambda at: at("samples/00000005.png").write_bytes(b"\xff" * 500),
+    "a sample of another name": lambda at: at("samples/\u00b2\u00b2.md").write_text("- a\n"),
+    "a folder for a sample": lambda at: at("samples/00000006.md").mkdir(),
+    "a folder for the board": lambda at: at("tensorboard/events.out.tfevents.1.x").mkdir(),
+    "a folder for the rows": lambda at: at("metrics.jsonl").mkdir(),
+    "a second folder for the rows": lambda at: (
+        at("metrics.jsonl").mkdir(),
+        at("metrics.unreadable.jsonl").mkdir(),
+    ),
+    "numbers that floats haven't": lambda at: at("metrics.jsonl").write_text(
+        '{"step": 1, "a": 1%s, "b": 1e300}\n' % ("0" * 30)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_nothing_that_lies_in_a_workdir_stops_its_metrics(tmp_path, name):
+    def at(path):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        return tmp_path / path
+
+    at("samples/00000005.md").write_text("- a\n")
+    ODD_FILES[name](at)
+    with metrics.Metrics(tmp_path, 20, 9) as m:
+        m.write(10, {"loss": 2.0}, 100)
+        m.show(10, None, ["b"])
+    assert losses(tmp_path)[10] == 2.0 and "failed_writes" not in rows(tmp_path)[-1]
+    for folder in (tmp_path / "tensorboard").glob("*/"):
+        folder.rmdir()
+    assert [step for step, tag in on_board(tmp_path)[1] if "text" in tag] == [5, 10]
 
 
 def test_an_entry_is_on_the_disk_whole_or_not_at_all(tmp_path, full):

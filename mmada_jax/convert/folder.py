@@ -31,7 +31,7 @@ from mmada_jax.checkpoint import newest_params
 from mmada_jax.convert import DTYPES, hub, llada, magvit, refuse
 from mmada_jax.data import digits
 from mmada_jax.data.tokenizer import TextTokenizer
-from mmada_jax.disk import is_full
+from mmada_jax.disk import is_full, refuse_place, resolved
 from mmada_jax.files import read_json
 from mmada_jax.manifest import MANIFEST, find_damage, verify_manifest
 from mmada_jax.metrics import Progress
@@ -113,7 +113,7 @@ def open_folder(
     a workdir, and `params` are their shapes. `step` is an older one of a workdir. Raises FileNotFoundError
     or ValueError.
     """
-    path = pathlib.Path(path).resolve()
+    path = resolved(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} {_NEITHER}: there is no such folder")
     check_files(path)
@@ -439,7 +439,8 @@ def image_tokenizer_of(source: Source, given: str | pathlib.Path | None = None) 
 
 def _new(dst: str | pathlib.Path, src: str | pathlib.Path) -> pathlib.Path:
     """The folder to write, resolved; raises ValueError unless it is new or empty, and not in `src`."""
-    dst, src = pathlib.Path(dst).resolve(), pathlib.Path(src).resolve()
+    dst, src = resolved(dst), resolved(src)
+    refuse_place(dst)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise ValueError(f"{dst} is there already and not an empty folder; name another one")
     if dst.is_relative_to(src):
