@@ -28,21 +28,33 @@ def answer_of(completion: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    r"""The content of the box that begins last, of those that end; \boxed5 is one too."""
-    opened: list[tuple[int, bool]] = []
-    start, found = -1, None
+    r"""The content of the box that begins last, of those that end; \boxed5 is one too. Boxes that only a
+    comma or "and" parts are a list."""
+    opened: list[tuple[int, int, bool]] = []
+    boxes: list[tuple[int, int, str]] = []  # begin, end, content
     for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?|\\.|[{}]", text, re.DOTALL):
         if token[0] == "}" and opened:
-            begun, is_box = opened.pop()
-            if is_box and begun > start:
-                start, found = begun, text[begun : token.start()]
+            begun, inside, is_box = opened.pop()
+            if is_box:
+                boxes.append((begun, token.end(), text[inside : token.start()]))
         elif token[0] == "{" or token[1]:
-            opened.append((token.end(), token[0] != "{"))
+            opened.append((token.start(), token.end(), token[0] != "{"))
         elif token[0].startswith((r"\boxed", r"\fbox")):
             bare = re.compile(r"[^\s{}$]+").match(text, token.end())
             if bare:
-                start, found = token.end(), bare[0].rstrip(".,")
+                content = bare[0].rstrip(".,")
+                boxes.append((token.start(), bare.start() + len(content), content))
+    if not boxes:
+        return None
+    boxes.sort()
+    start, _, found = boxes.pop()
+    while boxes and _JOINS.fullmatch(text[boxes[-1][1] : start].replace("$", " ").strip()):
+        start, _, before = boxes.pop()
+        found = f"{before.strip()}, {found.strip()}"
     return found
+
+
+_JOINS = re.compile(r",|,?\s*(?:and|\\text\s*\{\s*and\s*\})")
 
 
 # ---- Without marks -------------------------------------------------------------------------------
@@ -54,6 +66,7 @@ _SYMBOLS = {
     "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "−": "-", "‒": "-", "–": "-",
     "—": "-", "‐": "-", "‑": "-", "。": ".", "、": ",", "٫": ".", "٬": ",", "،": ",", "؛": ";", "।": ".",
     "۔": ".", "…": "...", "∶": ":", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "㎤": "cm^3",
+    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
     "٪": "%", "′": "'", "’": "'", "‘": "'", "°": "°", "℃": "°C", "℉": "°F", "∙": r"\cdot ",
 }  # fmt: skip
 _QUOTES = '"“”„«»「」『』〈〉《》'
@@ -75,6 +88,8 @@ _LATEX = (
     (re.compile(r"\\(?:displaystyle|textstyle|limits|tiny|large)(?![A-Za-z])"), ""),
     (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
     (re.compile(r"(?<!\\)\\!\s*"), ""),
+    (re.compile(r"\\\\\s*\[[\d.]+\s*(?:pt|em|ex|mm|cm)\]"), r"\\\\"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
     (re.compile(r"(?<!\\)\\[,;:() \[\]](?!\[)|\\q?quad(?![A-Za-z])|\\thinspace|~"), " "),
     (re.compile(r"\{\s*([,.])\s*\}"), r"\1"),
     (re.compile(r"\\([%&#])"), r"\1"),
@@ -142,7 +157,7 @@ _PICKS = re.compile(r"^.{0,80}\b(?:choose|pick|select|go with)\b\s*:?\s*", re.IG
 _LABELLED = re.compile(r"\(?([A-Z])(?:\)|\.|:)\s*(\S.*)", re.DOTALL)
 
 _ANSWER = re.compile(
-    r"\b(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice|solution)\b"
+    r"\b(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice|solution|root)s?\b"
     r"(?:\s+(?:to|for)\s+[^.:\n]{0,80}?)?\s*(?:\s(?:is|are|was|would be|must be|should be|option)\b|[:=])"
     r"\s*[:=]?\s*",
     re.IGNORECASE,
@@ -161,13 +176,23 @@ _STATES = re.compile(
 _BOUNDS = re.compile(
     r"(?:\b(?:not|or|than|least|most|up to|over|under|above|below)|[+*/^<>]|\d\s*-)$", re.IGNORECASE
 )
-_IS = re.compile(r"\b(?:is|are|was|were|be)\b", re.IGNORECASE)
+# x = 2 and x = 5
+_SEVERAL = re.compile(r"=[^=]*(?:,|\b(?:and|or)\b)[^=]*=", re.IGNORECASE)
+_IS = re.compile(r"\b(?:is|are|was|were|be|(?:it|that)'s)\b", re.IGNORECASE)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z({])")
 _NO_PROSE = {
     "and", "or", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "sqrt", "pi", "mod",
     "inf", "infinity", "max", "min", "gcd", "lcm", "det", "all", "real",
 }  # fmt: skip
 _SHORT = {"no", "is", "it", "of", "to", "in", "at", "be", "on", "we", "so", "he", "by", "if", "an", "my"}
+_ORDINALS = {
+    "first": "1st", "second": "2nd", "third": "3rd", "fourth": "4th", "fifth": "5th", "sixth": "6th",
+    "seventh": "7th", "eighth": "8th", "ninth": "9th", "tenth": "10th", "eleventh": "11th", "twelfth": "12th",
+}  # fmt: skip
+_MONTHS = {
+    "january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
+    "november", "december",
+}  # fmt: skip
 _YES, _NO = {"yes", "true", "correct"}, {"no", "false", "incorrect"}
 
 
@@ -187,14 +212,17 @@ def verdict(wanted: str, completion: str) -> float | tuple[str, str]:
         letter = _chosen(answer)
         return float(letter == labelled[1]) if letter else verdict(labelled[2], found)
     if re.fullmatch(r"\d+(\s*:\s*\d+)+", want):
-        return float(want.replace(" ", "") in [part.replace(" ", "") for part in conclusions(answer)])
-    if based := re.fullmatch(r"([0-9A-Fa-f]+)_\{?(\d+)\}?", want):  # 52_8, a number of base 8
-        parts = [re.sub(r"[{}]", "", part) for part in conclusions(answer)]
-        return float(based[1] in parts or f"{based[1]}_{based[2]}" in parts)
+        return float(_ratio(want) in [_ratio(part) for part in _stated(answer)])
+    if based := _BASED.fullmatch(want):  # 52_8, a number of base 8
+        parts = [_BASED.fullmatch(part.replace(" ", "")) for part in _stated(answer)]
+        numbers = [(part[1], _BASES.get(part[2], part[2])) for part in parts if part]
+        return float(based.groups() in numbers or based[1] in _stated(answer))
     if re.fullmatch(r"-?\d[\d.]*(?:\s+-?\d[\d.]*)+", want) and quantities.read(want) is None:
         return float(want.split() in [re.split(r"[\s,;]+", part) for part in conclusions(answer)])
     quantity = quantities.read(want)
     if quantity is not None:
+        if re.fullmatch(r"\d+(?:st|nd|rd|th)", want) and _same_words(want, answer):
+            return 1.0
         return _same_quantity(quantity, answer, found)
     if _is_prose(_split(want)[0]) and "\\" not in want:
         return float(_same_words(want, answer))
@@ -208,9 +236,30 @@ def conclusions(text: str) -> list[str]:
     if anchors:
         rest = text[anchors[-1].end() :].strip()
         first = _REMARK.split(rest, maxsplit=1)[0].strip()
-        return [part for part in (rest, first, first.rpartition("=")[2].strip()) if part] or [text]
+        last = "" if _SEVERAL.search(first) else first.rpartition("=")[2].strip()
+        return [part for part in (rest, first, last) if part] or [text]
     lines = text.split("\n")
     return [text] if len(lines) == 1 else [text, lines[-1], lines[0]]
+
+
+# A number in a base, which may be spelled.
+_BASED = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?([0-9a-z]+)\}?")
+_BASES = {
+    "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9",
+    "ten": "10", "twelve": "12", "sixteen": "16",
+}  # fmt: skip
+
+
+def _stated(text: str) -> list[str]:
+    """What a text says in the end, and what it says that something is."""
+    return [part.strip() for whole in conclusions(text) for part in (whole, _IS.split(whole)[-1])]
+
+
+def _ratio(text: str) -> str:
+    """A ratio, or a time of the day without its half, as 3:4."""
+    text = re.sub(r"\s*[ap]\.?\s?m\.?$", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1:\2", text)
+    return re.sub(r"(?<=\d)\s*(?:to|/|:)\s*(?=\d)", ":", text)
 
 
 def _same_quantity(quantity: quantities.Quantity, answer: str, found: str) -> float | tuple[str, str]:
@@ -281,9 +330,15 @@ def _same_words(want: str, answer: str) -> bool:
 
 
 def _words(text: str) -> list[str]:
-    """Words, numbers and signs; without the article that they begin with."""
-    words = re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s.,;:()'-]|-(?=\d)", text.lower())
-    return words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words
+    """Words, numbers and signs; without the article or the preposition that they begin with."""
+    words = re.findall(
+        r"\d+(?:st|nd|rd|th)\b|\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s.,;:()'-]|-(?=\d)", text.lower()
+    )
+    words = [_ORDINALS.get(word, word) for word in words]
+    if any(word in _MONTHS for word in words):  # July 4, 1776 or 4 July 1776
+        words = sorted(re.sub(r"(?<=\d)(?:st|nd|rd|th)$", "", word) for word in words if word != "of")
+    beside = len(words) > 1 and words[0] in ("the", "a", "an", "on", "in", "at")
+    return words[1:] if beside else words
 
 
 def _is_prose(text: str) -> bool:
@@ -329,7 +384,8 @@ def _tex(answer: str, found: str) -> str:
     if not _is_prose(_split(answer)[0]):
         return answer.replace("\n", " ")
     marked = _ascii(found)
-    if re.search(r"(?<!\\)\$|\\[(\[]", marked):
+    if re.search(r"(?<!\\)(?:\$|\\[(\[])", marked):
         return marked
     last = conclusions(answer)[-1]
-    return last if not _is_prose(last) else last.rpartition("=")[2].strip() or answer
+    said = [last, _IS.split(last)[-1].strip(), last.rpartition("=")[2].strip()]
+    return next((text for text in said if text and not _is_prose(text)), said[-1] or answer)
