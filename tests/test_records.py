@@ -60,6 +60,8 @@ def test_bytes_that_are_no_record_are_refused():
     with pytest.raises(ValueError, match="bytes instead of"):
         unpack(data + b"x")
     with pytest.raises(ValueError, match="no record of ours"):
+        unpack((200_000).to_bytes(4, "little") + b"[" * 200_000)
+    with pytest.raises(ValueError, match="no record of ours"):
         unpack((2).to_bytes(4, "little") + b"{}")
     with pytest.raises(ValueError, match="encode it as a PNG first"):
         pack(Record("k", np.zeros((2, 2, 3), np.uint8)))

@@ -129,7 +129,7 @@ def unpack(data: bytes) -> Record:
             short=header["short"],
             lacks_image=bool(header.get("lacks_image")),
         )
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"this is no record of ours: {error!r}") from error
 
 

@@ -31,27 +31,28 @@ def _last_box(text: str) -> str | None:
     r"""The content of the box that begins last, of those that end; \boxed5 is one too. Boxes that only a
     comma or "and" parts are a list."""
     opened: list[tuple[int, int, bool]] = []
-    boxes: list[tuple[int, int, str]] = []  # begin, end, content
+    boxes: list[tuple[int, int, int, int]] = []  # begin and end, those of the content
     for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?|\\.|[{}]", text, re.DOTALL):
         if token[0] == "}" and opened:
             begun, inside, is_box = opened.pop()
             if is_box:
-                boxes.append((begun, token.end(), text[inside : token.start()]))
+                boxes.append((begun, token.end(), inside, token.start()))
         elif token[0] == "{" or token[1]:
             opened.append((token.start(), token.end(), token[0] != "{"))
         elif token[0].startswith((r"\boxed", r"\fbox")):
             bare = re.compile(r"[^\s{}$]+").match(text, token.end())
             if bare:
-                content = bare[0].rstrip(".,")
-                boxes.append((token.start(), bare.start() + len(content), content))
+                end = bare.start() + len(bare[0].rstrip(".,"))
+                boxes.append((token.start(), end, bare.start(), end))
     if not boxes:
         return None
     boxes.sort()
-    start, _, found = boxes.pop()
+    start, _, inside, end = boxes.pop()
+    found = [text[inside:end].strip()]
     while boxes and _JOINS.fullmatch(text[boxes[-1][1] : start].replace("$", " ").strip()):
-        start, _, before = boxes.pop()
-        found = f"{before.strip()}, {found.strip()}"
-    return found
+        start, _, inside, end = boxes.pop()
+        found.append(text[inside:end].strip())
+    return ", ".join(reversed(found))
 
 
 _JOINS = re.compile(r",|,?\s*(?:and|\\text\s*\{\s*and\s*\})")
@@ -187,7 +188,8 @@ _NO_PROSE = {
 _SHORT = {"no", "is", "it", "of", "to", "in", "at", "be", "on", "we", "so", "he", "by", "if", "an", "my"}
 _ORDINALS = {
     "first": "1st", "second": "2nd", "third": "3rd", "fourth": "4th", "fifth": "5th", "sixth": "6th",
-    "seventh": "7th", "eighth": "8th", "ninth": "9th", "tenth": "10th", "eleventh": "11th", "twelfth": "12th",
+    "seventh": "7th", "eighth": "8th", "ninth": "9th", "tenth": "10th", "eleventh": "11th",
+    "twelfth": "12th",
 }  # fmt: skip
 _MONTHS = {
     "january", "february", "march", "april", "may", "june", "july", "august", "september", "october",
