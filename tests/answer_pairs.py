@@ -186,6 +186,12 @@ RIGHT = [
     (r"\pm 3", "3, -3"), (r"1 \pm \sqrt{2}", r"1+\sqrt{2}, 1-\sqrt{2}"),
     ("(1,2),(3,4)", "(3, 4) and (1, 2)"),
     ("072", "72"), ("no solution", "There is no solution."), (r"\frac{x^2}{2}+C", r"\frac{1}{2}x^2 + C"),
+    # answers of chat models, once more
+    ("18", "A: 18"), ("18", r"18 \\"), ("18", r"18\."), ("18", "18:"), ("(1,2,3)", r"\langle 1, 2, 3\rangle"),
+    (r"25\pi", "25*pi"), ("x^2", "x**2"), ("50 cents", "$0.50"), ("$0.50", "50 cents"), ("$5,000", "$5K"),
+    ("50 cents", "50"), ("B", "The answer is b."), ("B", "[B]"), ("B", "{B}"), ("B", "B - 12 cm"),
+    ("B", "Ans: B"), ("B", "B is the correct answer."), ("B", "Option B is correct."),
+    ("x=1,y=2", "(1,2)"), ("x=1, y=2", "y=2, x=1"), ("x=1,y=2", "x = 1 and y = 2"),
 ]  # fmt: skip
 
 WRONG = [
@@ -326,4 +332,11 @@ WRONG = [
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\[0.5em] 3 \end{pmatrix}"),
     (r"\pm 3", "3"), ("3", r"\pm 3"), ("(1,2),(3,4)", "(1,3),(2,4)"), ("possible", "not possible"),
     ("prime", "It is not prime"), ("no solution", "There is one solution."), ("true", "It is not true"),
+    # answers of chat models, once more
+    ("18", "18:1"), ("18", "≠18"), ("18", "<18"), ("18", "≤ 18"), ("18", "The answer isn't 18."),
+    ("18", "The answer can't be 18"), ("18", "It is not equal to 18"), ("18", "The answer is never 18"),
+    ("x=1,y=2", "(2,1)"), ("x=1,y=2", "x=2,y=1"), ("x=1,y=2", "a=1, b=2"), ("(1,2)", "x=2, y=1"),
+    ("B", "B is incorrect"), ("B", "Option B is wrong; the answer is C"), ("B", "B is not right"),
+    ("50 cents", "$50"), ("50 cents", "$0.05"), ("18", "A: 17"), ("B", "[A]"), ("B", "The answer is a."),
+    ("$5,000", "$5"), ("(1,2,3)", r"\langle 1, 3, 2\rangle"), ("x^2", "x*2"),
 ]  # fmt: skip

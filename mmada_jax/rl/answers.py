@@ -91,6 +91,10 @@ _LATEX = (
     (re.compile(r"(?<!\\)\\!\s*"), ""),
     (re.compile(r"\\\\\s*\[[\d.]+\s*(?:pt|em|ex|mm|cm)\]"), r"\\\\"),
     (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\langle(?![A-Za-z])"), "("),
+    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
+    (re.compile(r"(?<=[\w)])\s?\*\*\s?(?=[\w({-])"), "^"),
+    (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
     (re.compile(r"(?<!\\)\\[,;:() \[\]](?!\[)|\\q?quad(?![A-Za-z])|\\thinspace|~"), " "),
     (re.compile(r"\{\s*([,.])\s*\}"), r"\1"),
     (re.compile(r"\\([%&#])"), r"\1"),
@@ -117,7 +121,7 @@ def plain(text: str) -> str:
     text = re.sub(r"[^\S\n]+", " ", text.replace(r"\$", "$")).replace(" ^", "^")
     text = re.sub(r"\s*\n\s*", "\n", text).strip()
     text = re.sub(r"(?<=[\w)}%°])\s+!+$|(?<=[A-Za-z])!+$", "", text)
-    text = re.sub(r"[\s.;,:]+$", "", text)
+    text = re.sub(r"[\s.;,:\\]+$", "", text)
     quoted = re.fullmatch(r"'([^']*)'", text)
     return quoted[1].strip() if quoted else text
 
@@ -149,16 +153,17 @@ def _ascii(text: str) -> str:
 # ---- Whether it is right -------------------------------------------------------------------------
 
 # A letter that stands for a choice, alone or before its text.
-_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?\(?\s*([A-Z])\s*\)?[.:]?", re.IGNORECASE)
+_CHOICE = re.compile(r"(?:(?:option|choice|answer)\s+)?[(\[{]?\s*([A-Z])\s*[)\]}]?[.:]?", re.IGNORECASE)
 _LETTER = r"(?:[Oo]ption|[Cc]hoice)?\s*(?:\(\s*([A-Za-z])\s*\)|([A-Z])(?![\w']))"
 _CHOSEN = re.compile(
-    rf"{_LETTER}(?:\s*[.:,)\n].*|\s*$|(?<=\))\s*.*|\s+(?:because|since|as|is)\s.*)", re.DOTALL
+    rf"{_LETTER}(?:\s*[.:,)\n].*|\s*$|(?<=\))\s*.*|\s+(?:because|since|as|is|-)\s(?!\s*(?:not|wrong|false|in)).*)",
+    re.DOTALL,
 )
 _PICKS = re.compile(r"^.{0,80}\b(?:choose|pick|select|go with)\b\s*:?\s*", re.IGNORECASE | re.DOTALL)
 _LABELLED = re.compile(r"\(?([A-Z])(?:\)|\.|:)\s*(\S.*)", re.DOTALL)
 
 _ANSWER = re.compile(
-    r"\b(?:(?:final|correct|right|best)\s+)?(?:answer|option|choice|solution|root)s?\b"
+    r"\b(?:(?:final|correct|right|best)\s+)?(?:answer|ans|option|choice|solution|root)s?\b"
     r"(?:\s+(?:to|for)\s+[^.:\n]{0,80}?)?\s*(?:\s(?:is|are|was|would be|must be|should be|option)\b|[:=])"
     r"\s*[:=]?\s*",
     re.IGNORECASE,
@@ -175,7 +180,9 @@ _STATES = re.compile(
 )
 # What stands before a number that isn't the answer.
 _BOUNDS = re.compile(
-    r"(?:\b(?:not|or|than|least|most|up to|over|under|above|below)|[+*/^<>]|\d\s*-)$", re.IGNORECASE
+    r"(?:(?:\bnot|\bnever|n't)(?:\s+(?:be|equal|equal to))?|\b(?:or|than|least|most|up to|over|under|above|"
+    r"below)|[+*/^<>]|\d\s*-)$",
+    re.IGNORECASE,
 )
 # x = 2 and x = 5
 _SEVERAL = re.compile(r"=[^=]*(?:,|\b(?:and|or)\b)[^=]*=", re.IGNORECASE)
@@ -265,6 +272,9 @@ def _ratio(text: str) -> str:
 
 
 def _same_quantity(quantity: quantities.Quantity, answer: str, found: str) -> float | tuple[str, str]:
+    answer = re.sub(r"^A:\s+", "", answer)  # question and answer
+    if re.match(r"\\(?:ne|neq|le|ge|leq|geq|lt|gt)(?![A-Za-z])|[<>]|\d+(?:\s*:\s*\d+)+$", answer):
+        return 0.0  # what bounds a number, and a ratio, are none
     # 3,5 is a list, or where points part thousands, a number.
     comma = re.fullmatch(r"(\D*\d+),(\d{1,2}\b(?!\s*,).*)", answer, re.DOTALL)
     if comma and (number := quantities.read(f"{comma[1]}.{comma[2]}")):
@@ -307,6 +317,8 @@ def _chosen(text: str) -> str | None:
         return whole[1].upper()
     text = _PICKS.sub("", text)
     for part in conclusions(text)[:1]:
+        if whole := _CHOICE.fullmatch(part):
+            return whole[1].upper()
         if found := _CHOSEN.match(part):
             others = set(re.findall(r"(?:^|\bor|\band|,)\s*\(?([A-Z])\)?(?![\w'])", part)) - {
                 found[1] or found[2]
@@ -363,9 +375,22 @@ def _algebra(want: str, answer: str, unit: frozenset[str] = frozenset()) -> floa
         return _boxed(_split(want)[0]), answer
     (want, wanted_unit), (answer, found_unit) = _split(want), _split(answer)
     wanted_unit = wanted_unit or unit
+    (names, point), (found_names, found_point) = _point(want), _point(answer)
+    if names and found_names and names != found_names:
+        return 0.0
+    want, answer = point or want, found_point or answer
     if wanted_unit and found_unit and not wanted_unit & found_unit:
         return 0.0
     return _boxed(want), _boxed(answer)
+
+
+def _point(text: str) -> tuple[list[str], str]:
+    """Of x=1, y=2 the names and (1,2), in the order of the names."""
+    parts = [re.fullmatch(r"\s*([A-Za-z])\s*=([^=<>]+)", part) for part in re.split(r",|;|\band\b", text)]
+    if len(parts) < 2 or None in parts or len({part[1] for part in parts}) < len(parts):
+        return [], ""
+    parts.sort(key=lambda part: part[1])
+    return [part[1] for part in parts], f"({','.join(part[2].strip() for part in parts)})"
 
 
 def _split(text: str) -> tuple[str, frozenset[str]]:

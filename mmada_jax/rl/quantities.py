@@ -31,8 +31,10 @@ def equal(a: Quantity, b: Quantity) -> bool:
     """Whether two quantities are the same: their numbers, and their units where both name one."""
     if a.name and b.name and a.name != b.name:
         return False
-    if a.unit and b.unit and not _may_be_one(a.unit, b.unit):
-        return False
+    if a.unit and b.unit:
+        a, b = _in_whole_money(a), _in_whole_money(b)
+        if not _may_be_one(a.unit, b.unit):
+            return False
     if a.percent != b.percent:
         marked, bare = (a, b) if a.percent else (b, a)
         # "12.5" says how many percent something is as well. Below 1 it is a share.
@@ -56,7 +58,11 @@ def read(text: str) -> Quantity | None:
     if lead["minus"] or lead["inner"]:
         value = -value
     rest = text[end:].strip()
-    if rest[:1] == "k" and not text[end:][:1].isspace() and not rest[1:2].isalpha():
+    if (
+        (rest[:1] == "k" or (rest[:1] == "K" and lead["money"]))
+        and not text[end:][:1].isspace()
+        and not rest[1:2].isalpha()
+    ):
         value, places, rest = value * 1000, None, rest[1:].strip()  # 70k
     while scale := _SCALE.match(rest):
         value, places, rest = value * _SCALES[scale[1].lower()], None, rest[scale.end() :].strip()
@@ -318,6 +324,14 @@ def _stem(word: str) -> str:
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+
+
+def _in_whole_money(number: Quantity) -> Quantity:
+    """50 cents as $0.50, or €0.50."""
+    if number.unit != {"¢"}:
+        return number
+    places = None if number.places is None else number.places + 2
+    return dataclasses.replace(number, value=number.value / 100, places=places, unit=frozenset("$€"))
 
 
 def _may_be_one(a: frozenset[str], b: frozenset[str]) -> bool:
