@@ -187,7 +187,8 @@ RIGHT = [
     ("(1,2),(3,4)", "(3, 4) and (1, 2)"),
     ("072", "72"), ("no solution", "There is no solution."), (r"\frac{x^2}{2}+C", r"\frac{1}{2}x^2 + C"),
     # answers of chat models, once more
-    ("18", "A: 18"), ("18", r"18 \\"), ("18", r"18\."), ("18", "18:"), ("(1,2,3)", r"\langle 1, 2, 3\rangle"),
+    ("18", "A: 18"), ("18", r"18 \\"), ("18", r"18\."), ("18", "18:"),
+    ("(1,2,3)", r"\langle 1, 2, 3\rangle"),
     (r"25\pi", "25*pi"), ("x^2", "x**2"), ("50 cents", "$0.50"), ("$0.50", "50 cents"), ("$5,000", "$5K"),
     ("50 cents", "50"), ("B", "The answer is b."), ("B", "[B]"), ("B", "{B}"), ("B", "B - 12 cm"),
     ("B", "Ans: B"), ("B", "B is the correct answer."), ("B", "Option B is correct."),
