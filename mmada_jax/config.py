@@ -233,6 +233,8 @@ def _read(kind: Any, text: Text) -> Any:
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if hasattr(value, "items") and not _is_group(kind):
+        raise ValueError(f"unknown config key {path + _first_leaf(value)!r}; {path} is no group of keys")
     if origin is Annotated:
         fields = next((mark for mark in args[1:] if isinstance(mark, FieldsOf)), None)
         converted = _convert_fields(fields, value, path) if fields else _convert(args[0], value, path)
@@ -271,6 +273,14 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r}; it must be of type {kind.__name__}")
     return value
+
+
+def _is_group(kind: Any) -> bool:
+    """Whether a field of this type may hold keys."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Annotated, typing.Union, types.UnionType):
+        return any(_is_group(arg) for arg in (args[:1] if origin is Annotated else args))
+    return dict in (kind, origin) or kind is Any or dataclasses.is_dataclass(kind)
 
 
 def _convert_fields(fields: FieldsOf, value: Any, path: str) -> dict[str, Any]:

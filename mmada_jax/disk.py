@@ -50,6 +50,10 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes | Iterable[bytes
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
         temporary.replace(path)
+    except OSError as error:  # that of a write names no file
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

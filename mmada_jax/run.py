@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mmada_jax import config as config_lib
-from mmada_jax import transformer, vq
+from mmada_jax import layout, transformer, vq
 from mmada_jax.arrays import open_params
 from mmada_jax.checkpoint import newest_params
 from mmada_jax.convert import in_memory, llada, magvit
@@ -157,6 +157,11 @@ def plan(
 
     `vq_config` is given where the image tokenizer is yet to be trained. `start` says that a run
     without checkpoints begins: what it starts from is opened, and must fit."""
+    for name in ("mixture", "data", "held_out"):
+        known = [f"{name}.{task}" for task in layout.TASKS]
+        for task in getattr(run, name):
+            if task not in layout.TASKS:
+                raise ValueError(config_lib.unknown_key(f"{name}.{task}", known))
     rows_per_task(run.mixture, run.batch_size)
     if not run.data:
         raise ValueError(

@@ -137,11 +137,11 @@ def _hash(path: pathlib.Path) -> str:
 
 
 def _is_recent(workdir: pathlib.Path) -> bool:
-    """Whether the arrays in a workdir or a checkpoint are of a version that writes hashes of the other
-    files too."""
-    arrays = newest_step(workdir) if has_step(workdir) else workdir / "params"
+    """Whether the newest step is of a version that writes hashes of the other files too."""
+    if not has_step(workdir):
+        return False
     try:
-        return files.read_json(arrays / MANIFEST, dict).get("version", 1) >= VERSION
+        return files.read_json(newest_step(workdir) / MANIFEST, dict).get("version", 1) >= VERSION
     except (OSError, ValueError):
         return False  # which is found where the step is read
 

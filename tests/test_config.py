@@ -408,6 +408,9 @@ def test_what_is_typed_is_read_as_the_field_has_it(command_line):
         ("lss.eps=1", "unknown config key 'lss.eps'; did you mean 'loss.eps'"),
         ("dota.lm.words.path=x", "key 'dota.lm.words.path'; did you mean 'data.lm.words.path'"),
         ("model.n_layer.x=1", "key 'model.n_layer.x'; did you mean 'model.n_layers.x'"),
+        ("optim.clip.x=1", "unknown config key 'optim.clip.x'; optim.clip is no group of keys"),
+        ("init.path.x=1", "unknown config key 'init.path.x'; init is no group of keys"),
+        ("mesh.data.x=1", "unknown config key 'mesh.data.x'; mesh.data is no group of keys"),
         ("optim.lr=1" + "0" * 400, "optim.lr is inf; it must be at least 0"),
         ("n_layers=1", "unknown config key 'n_layers'; did you mean 'model.n_layers'"),
         (

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from mmada_jax import metrics
-from mmada_jax.disk import Growing
+from mmada_jax.disk import Growing, write_whole
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -195,6 +195,14 @@ def test_a_disk_that_stays_full_costs_rows_and_says_how_many(tmp_path, full, cap
     full(1 << 30)
     assert "the last 49 rows of" in capsys.readouterr().err
     assert losses(tmp_path) == {1: 1.0}
+
+
+def test_a_file_that_a_full_disk_refuses_is_named(tmp_path, full):
+    full(10)
+    with pytest.raises(OSError, match=r"config\.json"):
+        write_whole(tmp_path / "config.json", "x" * 100)
+    full(1 << 30)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_on_a_full_disk_starts_and_keeps_the_rows_that_are_there(tmp_path, full):

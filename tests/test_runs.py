@@ -229,6 +229,16 @@ WRONG = {
     "held-out sources": (
         {"eval_every": 2, "held_out": {}}, r"rows of 't2i' and config.held_out.t2i no source"
     ),
+    "a task misspelt in data": (
+        {"data.lmm": {"x": {"path": "x"}}},
+        r"unknown config key 'data.lmm'; did you mean 'data.lm'",
+    ),
+    "a task misspelt in held_out": ({"held_out.t2l": {}}, r"'held_out.t2l'; did you mean 'held_out.t2i'"),
+    "a task misspelt in mixture": ({"mixture.mmuu": 1}, r"'mixture.mmuu'; did you mean 'mixture.mmu'"),
+    "too few ids for the bytes": (
+        {"text_tokenizer": "", "text_vocab": 100},
+        r"tokenizer of 100 ids has no room .* text_vocab must be at least \d+$",
+    ),
     "task without a source": ({"mixture.r2i": 1}, r"rows of 'r2i' and config.data.r2i no source"),
     "length": ({"max_text": 300}, "lower max_text"),
     "image size": ({"image_size": 9}, "isn't a multiple of the image tokenizer's 2 pixels; choose 8"),

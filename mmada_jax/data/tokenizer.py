@@ -81,7 +81,15 @@ class TextTokenizer:
     def train(cls, corpus: Iterable[str | Template], size: int) -> "TextTokenizer":
         """A byte-level BPE of at most `size` ids, the control tokens first, <think> and </think> last.
 
-        Numbers below twenty are single tokens where the corpus has them; others are digits."""
+        Numbers below twenty are single tokens where the corpus has them; others are digits. Raises
+        ValueError if `size` has no room for the bytes and the control tokens."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        least = len(alphabet) + len(SPECIAL_TOKENS) + 2
+        if size < least:
+            raise ValueError(
+                f"a text tokenizer of {size} ids has no room for all bytes and the control tokens; "
+                f"text_vocab must be at least {least}"
+            )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(r"1\d|\d|\n"), "isolated"),
@@ -91,7 +99,7 @@ class TextTokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=size - 2,
             special_tokens=[CONTROL[name] for name in SPECIAL_TOKENS],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            initial_alphabet=alphabet,
             show_progress=False,
         )
         tokenizer.train_from_iterator(map(str, corpus), trainer)
