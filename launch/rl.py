@@ -10,6 +10,7 @@ over every reveal of every rollout. That takes one process; where several train,
 those of launch/train.py do.
 """
 
+import functools
 import os
 import sys
 
@@ -19,8 +20,9 @@ from absl import flags, logging
 
 from launch import run
 from launch.train import CONFIG, WORKDIR, connect
+from mmada_jax.config import from_dict
 from mmada_jax.rl.diagnose import diagnose
-from mmada_jax.rl.train import train
+from mmada_jax.rl.train import RLRun, train
 from mmada_jax.rl.unigrpo import MASKINGS
 
 DIAGNOSE = flags.DEFINE_bool("diagnose", False, "Measure the gradients of maskings; train nothing.")
@@ -33,7 +35,8 @@ def main(argv):
     logging.set_verbosity(logging.FATAL)  # what Orbax would log of an error is in what is reported of it
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
-    connect("launch/rl.py --diagnose" if DIAGNOSE.value else "launch/rl.py")
+    program = "launch/rl.py --diagnose" if DIAGNOSE.value else "launch/rl.py"
+    connect(program, functools.partial(from_dict, RLRun))
     if not DIAGNOSE.value:
         train(CONFIG.value, WORKDIR.value)
         return

@@ -12,6 +12,8 @@ All need the same workdir, on a file system that they share.
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -21,7 +23,9 @@ from ml_collections import config_flags
 
 from configs import vq
 from launch import keep_memory, run
+from mmada_jax.config import to_dict
 from mmada_jax.distributed import initialize_distributed, together
+from mmada_jax.run import parse
 from mmada_jax.train import check, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
@@ -38,13 +42,15 @@ DISTRIBUTED = flags.DEFINE_bool(
 TIMEOUT = flags.DEFINE_integer("connect_timeout", 300, "Seconds to wait for the other processes.")
 
 
-def connect(program: str) -> None:
-    """Meets the other processes of the run; all must run the same program with the same configuration."""
+def connect(program: str, parse: Callable[[Any], Any] = parse) -> None:
+    """Meets the other processes of the run; all must run the same program with the same configuration,
+    which `parse` makes whole."""
     initialize_distributed(
         COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, DISTRIBUTED.value, TIMEOUT.value
     )
     with together(program, TIMEOUT.value) as same:
-        same |= {"config": CONFIG.value.to_dict(), "workdir": os.path.abspath(WORKDIR.value)}
+        config = to_dict(parse(CONFIG.value))
+        same |= {"config": config, "workdir": os.path.abspath(WORKDIR.value)}
     with together(program, TIMEOUT.value) as same:  # devices are asked for when all are sure to do so
         same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}
     keep_memory()

@@ -137,11 +137,11 @@ def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, 
 # Runs of both programs, one after the other, in a process of two.
 RUNS = """
 import json, sys
-from mmada_jax import sharding, train
+from mmada_jax import distributed, train
 from mmada_jax.rl import train as rl
 
 address, number, runs = sys.argv[1:]
-sharding.initialize_distributed(address, 2, int(number))
+distributed.initialize_distributed(address, 2, int(number))
 for config, workdir in json.loads(runs):
     (rl if config["program"] == "rl" else train).train(config, workdir)
 """
