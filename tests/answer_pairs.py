@@ -193,6 +193,8 @@ RIGHT = [
     ("50 cents", "50"), ("B", "The answer is b."), ("B", "[B]"), ("B", "{B}"), ("B", "B - 12 cm"),
     ("B", "Ans: B"), ("B", "B is the correct answer."), ("B", "Option B is correct."),
     ("x=1,y=2", "(1,2)"), ("x=1, y=2", "y=2, x=1"), ("x=1,y=2", "x = 1 and y = 2"),
+    ("2024-01-05", "2024-01-05"), ("2024-01-05", "It is 2024-01-05."), ("12/25/2020", "12/25/2020"),
+    ("incorrect", "The claim is incorrect."), ("5", "4 is wrong. The answer is 5."),
 ]  # fmt: skip
 
 WRONG = [
@@ -340,4 +342,8 @@ WRONG = [
     ("B", "B is incorrect"), ("B", "Option B is wrong; the answer is C"), ("B", "B is not right"),
     ("50 cents", "$50"), ("50 cents", "$0.05"), ("18", "A: 17"), ("B", "[A]"), ("B", "The answer is a."),
     ("$5,000", "$5"), ("(1,2,3)", r"\langle 1, 3, 2\rangle"), ("x^2", "x*2"),
+    ("2024-01-05", "2024-05-01"), ("2024-01-05", "2018"), ("12/25/2020", "12/24/2020"),
+    ("5", "5 is wrong"), ("5", "5 is not the answer"), ("5", "I don't think it's 5"),
+    ("yes", "yes is wrong"),
+    ("5", "The answer 5 is wrong."), ("5", "5 or more"), ("5", "5 isn't right"),
 ]  # fmt: skip

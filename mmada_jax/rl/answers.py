@@ -180,8 +180,16 @@ _STATES = re.compile(
 )
 # What stands before a number that isn't the answer.
 _BOUNDS = re.compile(
-    r"(?:(?:\bnot|\bnever|n't)(?:\s+(?:be|equal|equal to))?|\b(?:or|than|least|most|up to|over|under|above|"
+    r"(?:(?:\bnot|\bnever|n't)(?:\s+(?:be|equal|equal to|(?:think|believe)\s.{0,15}))?|"
+    r"\b(?:or|than|least|most|up to|over|under|above|"
     r"below)|[+*/^<>]|\d\s*-)$",
+    re.IGNORECASE,
+)
+# A sentence that only says what isn't right.
+_DENIAL = re.compile(
+    r"[^!?\n]{0,80}(?:\b(?:is|are) (?:wrong|incorrect)|"
+    r"(?:\b(?:is|are) not|n't) (?:the )?(?:right|correct|answer))"
+    r"(?: answer)?",
     re.IGNORECASE,
 )
 # x = 2 and x = 5
@@ -213,6 +221,8 @@ def verdict(wanted: str, completion: str) -> float | tuple[str, str]:
     if wanted == found:
         return 1.0
     want, answer = plain(wanted), plain(found)
+    if _DENIAL.fullmatch(answer) and not _DENIAL.fullmatch(f"it is {want}"):
+        return 0.0
     if want == answer or (want.lower() == answer.lower() and not re.search(r"\d", want)):
         return 1.0
     if _CHOICE.fullmatch(want) and want.upper() == want:
@@ -222,6 +232,8 @@ def verdict(wanted: str, completion: str) -> float | tuple[str, str]:
         return float(letter == labelled[1]) if letter else verdict(labelled[2], found)
     if re.fullmatch(r"\d+(\s*:\s*\d+)+", want):
         return float(_ratio(want) in [_ratio(part) for part in _stated(answer)])
+    if re.fullmatch(r"\d+([-/])\d+\1\d+", want):  # a date
+        return float(want in _stated(answer))
     if based := _BASED.fullmatch(want):  # 52_8, a number of base 8
         parts = [_BASED.fullmatch(part.replace(" ", "")) for part in _stated(answer)]
         numbers = [(part[1], _BASES.get(part[2], part[2])) for part in parts if part]

@@ -66,6 +66,8 @@ def read(text: str) -> Quantity | None:
         value, places, rest = value * 1000, None, rest[1:].strip()  # 70k
     while scale := _SCALE.match(rest):
         value, places, rest = value * _SCALES[scale[1].lower()], None, rest[scale.end() :].strip()
+    if _BOUND.match(rest):
+        return None
     percent = _PERCENT.match(rest)
     if percent:
         value, places = value / 100, None if places is None else places + 2
@@ -126,6 +128,9 @@ _START = re.compile(
     re.IGNORECASE,
 )
 _SCALE = re.compile(r"-?(hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
+_BOUND = re.compile(
+    r"(?:or|and)\s+(?:more|less|fewer|above|below|over|under|higher|lower)\b", re.IGNORECASE
+)
 _PERCENT = re.compile(r"%|per ?cent(?:age)?\b|pct\b", re.IGNORECASE)
 
 _GROUPS = (
