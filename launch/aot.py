@@ -27,9 +27,9 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from launch import fail
-from mmada_jax import chips
 from mmada_jax.config import from_dict, parse_flags
-from mmada_jax.run import ModelRun, parse
+from mmada_jax.devices import chips
+from mmada_jax.train.runs import ModelRun, parse
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:8b,phase=3.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "As v5p:4x4x4 or v5p-128; of one slice.")
@@ -52,8 +52,8 @@ def main(argv):
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
     topology = chips.topology(TOPOLOGY.value, SLICES.value)
-    from mmada_jax import aot
-    from mmada_jax.rl.train import RLRun
+    from mmada_jax.train.rl.loop import RLRun
+    from mmada_jax.train.supervised import aot
 
     is_rl = CONFIG.value.program == "rl"
     run = from_dict(RLRun, CONFIG.value) if is_rl else parse(CONFIG.value)

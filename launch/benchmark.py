@@ -37,9 +37,12 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a bare checkout will do
 
-from mmada_jax import corrupt, denoise, layout, loss, sharding, transformer  # noqa: E402
-from mmada_jax.convert import llada  # noqa: E402
-from mmada_jax.vocab import Vocab  # noqa: E402
+from mmada_jax.devices import sharding  # noqa: E402
+from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
+from mmada_jax.nets import transformer  # noqa: E402
+from mmada_jax.tokens import layout  # noqa: E402
+from mmada_jax.tokens.vocab import Vocab  # noqa: E402
+from mmada_jax.weights import llada  # noqa: E402
 
 VOCAB = Vocab(
     image_offset=128, codebook_size=128, rows=256, bos=1, eos=2, mask=3, pad=4, soi=5, eoi=6, t2i=7,
@@ -179,7 +182,7 @@ def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout
 
 
 def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[], Any]:
-    """The step of mmada_jax/train.py; gradient descent where its requirements are missing."""
+    """The step of mmada_jax/train/supervised.py; gradient descent where its requirements are missing."""
     root = jax.random.key(0)
 
     def prepare(key, batch):
@@ -193,8 +196,8 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
 
     init_params = functools.partial(transformer.init_params, config=config)
     try:
-        from mmada_jax import optim, train
-        from mmada_jax.state import init_state, state_shardings
+        from mmada_jax.train.supervised import optim, supervised
+        from mmada_jax.weights.state import init_state, state_shardings
     except ImportError as error:
         print(f"{error.name} is missing: our training step is gradient descent instead of AdamW")
         mesh, state = None, init_params(root)
@@ -217,8 +220,8 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
         with jax.set_mesh(mesh):
             state = init_state(root, init_params, optimizer, shardings)
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, batch))
-        objective = train.Objective(init_params, axes, prepare, loss_fn)
-        step_fn = train.make_step(objective, optimizer, mesh, shardings)
+        objective = supervised.Objective(init_params, axes, prepare, loss_fn)
+        step_fn = supervised.make_step(objective, optimizer, mesh, shardings)
 
     def run():
         nonlocal state
@@ -237,7 +240,7 @@ def load_twin(params: Any, config: transformer.Config) -> tuple[Any, str | None]
     try:
         import torch
 
-        modeling = module("mmada_jax/convert/modeling_mmada.py")
+        modeling = module("mmada_jax/weights/modeling_mmada.py")
     except ImportError as error:
         return None, f"{error.name} is missing, ours is timed alone"
     backend = jax.default_backend()

@@ -30,7 +30,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jax
 import jax.numpy as jnp
 
-from mmada_jax.attention import attention
+from mmada_jax.kernels.attention import attention
 
 # Rows, queries, keys, query heads, key heads: the three lengths of pretraining, grouped queries, and a
 # block of a decoding against a cache.
@@ -218,7 +218,8 @@ def schedules(topology):
 
 def compile_one(shape, implementation, topology):
     """Compiles forward and backward of one head for a TPU; the compiler leaves its schedules."""
-    from mmada_jax import aot, chips, sharding
+    from mmada_jax.devices import chips, sharding
+    from mmada_jax.train.supervised import aot
 
     mesh = sharding.make_mesh(devices=aot.devices(chips.topology(topology)))
     B, (_, S, T, _, _), H = mesh.size, shape, 8

@@ -26,8 +26,11 @@ sys.path.insert(0, str(ROOT))
 import ml_dtypes  # noqa: E402
 import numpy as np  # noqa: E402
 
-from mmada_jax import convert  # noqa: E402
-from mmada_jax.convert import hub, llada  # noqa: E402
+from mmada_jax.weights import (  # noqa: E402
+    hub,
+    lazy,
+    llada,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -88,7 +91,7 @@ def make(folder: pathlib.Path, shrink: int) -> int:
         return np.resize(np.roll(pool, rng.integers(len(pool))), shape)
 
     table = llada.key_table(llada.config_from_hf(values))
-    tensors = {key: convert.Lazy(rule.torch_shape, pool.dtype, random) for key, rule in table.items()}
+    tensors = {key: lazy.Lazy(rule.torch_shape, pool.dtype, random) for key, rule in table.items()}
     hub.write_tensors(folder, tensors, shard=hub.SHARD // shrink**2)
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -130,10 +133,10 @@ def fingerprint(folder: pathlib.Path) -> str:
     """The hash of all tensors of a folder."""
     state = hub.read_tensors(folder)
     tensors = {
-        key: convert.Lazy(tensor.shape, tensor.dtype, lambda index, tensor=tensor: tensor[index])
+        key: lazy.Lazy(tensor.shape, tensor.dtype, lambda index, tensor=tensor: tensor[index])
         for key, tensor in state.items()
     }
-    return convert.sha256(tensors)
+    return lazy.sha256(tensors)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw  # noqa: E402
 
 from mmada_jax.data import pipeline, sources  # noqa: E402
 from mmada_jax.data.records import Record, pack  # noqa: E402
-from mmada_jax.data.tokenizer import TextTokenizer, chat  # noqa: E402
+from mmada_jax.tokens.tokenizer import TextTokenizer, chat  # noqa: E402
 
 CODEBOOK, DOWN, MAX_TEXT = 8192, 16, 128
 ROWS = {"t2i": 8, "mmu": 8}

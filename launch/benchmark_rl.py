@@ -26,17 +26,18 @@ import numpy as np
 
 from configs import unigrpo as config_file
 from launch import fail
-from mmada_jax import evaluate, metrics
-from mmada_jax.api import MMaDA
 from mmada_jax.data import digits
-from mmada_jax.denoise import ImageRule
+from mmada_jax.diffusion.denoise import ImageRule
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
-from mmada_jax.manifest import fingerprint
-from mmada_jax.rl.rewards import Combined
-from mmada_jax.rl.train import train
-from mmada_jax.rl.unigrpo import MASKINGS
-from mmada_jax.workdir import check_workdir, claim_workdir, has_step, newest_step
+from mmada_jax.measure import evaluate
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.train.rl.loop import train
+from mmada_jax.train.rl.rewards.functions import Combined
+from mmada_jax.train.rl.unigrpo import MASKINGS
+from mmada_jax.train.supervised import metrics
+from mmada_jax.weights.manifest import fingerprint
+from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, newest_step
 
 # Cases of a metric that isn't sampled as in a rollout.
 MOST = 400

@@ -23,7 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_attention import repeats, time_in_turns
 
-from mmada_jax import chips, loss, transformer
+from mmada_jax.devices import chips
+from mmada_jax.diffusion import loss
+from mmada_jax.nets import transformer
 
 
 def main(argv=None):

@@ -25,9 +25,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import logging
 
 from launch import fail
-from mmada_jax.checkpoint import trust
-from mmada_jax.convert import DTYPES
-from mmada_jax.convert.folder import from_torch, inspect, to_torch
+from mmada_jax.weights.checkpoint import trust
+from mmada_jax.weights.folder import from_torch, inspect, to_torch
+from mmada_jax.weights.lazy import DTYPES
 
 
 def parser() -> argparse.ArgumentParser:

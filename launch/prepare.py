@@ -31,13 +31,15 @@ from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from launch import fail
-from mmada_jax import convert, files, sharding
-from mmada_jax.convert.folder import open_folder
+from mmada_jax import files
 from mmada_jax.data import images, sources
 from mmada_jax.data.records import LeftOut, Record, pack
-from mmada_jax.metrics import Progress
-from mmada_jax.vision import Vision
-from mmada_jax.workdir import locked
+from mmada_jax.devices import sharding
+from mmada_jax.model.vision import Vision
+from mmada_jax.train.metrics import Progress
+from mmada_jax.weights import lazy
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.workdir import locked
 
 # Images that a device encodes at a time; records that go through together where none does.
 IMAGES, RECORDS = 8, 64
@@ -266,7 +268,7 @@ class Encoder:
                 f"images are to have 3 and {size}"
             )
         self.size, self.codes = size, (size // down) ** 2
-        self.sha256 = convert.sha256(folder.tensors())
+        self.sha256 = lazy.sha256(folder.tensors())
         side = size // down
         self._vision = Vision.place(folder.params, folder.config, (side, side), sharding.make_mesh())
         self.batch = IMAGES * self._vision.mesh.size

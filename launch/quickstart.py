@@ -26,15 +26,16 @@ from PIL import Image
 
 from configs import cot, pretrain, unigrpo, vq
 from launch import benchmark_rl, fail, keep_memory
-from mmada_jax import evaluate, metrics
-from mmada_jax.api import MMaDA
 from mmada_jax.data import digits
-from mmada_jax.data.tokenizer import split_thought
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
-from mmada_jax.rl import train as rl
-from mmada_jax.train import train
-from mmada_jax.vq import to_uint8
+from mmada_jax.measure import evaluate
+from mmada_jax.nets.vq import to_uint8
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.tokens.tokenizer import split_thought
+from mmada_jax.train import metrics
+from mmada_jax.train.rl import loop as rl
+from mmada_jax.train.supervised import train
 
 
 class Cases(NamedTuple):

@@ -21,9 +21,9 @@ from absl import flags, logging
 from launch import run
 from launch.train import CONFIG, WORKDIR, connect
 from mmada_jax.config import from_dict
-from mmada_jax.rl.diagnose import diagnose
-from mmada_jax.rl.train import RLRun, train
-from mmada_jax.rl.unigrpo import MASKINGS
+from mmada_jax.train.rl.diagnose import diagnose
+from mmada_jax.train.rl.loop import RLRun, train
+from mmada_jax.train.rl.unigrpo import MASKINGS
 
 DIAGNOSE = flags.DEFINE_bool("diagnose", False, "Measure the gradients of maskings; train nothing.")
 COMPARED = flags.DEFINE_list("maskings", list(MASKINGS), "What --diagnose compares.")

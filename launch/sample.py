@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from launch import fail
-from mmada_jax.api import MMaDA
 from mmada_jax.data.images import open_image, to_mask
+from mmada_jax.serve.api import MMaDA
 
 TASKS = {
     "text": "answers questions in text",

@@ -47,12 +47,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from launch import fail
-from mmada_jax import metrics
 from mmada_jax.config import parse_flags, set_key, to_dict, unknown_key
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
-from mmada_jax.run import parse
-from mmada_jax.workdir import locked
+from mmada_jax.train.runs import parse
+from mmada_jax.train.supervised import metrics
+from mmada_jax.weights.workdir import locked
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the trials' folders and the tables go.")

@@ -24,9 +24,9 @@ from ml_collections import config_flags
 from configs import vq
 from launch import keep_memory, run
 from mmada_jax.config import to_dict
-from mmada_jax.distributed import initialize_distributed, together
-from mmada_jax.run import parse
-from mmada_jax.train import check, train
+from mmada_jax.devices.distributed import initialize_distributed, together
+from mmada_jax.train.runs import parse
+from mmada_jax.train.supervised import check, train
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")

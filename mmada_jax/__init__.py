@@ -13,7 +13,7 @@ __all__ = ["ImageRule", "MMaDA", "TextRule"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mmada_jax import api
+    from mmada_jax.serve import api
 
     return getattr(api, name)
 

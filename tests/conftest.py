@@ -93,11 +93,11 @@ def smoke_config():
 
 def save_params(workdir, config, params, opt_state=None, texts=None):
     """A workdir as training leaves it, but with these params."""
-    from mmada_jax.checkpoint import Checkpoints
     from mmada_jax.config import to_dict
-    from mmada_jax.run import parse
-    from mmada_jax.state import TrainState
-    from mmada_jax.workdir import claim_workdir
+    from mmada_jax.train.runs import parse
+    from mmada_jax.weights.checkpoint import Checkpoints
+    from mmada_jax.weights.state import TrainState
+    from mmada_jax.weights.workdir import claim_workdir
 
     claim_workdir(workdir, to_dict(parse(config)), texts)
     with Checkpoints(workdir) as checkpoints:
@@ -108,7 +108,7 @@ def save_params(workdir, config, params, opt_state=None, texts=None):
 def image_tokenizer(tmp_path_factory):
     """Workdir of an untrained image tokenizer."""
     from configs import vq as vq_config
-    from mmada_jax import vq
+    from mmada_jax.nets import vq
 
     workdir = tmp_path_factory.mktemp("image_tokenizer")
     params = jax.jit(lambda key: vq.init_params(key, vq.PRESETS["digits"]))(jax.random.key(0))
@@ -119,11 +119,12 @@ def image_tokenizer(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model_workdir(smoke_config, image_tokenizer, tmp_path_factory):
     """Workdir of an untrained model."""
-    from mmada_jax import run, transformer
+    from mmada_jax.nets import transformer
+    from mmada_jax.train.supervised import runs
 
     workdir = tmp_path_factory.mktemp("model")
     config = smoke_config | {"image_tokenizer": str(image_tokenizer)}
-    plan = run.plan(run.parse(config), workdir)
+    plan = runs.plan(runs.parse(config), workdir)
     texts = {"tokenizer.json": plan.tokenizer.to_json()}
     save_params(workdir, config, transformer.init_params(jax.random.key(0), plan.model), texts=texts)
     return workdir

@@ -9,8 +9,11 @@ import sys
 import pytest
 
 from configs import pretrain, unigrpo
-from mmada_jax import aot, chips, config, run, vocab
-from mmada_jax.rl.train import RLRun
+from mmada_jax import config
+from mmada_jax.devices import chips
+from mmada_jax.tokens import vocab
+from mmada_jax.train.rl.loop import RLRun
+from mmada_jax.train.supervised import aot, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 # An 8B step in small: the same program, heads as wide, in seconds instead of minutes.
@@ -177,52 +180,52 @@ def test_training_on_it_says_what_is_missing(tmp_path):
 
 def test_sizes_of_ones_own_are_those_of_the_configuration_and_its_tokenizers(model_workdir, smoke_config):
     # As training in that workdir would have them.
-    own = run.parse(smoke_config | {"image_tokenizer": str(run.parse(
+    own = runs.parse(smoke_config | {"image_tokenizer": str(runs.parse(
         json.loads((model_workdir / "config.json").read_text())).image_tokenizer)})  # fmt: skip
     what = aot.subject(own, "train", workdir=model_workdir)
-    plan = run.plan(own, model_workdir)
+    plan = runs.plan(own, model_workdir)
     assert what.length == plan.max_text + plan.n_image + 3
     assert what.model == plan.model
     draw = aot.subject(own, "draw", workdir=model_workdir)
     assert draw.logits == 2 * own.batch_size * plan.n_image * plan.vocab.codebook_size
     # From scratch, with the image tokenizer that training makes first.
-    scratch = run.parse(smoke_config | {"image_tokenizer": ""})
+    scratch = runs.parse(smoke_config | {"image_tokenizer": ""})
     assert aot.subject(scratch, "train").length == what.length
     with pytest.raises(FileNotFoundError, match=r"no image tokenizer: .*elsewhere is no workdir"):
-        aot.subject(run.parse(smoke_config | {"image_tokenizer": "../elsewhere"}), "train")
+        aot.subject(runs.parse(smoke_config | {"image_tokenizer": "../elsewhere"}), "train")
 
 
 def test_what_it_starts_from_gives_the_vocabulary(model_workdir, smoke_config):
     values = json.loads((model_workdir / "config.json").read_text())
-    started = run.parse(values | {"init": str(model_workdir), "text_vocab": 0})
+    started = runs.parse(values | {"init": str(model_workdir), "text_vocab": 0})
     what = aot.subject(started, "train", workdir=model_workdir.parent / "next")
-    assert what.model.vocab == run.plan(run.parse(values), model_workdir).model.vocab
+    assert what.model.vocab == runs.plan(runs.parse(values), model_workdir).model.vocab
 
 
 def test_sizes_of_reinforcement_learning_are_those_of_its_start(model_workdir):
     values = unigrpo.get_config("digits,smoke").to_dict() | {"init": str(model_workdir)}
     own = config.from_dict(RLRun, values)
     model = aot.rl_model(own, model_workdir.parent / "rl")
-    plan = run.plan(run.parse(json.loads((model_workdir / "config.json").read_text())), model_workdir)
+    plan = runs.plan(runs.parse(json.loads((model_workdir / "config.json").read_text())), model_workdir)
     assert (model.vocab, model.grid, model.max_text) == (plan.vocab, plan.grid, plan.max_text)
     assert aot.subject(own, "score", workdir=model_workdir.parent / "rl").model == model.config
 
 
 def test_the_published_model_needs_no_files(tmp_path):
-    known = run.parse(pretrain.get_config("8b,phase=3").to_dict())
-    plan = run.foresee(known, tmp_path / "none")
+    known = runs.parse(pretrain.get_config("8b,phase=3").to_dict())
+    plan = runs.foresee(known, tmp_path / "none")
     assert (plan.vocab, plan.grid, plan.model.vocab) == (vocab.LLADA, (32, 32), 134656)
     # Its own tokenizer counts where there is one.
     (tmp_path / "magvitv2").mkdir()
     with pytest.raises(FileNotFoundError, match=f"no image tokenizer: .*{tmp_path.name}/magvitv2"):
-        run.foresee(known, tmp_path / "none")
+        runs.foresee(known, tmp_path / "none")
 
 
 @pytest.mark.aot
 def test_a_model_of_ones_own_is_compiled(model_workdir):
-    own = run.parse(json.loads((model_workdir / "config.json").read_text()))
+    own = runs.parse(json.loads((model_workdir / "config.json").read_text()))
     report = aot.report(own, chips.topology("v5e:2x2"), workdir=model_workdir)
-    plan = run.plan(own, model_workdir)
+    plan = runs.plan(own, model_workdir)
     assert report["fits"]
     assert (report["row_length"], report["vocabulary"]) == (
         plan.max_text + plan.n_image + 3,

@@ -12,15 +12,17 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mmada_jax import decode, layout, vision
-from mmada_jax.api import MMaDA
-from mmada_jax.checkpoint import Checkpoints
 from mmada_jax.data import digits, images
-from mmada_jax.data.tokenizer import CONTROL, chat
-from mmada_jax.denoise import ImageRule, TextRule
-from mmada_jax.inputs import Defaults
-from mmada_jax.results import Drawing, Text
-from mmada_jax.state import TrainState
+from mmada_jax.diffusion import decode
+from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.model import vision
+from mmada_jax.model.inputs import Defaults
+from mmada_jax.model.results import Drawing, Text
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.tokenizer import CONTROL, chat
+from mmada_jax.weights.checkpoint import Checkpoints
+from mmada_jax.weights.state import TrainState
 
 FAST = ImageRule(steps=3, guidance=1.0)
 

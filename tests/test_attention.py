@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax.attention import attention
 from mmada_jax.kernels import reference, tpu
+from mmada_jax.kernels.attention import attention
 
 
 def dense(q, k, v, q_valid, valid, soft=False):

@@ -5,7 +5,7 @@ import pytest
 
 from configs import unigrpo
 from launch import benchmark_rl
-from mmada_jax.api import MMaDA
+from mmada_jax.serve.api import MMaDA
 
 
 @pytest.mark.parametrize(

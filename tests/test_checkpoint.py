@@ -16,14 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import checkpoint, disk, optim, sharding, transformer
-from mmada_jax.arrays import open_params, write_params
-from mmada_jax.checkpoint import Checkpoints, newest_params, trust
-from mmada_jax.convert import Lazy
-from mmada_jax.convert.folder import open_folder
-from mmada_jax.manifest import MANIFEST, fingerprint, verify_manifest, write_manifest
-from mmada_jax.state import TrainState, all_finite, init_state, state_shardings
-from mmada_jax.workdir import (
+from mmada_jax import disk
+from mmada_jax.devices import sharding
+from mmada_jax.nets import transformer
+from mmada_jax.train.supervised import optim
+from mmada_jax.weights import checkpoint
+from mmada_jax.weights.arrays import open_params, write_params
+from mmada_jax.weights.checkpoint import Checkpoints, newest_params, trust
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.lazy import Lazy
+from mmada_jax.weights.manifest import MANIFEST, fingerprint, verify_manifest, write_manifest
+from mmada_jax.weights.state import TrainState, all_finite, init_state, state_shardings
+from mmada_jax.weights.workdir import (
     FILES,
     NAMES,
     check_files,
@@ -431,7 +435,7 @@ def test_a_workdir_has_one_owner_until_that_ends_and_readers_need_not_wait(tmp_p
 
 
 def test_a_killed_owner_leaves_no_lock(tmp_path):
-    program = "import sys, time; from mmada_jax.workdir import claimed\n"
+    program = "import sys, time; from mmada_jax.weights.workdir import claimed\n"
     program += "with claimed(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
@@ -583,7 +587,7 @@ def no_manifest():
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmada_jax.checkpoint.write_manifest", fail)
+        patch.setattr("mmada_jax.weights.checkpoint.write_manifest", fail)
         yield
 
 
@@ -675,7 +679,7 @@ def test_params_are_streamed_in_pieces_and_come_back_in_any_slice(tmp_path, monk
 
         return Lazy(array.shape, array.dtype, read)
 
-    monkeypatch.setattr("mmada_jax.convert.PIECE", 1 << 20)
+    monkeypatch.setattr("mmada_jax.weights.lazy.PIECE", 1 << 20)
     counted = []
     axes = transformer.param_axes(config)
     write_params(tmp_path / "params", jax.tree.map(lazy, arrays), axes, counted.append)

@@ -8,8 +8,8 @@ import pytest
 from conftest import load_golden, write_clip
 from PIL import Image
 
-from mmada_jax import clip
-from mmada_jax.convert import clip as clip_folder
+from mmada_jax.nets import clip
+from mmada_jax.weights import clip as clip_folder
 
 SETTINGS, ARRAYS = load_golden("clip")  # what transformers gives; goldens/make_clip.py made it
 EOS = SETTINGS["models"][0]["end"]

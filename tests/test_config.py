@@ -14,10 +14,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import mmada_jax
-from mmada_jax import config, run
-from mmada_jax.denoise import ImageRule, TextRule
+from mmada_jax import config
+from mmada_jax.diffusion.denoise import ImageRule, TextRule
 from mmada_jax.ranges import FieldsOf, OnlyWith, Range, Ranged, hints, without_effect
-from mmada_jax.rl.train import RLRun
+from mmada_jax.train.rl.loop import RLRun
+from mmada_jax.train.supervised import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def test_every_kind_of_field_is_read(wrap):
 
 def test_numbers_of_numpy_are_plain_ones():
     typed = {"steps": np.int64(3), "seed": np.uint8(2), "optim": {"lr": np.float32(0.5)}}
-    read = config.from_dict(run.ModelRun, {"program": "model", "batch_size": np.int16(1), **typed})
+    read = config.from_dict(runs.ModelRun, {"program": "model", "batch_size": np.int16(1), **typed})
     assert (read.steps, read.seed, read.optim.lr) == (3, 2, 0.5)
     json.dumps(config.to_dict(read))
 
@@ -150,7 +151,7 @@ def test_a_misspelt_argument_names_the_nearest():
 )
 def test_numbers_that_a_run_can_not_mean(values, message):
     with pytest.raises(ValueError, match=message):
-        run.parse({"program": "model", "steps": 1, "batch_size": 1} | values)
+        runs.parse({"program": "model", "steps": 1, "batch_size": 1} | values)
 
 
 # ---- Ranges ----------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def test_every_number_that_a_configuration_can_reach_has_a_range():
         for arg in typing.get_args(kind):
             yield from below(arg)
 
-    for root in (run.VQRun, run.ModelRun, RLRun, TextRule, ImageRule):
+    for root in (runs.VQRun, runs.ModelRun, RLRun, TextRule, ImageRule):
         for cls in below(root):
             assert issubclass(cls, Ranged), cls
     for name, cls in ALL.items():
@@ -275,13 +276,13 @@ def test_what_fields_mean_together_is_named_with_its_path():
 
 def test_options_without_effect_are_named():
     values = {"program": "model", "steps": 1, "batch_size": 1, "eval_rows": 8, "optim": {"spike_window": 9}}
-    said = list(without_effect(config.from_dict(run.ModelRun, values)))
+    said = list(without_effect(config.from_dict(runs.ModelRun, values)))
     assert said == [
         "optim.spike_window is 9, which has no effect: optim.spike is 0.0, not set",
         "eval_rows is 8, which has no effect: eval_every is 0, not set",
     ]
     values |= {"eval_every": 1, "optim": {"spike_window": 9, "spike": 2.0}}
-    assert not list(without_effect(config.from_dict(run.ModelRun, values)))
+    assert not list(without_effect(config.from_dict(runs.ModelRun, values)))
     deep = config.from_dict(RLRun, NEEDED["rl.train.RLRun"] | {"objective": {"trace_next": 9}})
     assert list(without_effect(deep)) == [
         "objective.trace_next is 9, which has no effect: objective.masking is 'unigrpo', not 'trace'"
@@ -355,8 +356,8 @@ def example(kind, limits=None):
 @pytest.mark.parametrize(
     ("cls", "base"),
     [
-        (run.ModelRun, SHORT),
-        (run.VQRun, {"program": "vq", "steps": 1, "batch_size": 1}),
+        (runs.ModelRun, SHORT),
+        (runs.VQRun, {"program": "vq", "steps": 1, "batch_size": 1}),
         (RLRun, NEEDED["rl.train.RLRun"]),
     ],
 )
@@ -387,14 +388,14 @@ def test_what_is_typed_is_read_as_the_field_has_it(command_line):
         "--config.optim.lr=1", "--config.mixture={'lm': 4}", "--config.optim.lr=2e-3", "--config.init=None",
     )  # fmt: skip
     assert left == ["program", "other"]
-    made = run.parse(value)
+    made = runs.parse(value)
     assert (made.steps, made.think_prompt, made.cut_long, made.loss_chunk) == (100, "5", True, None)
     assert made.model == {"n_layers": 3, "n_heads": 2}
     assert made.data["lm"]["more"].path == "b.txt" and made.data["lm"]["words"].text == "7"
     assert (made.optim.lr, made.mixture, made.init) == (0.002, {"lm": 4}, "None")
     assert not made.data_may_change
     assert json.loads(json.dumps(config.to_dict(made))) == config.to_dict(made)
-    assert config.from_dict(run.ModelRun, json.loads(json.dumps(config.to_dict(made)))) == made
+    assert config.from_dict(runs.ModelRun, json.loads(json.dumps(config.to_dict(made)))) == made
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     assert overrides["optim.lr"] == "2e-3" and overrides["model.n_heads"] == "2"
 
@@ -438,5 +439,5 @@ def test_what_is_typed_is_read_as_the_field_has_it(command_line):
 )
 def test_what_can_not_be_typed_is_one_line_with_its_path(command_line, option, message):
     with pytest.raises((ValueError, SystemExit)) as error:
-        run.parse(command_line(SHORT, f"--config.{option}")[0])
+        runs.parse(command_line(SHORT, f"--config.{option}")[0])
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -7,8 +7,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mmada_jax import transformer, vq
-from mmada_jax.convert import llada, magvit
+from mmada_jax.nets import transformer, vq
+from mmada_jax.weights import llada, magvit
 
 LM = transformer.Config(
     d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=48, vocab=40, max_len=32, dtype="float32"

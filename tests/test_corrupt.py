@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from mmada_jax import corrupt, layout, sharding
-from mmada_jax.corrupt import Config
-from mmada_jax.vocab import LLADA as V
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import corrupt
+from mmada_jax.diffusion.corrupt import Config
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import LLADA as V
 
 MAX_TEXT, N = 12, 16
 CHAT = [V.start_header, 5, V.end_header, 7, V.start_header, 6, V.end_header, 9, 10]

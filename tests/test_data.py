@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from mmada_jax.data import digits
-from mmada_jax.data.tokenizer import (
+from mmada_jax.tokens.tokenizer import (
     CONTROL,
     HEADERS,
     TEMPLATE,
@@ -22,7 +22,7 @@ from mmada_jax.data.tokenizer import (
     parse_chat,
     split_thought,
 )
-from mmada_jax.vocab import LLADA
+from mmada_jax.tokens.vocab import LLADA
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from mmada_jax import decode, hlo, sharding, transformer
-from mmada_jax.denoise import ImageRule, TextRule
-from mmada_jax.vocab import SPECIAL_TOKENS, Vocab
+from mmada_jax.devices import hlo, sharding
+from mmada_jax.diffusion import decode
+from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.nets import transformer
+from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 
 V = Vocab(64, 1024, rows=1088, **dict(zip(SPECIAL_TOKENS, range(12), strict=True)))
 MODEL = dataclasses.replace(transformer.PRESETS["tiny"], vocab=V.rows, d_model=32, d_mlp=32, n_layers=2)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import schedule
-from mmada_jax.denoise import (
+from mmada_jax.diffusion import schedule
+from mmada_jax.diffusion.denoise import (
     ImageRule,
     Rows,
     TextRule,
@@ -18,8 +18,8 @@ from mmada_jax.denoise import (
     denoise,
     transfer_quota,
     unfinished,
-)  # fmt: skip
-from mmada_jax.vocab import Vocab
+)
+from mmada_jax.tokens.vocab import Vocab
 
 V, D, B, L = 40, 8, 3, 20
 VOCAB = Vocab(

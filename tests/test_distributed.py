@@ -19,13 +19,13 @@ import pytest
 from PIL import Image
 
 from configs import cot, unigrpo
-from mmada_jax import distributed, metrics, optim, sharding
-from mmada_jax.checkpoint import Checkpoints
 from mmada_jax.data import digits
-from mmada_jax.distributed import initialize_distributed, several_processes
-from mmada_jax.run import parse
-from mmada_jax.state import state_shardings
-from mmada_jax.train import model_program
+from mmada_jax.devices import distributed, sharding
+from mmada_jax.devices.distributed import initialize_distributed, several_processes
+from mmada_jax.train.runs import parse
+from mmada_jax.train.supervised import metrics, model_program, optim
+from mmada_jax.weights.checkpoint import Checkpoints
+from mmada_jax.weights.state import state_shardings
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -137,13 +137,14 @@ def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, 
 # Runs of both programs, one after the other, in a process of two.
 RUNS = """
 import json, sys
-from mmada_jax import distributed, train
-from mmada_jax.rl import train as rl
+from mmada_jax.devices import distributed
+from mmada_jax.train import supervised
+from mmada_jax.train.rl import loop as rl
 
 address, number, runs = sys.argv[1:]
 distributed.initialize_distributed(address, 2, int(number))
 for config, workdir in json.loads(runs):
-    (rl if config["program"] == "rl" else train).train(config, workdir)
+    (rl if config["program"] == "rl" else supervised).train(config, workdir)
 """
 
 
@@ -376,8 +377,8 @@ def test_processes_that_disagree_end_with_one_line(other, free_port, tmp_path):
 
 SIGNALS = """
 import hashlib, os, signal, sys, threading, time, jax
-from mmada_jax import sharding
-from mmada_jax.distributed import watch_signals
+from mmada_jax.devices import sharding
+from mmada_jax.devices.distributed import watch_signals
 def send():
     for _ in range(int(sys.argv[1])):
         time.sleep(0.3)

@@ -80,7 +80,7 @@ def test_commands_name_what_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_python_names_what_exists(page):
-    import mmada_jax.api
+    import mmada_jax.serve.api
 
     for block in blocks(page, "python"):
         if block.lstrip().startswith('"'):
@@ -91,7 +91,7 @@ def test_python_names_what_exists(page):
                 assert all(hasattr(module, alias.name) for alias in node.names)
             of_model = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
             if of_model and node.value.id == "model":
-                assert hasattr(mmada_jax.api.MMaDA, node.attr), f"there is no model.{node.attr}"
+                assert hasattr(mmada_jax.serve.api.MMaDA, node.attr), f"there is no model.{node.attr}"
 
 
 def test_readme_is_read_in_ten_minutes():

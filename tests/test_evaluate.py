@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from mmada_jax import evaluate, layout, sharding, transformer
-from mmada_jax.vocab import SPECIAL_TOKENS, Vocab
+from mmada_jax.devices import sharding
+from mmada_jax.measure import evaluate
+from mmada_jax.nets import transformer
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 
 V = Vocab(40, 16, rows=64, **dict(zip(SPECIAL_TOKENS, range(12), strict=True)))
 MAX_TEXT, N = 12, 16

@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from mmada_jax import evaluate
 from mmada_jax.data import digits
+from mmada_jax.measure import evaluate
 
 SCANS = digits.load("test")
 

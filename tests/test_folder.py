@@ -18,13 +18,14 @@ import pytest
 from conftest import ROOT, golden_weights, load_golden
 from safetensors.numpy import load_file, save_file
 
-from mmada_jax import convert, sharding, transformer, vq
-from mmada_jax.api import MMaDA
-from mmada_jax.convert import folder, hub, llada, magvit
-from mmada_jax.convert.folder import from_torch, inspect, open_folder, to_torch
-from mmada_jax.data.tokenizer import chat
-from mmada_jax.denoise import ImageRule, TextRule
-from mmada_jax.inputs import Defaults
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.model.inputs import Defaults
+from mmada_jax.nets import transformer, vq
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.tokens.tokenizer import chat
+from mmada_jax.weights import folder, hub, lazy, llada, magvit
+from mmada_jax.weights.folder import from_torch, inspect, open_folder, to_torch
 
 CONVERT = str(ROOT / "launch" / "convert.py")
 FIELDS = load_golden("backbone_gqa")[0]["config"]
@@ -109,7 +110,7 @@ def call(*args):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("form", ["single", "sharded", "bin", "sharded bin"])
 def test_the_model_there_and_back(weights, tmp_path, form, dtype):
-    state = cast(weights, convert.DTYPES[dtype])
+    state = cast(weights, lazy.DTYPES[dtype])
     src = publish(tmp_path / "src", state, form=form)
     (src / "tokenizer_config.json").write_text('{"kept": true}')
     (src / "modeling_theirs.py").write_text("raise SystemExit('code that came with a checkpoint was run')")
@@ -165,14 +166,14 @@ def test_the_published_image_tokenizer_there_and_back(tmp_path):
 
 @pytest.mark.parametrize(("stored", "asked"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_dtype_casts_in_both_directions(weights, tmp_path, stored, asked):
-    state = cast(weights, convert.DTYPES[stored])
+    state = cast(weights, lazy.DTYPES[stored])
     src = publish(tmp_path / "src", state)
     from_torch(src, tmp_path / "cast", dtype=asked)
     to_torch(tmp_path / "cast", tmp_path / "back")
-    same_bits(hub.read_tensors(tmp_path / "back"), cast(state, convert.DTYPES[asked]))
+    same_bits(hub.read_tensors(tmp_path / "back"), cast(state, lazy.DTYPES[asked]))
     from_torch(src, tmp_path / "kept")
     to_torch(tmp_path / "kept", tmp_path / "back2", dtype=asked)
-    same_bits(hub.read_tensors(tmp_path / "back2"), cast(state, convert.DTYPES[asked]))
+    same_bits(hub.read_tensors(tmp_path / "back2"), cast(state, lazy.DTYPES[asked]))
     assert json.loads((tmp_path / "back2" / "config.json").read_text())["dtype"] == asked
 
 
@@ -196,7 +197,7 @@ def test_shards_have_a_limit_and_an_index(weights, tmp_path):
 
 
 def test_growing_llada_into_mmada(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("mmada_jax.convert.PIECE", 50_000)  # several pieces of embedding and head
+    monkeypatch.setattr("mmada_jax.weights.lazy.PIECE", 50_000)  # several pieces of embedding and head
     state = cast(weights, ml_dtypes.bfloat16)
     values = {k: v for k, v in VALUES.items() if k != "codebook_size"} | {"model_type": "llada"}
     src = publish(tmp_path / "src", state, values)
@@ -483,7 +484,7 @@ def test_a_conversion_that_is_killed_never_looks_finished(weights, tmp_path, way
         src = tmp_path / "ours"
     dst = tmp_path / "dst"
     # Reports the bytes it has written and waits there to be killed.
-    wait = "import time, mmada_jax.metrics as m; m.Progress.__call__ = lambda *_: time.sleep(60); "
+    wait = "import time, mmada_jax.train.metrics as m; m.Progress.__call__ = lambda *_: time.sleep(60); "
     script = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); {wait}"
     script += f"sys.argv = ['', {way!r}, '--src', {str(src)!r}, '--dst', {str(dst)!r}]; "
     script += f"runpy.run_path({CONVERT!r}, run_name='__main__')"
@@ -746,7 +747,7 @@ def test_logits_of_the_exported_folder(weights, tmp_path, transformers, dtype, t
     source = open_folder(tmp_path / "ours")
     assert source.dtype == dtype
     config = dataclasses.replace(source.config, dtype=dtype)
-    params = convert.in_memory(source.params)
+    params = lazy.in_memory(source.params)
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab, (3, 20)).astype(np.int32)
     valid = np.arange(20) >= np.array([[0], [7], [2]])
@@ -825,7 +826,7 @@ def test_codes_and_pixels_of_the_exported_image_tokenizer(transformers, tmp_path
     to_torch(tmp_path / "ours", tmp_path / "back")
     model = transformers.AutoModel.from_pretrained(tmp_path / "back", trust_remote_code=True)
     source = open_folder(tmp_path / "back")
-    params = convert.in_memory(source.params)
+    params = lazy.in_memory(source.params)
     with torch.inference_mode():
         pixels = torch.from_numpy(arrays["pixels"])
         latents, codes = model.encoder(pixels), model.get_code(pixels)
@@ -968,8 +969,8 @@ import os, pathlib, sys
 pid, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 import jax
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, pid)
-from mmada_jax import sharding
-from mmada_jax.convert.folder import open_folder
+from mmada_jax.devices import sharding
+from mmada_jax.weights.folder import open_folder
 source = open_folder(folder)
 mesh = sharding.make_mesh(fsdp=2)
 places = sharding.tree_shardings(mesh, source.axes, source.params)
@@ -1012,7 +1013,7 @@ def test_memory_does_not_grow_with_the_model(capfd):
     # holds that has only imported everything.
     spec = runpy.run_path(str(ROOT / "launch" / "benchmark_convert.py"))
     idle = subprocess.run(
-        [sys.executable, "-c", "import mmada_jax.convert.folder; print(open('/proc/self/status').read())"],
+        [sys.executable, "-c", "import mmada_jax.weights.folder; print(open('/proc/self/status').read())"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     idle_gb = int(idle.stdout.split("RssAnon:")[1].split()[0]) * 1024 / 1e9

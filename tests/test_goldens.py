@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from conftest import golden_weights, load_golden
 
-from mmada_jax import corrupt, denoise, layout, loss, optim, schedule, transformer, vq
-from mmada_jax.convert import llada, magvit
-from mmada_jax.vocab import LLADA, SPECIAL_TOKENS, Vocab
+from mmada_jax.diffusion import corrupt, denoise, loss, schedule
+from mmada_jax.nets import transformer, vq
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
+from mmada_jax.train.supervised import optim
+from mmada_jax.weights import llada, magvit
 
 BACKBONES = ("backbone_mha", "backbone_gqa")
 TEXT_RUNS = [(name, i) for name in BACKBONES for i in range(len(load_golden(name)[0]["C"]))]

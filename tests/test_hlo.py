@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mmada_jax import hlo
+from mmada_jax.devices import hlo
 
 # A loop of 8 rounds: a gather that blocks, one that is spread over two fusions, a sum with start and
 # done, a kernel, two products, one of them within a fusion. Then a loop whose end isn't known.

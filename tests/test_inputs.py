@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax import inputs
-from mmada_jax.data.tokenizer import TextTokenizer, chat
-from mmada_jax.denoise import ImageRule, TextRule
-from mmada_jax.inputs import Defaults
+from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.model import inputs
+from mmada_jax.model.inputs import Defaults
+from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 
 TURNS = [{"role": "user", "content": "7 + 8"}]
 DIRECTIONS = ("left", "right", "up", "down")

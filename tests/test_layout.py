@@ -3,8 +3,8 @@ import inspect
 import numpy as np
 import pytest
 
-from mmada_jax import layout
-from mmada_jax.vocab import LLADA as V
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import LLADA as V
 
 MAX_TEXT, N = 12, 6
 IMAGE = V.image_ids([0, 5, V.codebook_size - 1, 7, 7, 9])

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import loss, sharding
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import loss
 
 B, L, D, V = 2, 11, 6, 13
 RNG = np.random.default_rng(0)

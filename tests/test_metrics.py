@@ -16,8 +16,8 @@ import jax
 import pytest
 from PIL import Image
 
-from mmada_jax import metrics
 from mmada_jax.disk import Growing, write_whole
+from mmada_jax.train.supervised import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -96,7 +96,7 @@ def clock(monkeypatch):
 
 
 def test_a_row_tells_speed_waits_and_utilisation(tmp_path, clock, monkeypatch, capsys):
-    monkeypatch.setattr("mmada_jax.chips.peak_tflops", lambda kind: 5)
+    monkeypatch.setattr("mmada_jax.devices.chips.peak_tflops", lambda kind: 5)
     flops = 10**12 * jax.device_count()
     with metrics.Metrics(tmp_path, 100, flops_per_step=flops, began=990.0) as m:
         clock.now += 20  # compilation, and the first step

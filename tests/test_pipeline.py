@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax import layout, sharding, train, vq
 from mmada_jax.data import pipeline, records, sources
 from mmada_jax.data.pipeline import Pipeline, Shape, rows_per_task
 from mmada_jax.data.records import Record
-from mmada_jax.data.tokenizer import CONTROL, TextTokenizer, chat
-from mmada_jax.vision import Vision
+from mmada_jax.devices import sharding
+from mmada_jax.model.vision import Vision
+from mmada_jax.nets import vq
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.tokenizer import CONTROL, TextTokenizer, chat
+from mmada_jax.train.supervised import supervised
 
 MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
 SIDE, N_IMAGE, MAX_TEXT, CODES = 32, 4, 48, 64
@@ -478,9 +481,9 @@ def test_what_is_left_out_is_said_when_training_starts(monkeypatch, capsys):
     object.__setattr__(source, "ignored", {"no caption": 1200, "several images": 3})
     rows = types.SimpleNamespace(opened={"t2i": {"a": source, "b": Listed([Record("y")])}}, encodes=False)
     rows.places, rows.rows, rows.load = [("t2i", 0)], {"t2i": 1}, lambda *_: None
-    monkeypatch.setattr(train, "open_data", lambda *_: rows)
+    monkeypatch.setattr(supervised, "open_data", lambda *_: rows)
     with pytest.raises(AttributeError, match="no more is needed here"):
-        train.model_program(Nothing(), "workdir", None, Nothing())
+        supervised.model_program(Nothing(), "workdir", None, Nothing())
     assert capsys.readouterr().out == (
         "config.data.t2i.a: 1 records; left out: no caption 1,200, several images 3\n"
     )

@@ -18,13 +18,14 @@ from conftest import ROOT, golden_weights, load_golden
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mmada_jax import sharding, vq
-from mmada_jax.api import MMaDA
-from mmada_jax.convert import magvit
-from mmada_jax.convert.folder import inspect, open_folder
 from mmada_jax.data import images, sources
 from mmada_jax.data.records import LeftOut, Record, unpack
-from mmada_jax.vision import Vision
+from mmada_jax.devices import sharding
+from mmada_jax.model.vision import Vision
+from mmada_jax.nets import vq
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.weights import magvit
+from mmada_jax.weights.folder import inspect, open_folder
 
 PREPARE = str(ROOT / "launch" / "prepare.py")
 VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)

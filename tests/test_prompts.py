@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax.rl import prompts as prompts_lib
+from mmada_jax.train.rl import prompts as prompts_lib
 
 
 @pytest.fixture

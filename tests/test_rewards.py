@@ -13,11 +13,11 @@ import pytest
 from conftest import load_golden, write_clip
 
 from mmada_jax.data import digits
-from mmada_jax.rl import answers, rewards, workers
-from mmada_jax.rl import prompts as prompts_lib
-from mmada_jax.rl.answers import answer_of
-from mmada_jax.rl.rewards import Combined
-from mmada_jax.rl.workers import Unscored
+from mmada_jax.train.rl import prompts as prompts_lib
+from mmada_jax.train.rl.rewards import answers, functions, workers
+from mmada_jax.train.rl.rewards.answers import answer_of
+from mmada_jax.train.rl.rewards.functions import Combined
+from mmada_jax.train.rl.rewards.workers import Unscored
 from tests.answer_pairs import RIGHT, WRONG
 
 math_verify = pytest.mark.skipif(
@@ -75,7 +75,7 @@ def _seconds(function, *arguments):
 
 
 def test_exact_compares_strings():
-    got = score(rewards.exact(), ["12", "<think>1</think> 12", "12.0", ""], ["12", 12, "12", "12"])
+    got = score(functions.exact(), ["12", "<think>1</think> 12", "12.0", ""], ["12", 12, "12", "12"])
     np.testing.assert_array_equal(got, [1, 1, 0, 0])
     assert got.dtype == np.float32
 
@@ -97,7 +97,7 @@ def test_exact_compares_strings():
     ],
 )
 def test_format(completion, good):
-    assert score(rewards.well_formed(), [completion])[0] == good
+    assert score(functions.well_formed(), [completion])[0] == good
 
 
 def scores_of(reward, completions, answers):
@@ -110,7 +110,7 @@ def scores_of(reward, completions, answers):
 
 @pytest.fixture(scope="module")
 def correct():
-    reward = rewards.Correct(limit=60.0)
+    reward = functions.Correct(limit=60.0)
     yield reward
     reward.close()
 
@@ -136,7 +136,7 @@ def test_correct_knows_the_letters_of_choices():
         ("B", r"\boxed{\text{B}}", 1), ("B", "Answer: **B**", 1), ("B", "C", 0), ("B", "A B C", 0),
         ("B", "Both", 0), ("A", "A dog", 0), ("B", "(C) not B", 0),
     ]  # fmt: skip
-    got = score(rewards.Correct(), [found for _, found, _ in cases], [want for want, _, _ in cases])
+    got = score(functions.Correct(), [found for _, found, _ in cases], [want for want, _, _ in cases])
     assert got.tolist() == [want for _, _, want in cases]
 
 
@@ -157,7 +157,7 @@ def test_answers_of_any_length_are_read_soon(part):
 
 @math_verify
 def test_a_comparison_that_hangs_costs_its_row_alone():
-    correct = rewards.Correct(limit=1.0, workers=1)
+    correct = functions.Correct(limit=1.0, workers=1)
     answers = ["9^{9^{8^9}}", "3", "9^{9^{8^9}}", "1/2"]
     completions = ["9^{9^{9^9}}", "3.0", "9^{9^{9^9}}", "0.5"]
     caught = []
@@ -235,7 +235,7 @@ def test_what_libraries_compile_for_themselves_is_no_answer(correct):
 def run_guarded(source):
     """What a process that watches for code says to statements that use it (`guarded(function, *texts)`)."""
     head = (
-        "import sys\nfrom mmada_jax.rl import verifier\nsys.addaudithook(verifier._watch)\n"
+        "import sys\nfrom mmada_jax.train.rl.rewards import verifier\nsys.addaudithook(verifier._watch)\n"
         "guarded = verifier._guarded\n"
     )
     return subprocess.run([sys.executable, "-c", head + source], capture_output=True, text=True)
@@ -292,7 +292,7 @@ def test_without_a_library_its_extra_is_named(reward, extra, monkeypatch, tmp_pa
 
 @pytest.mark.gym
 def test_problems_are_functions_of_task_seed_and_index():
-    a, b, c = (rewards.ReasoningGym("list_functions", seed=seed, workers=1) for seed in (0, 0, 1))
+    a, b, c = (functions.ReasoningGym("list_functions", seed=seed, workers=1) for seed in (0, 0, 1))
     made = [a.problem(i) for i in (0, 1, 2)]
     assert [b.problem(i) for i in (2, 0, 1)] == [made[2], made[0], made[1]]
     assert made[0] != made[1] and c.problem(0) != made[0]
@@ -313,7 +313,7 @@ def test_problems_are_functions_of_task_seed_and_index():
     ],
 )  # fmt: skip
 def test_verifiers_that_evaluate_answers_run_none_as_code(task, answer, tmp_path):
-    gym = rewards.ReasoningGym(task, workers=1)
+    gym = functions.ReasoningGym(task, workers=1)
     _, right, entry = gym.problem(0)
     texts = [right, *(answer.format(text) for text in attacks(tmp_path)), "yes"]
     got, errors = scores_of(gym, texts, [entry] * len(texts))
@@ -328,7 +328,7 @@ def test_verifiers_that_evaluate_answers_run_none_as_code(task, answer, tmp_path
 @pytest.mark.gym
 def test_problems_of_all_tasks_are_the_same_in_every_process_and_order():
     one, two = (workers.Workers("reasoning_gym", 60.0, 1) for _ in range(2))
-    tasks = [task for task in one.ask("tasks") if task not in rewards.LEFT_OUT]
+    tasks = [task for task in one.ask("tasks") if task not in functions.LEFT_OUT]
     assert len(tasks) > 100
     # A few draw from generators that nobody has seeded, not in each problem.
     keys = [
@@ -349,11 +349,11 @@ def test_problems_of_all_tasks_are_the_same_in_every_process_and_order():
 @pytest.mark.parametrize("task", ["puzzle24", "game_of_life_halting", "chain_sum"])
 def test_tasks_that_give_full_marks_to_wrong_answers(task, monkeypatch, capsys):
     name = f"reasoning_gym:{task}"
-    if task in rewards.LEFT_OUT:
+    if task in functions.LEFT_OUT:
         with pytest.raises(ValueError, match=f"task '{task}' is left out: its verifier gives full marks"):
             Combined({name: 1.0})
     # One that nobody has listed is named at the start.
-    monkeypatch.setattr(rewards, "LEFT_OUT", {})
+    monkeypatch.setattr(functions, "LEFT_OUT", {})
     with Combined({name: 1.0}, {name: {"workers": 1}}) as combined:
         problems = [combined.rewards[name].problem(i) for i in range(4)]
         combined.check([question for question, _, _ in problems], [entry for _, _, entry in problems])
@@ -402,7 +402,7 @@ def test_the_digit_reward_reads_held_out_scans():
     pytest.importorskip("sklearn")
     scans = digits.load("validation")
     canvases = np.stack([digits.canvas(scan) for scan in scans.pixels])
-    reward = rewards.digit_probability()
+    reward = functions.digit_probability()
     right = score(reward, [""] * len(canvases), None, [digits.caption(d) for d in scans.labels], canvases)
     wrong = [digits.caption((d + 1) % 10) for d in scans.labels]
     other = score(reward, [""] * len(canvases), None, wrong, canvases)
@@ -428,7 +428,7 @@ def test_clip_scores_follow_image_and_prompt_in_any_batch(tmp_path):
     settings, arrays = load_golden("clip")
     write_clip(settings["models"][0], tmp_path)
     images = np.random.default_rng(0).uniform(-1, 1, settings["score_images"]).astype(np.float32)
-    reward = rewards.ClipScore(tmp_path, batch=2)
+    reward = functions.ClipScore(tmp_path, batch=2)
     got = score(reward, [""] * len(images), None, settings["score_prompts"], images)
     np.testing.assert_allclose(got, arrays["score"], atol=1e-4)
     assert got.shape == (5,) and got.dtype == np.float32
@@ -445,7 +445,7 @@ def listed(monkeypatch):
     """Lists a reward as `mine`, by its scores for (completions)."""
 
     def put(function):
-        monkeypatch.setitem(rewards.REWARDS, "mine", lambda: lambda p, c, i, a: function(c))
+        monkeypatch.setitem(functions.REWARDS, "mine", lambda: lambda p, c, i, a: function(c))
 
     return put
 
@@ -498,7 +498,7 @@ def test_a_limit_is_that_of_the_batch_not_of_each_reward(monkeypatch):
     done = threading.Event()
     names = ("one", "two", "three")
     for name in names:
-        monkeypatch.setitem(rewards.REWARDS, name, lambda: lambda p, c, i, a: done.wait(20))
+        monkeypatch.setitem(functions.REWARDS, name, lambda: lambda p, c, i, a: done.wait(20))
     combined = Combined(dict.fromkeys((*names, "exact"), 1.0), limit=0.6)
     begun = time.monotonic()
     total, parts = combined(["q"], ["1"], None, ["1"])
@@ -563,7 +563,7 @@ def test_rows_that_can_not_be_scored(prompts, answers, message):
 
 @pytest.mark.parametrize("name", ["digit", "clip"])
 def test_rewards_of_images_need_images(name, monkeypatch):
-    monkeypatch.setitem(rewards.REWARDS, name, rewards.exact)
+    monkeypatch.setitem(functions.REWARDS, name, functions.exact)
     with pytest.raises(ValueError, match=f"reward '{name}' scores images"):
         Combined({name: 1.0}).check(["q"])
 

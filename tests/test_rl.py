@@ -17,19 +17,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax import convert, denoise, loss, metrics, optim, sharding, transformer
-from mmada_jax.api import MMaDA
-from mmada_jax.arrays import open_params
-from mmada_jax.convert.folder import inspect
-from mmada_jax.rl import prompts as prompts_lib
-from mmada_jax.rl import rewards as rewards_lib
-from mmada_jax.rl import rollout as rollout_lib
-from mmada_jax.rl import train as rl
-from mmada_jax.rl.diagnose import diagnose
-from mmada_jax.rl.prompts import Prompt
-from mmada_jax.rl.rollout import Task
-from mmada_jax.run import load_vq
-from mmada_jax.workdir import claim_workdir, newest_step, read_config
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import denoise, loss
+from mmada_jax.nets import transformer
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.train.rl import loop as rl
+from mmada_jax.train.rl import prompts as prompts_lib
+from mmada_jax.train.rl import rollout as rollout_lib
+from mmada_jax.train.rl.diagnose import diagnose
+from mmada_jax.train.rl.prompts import Prompt
+from mmada_jax.train.rl.rewards import functions as rewards_lib
+from mmada_jax.train.rl.rollout import Task
+from mmada_jax.train.runs import load_vq
+from mmada_jax.train.supervised import metrics, optim
+from mmada_jax.weights import lazy
+from mmada_jax.weights.arrays import open_params
+from mmada_jax.weights.folder import inspect
+from mmada_jax.weights.workdir import claim_workdir, newest_step, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -299,7 +303,7 @@ def test_padding_and_what_follows_the_end_have_no_gradient(config):
 
 
 def params(workdir):
-    return convert.in_memory(open_params(newest_step(workdir) / "params"))
+    return lazy.in_memory(open_params(newest_step(workdir) / "params"))
 
 
 def history(workdir, metric):
@@ -565,7 +569,7 @@ def test_the_reference_is_kept_in_bfloat16_where_the_policy_lies(config, tmp_pat
 
 
 def test_a_trained_run_is_where_another_stage_can_start(config, tmp_path):
-    from mmada_jax.run import open_start
+    from mmada_jax.train.runs import open_start
 
     tasks = {"text": config["tasks"]["text"]}
     rl.train(config | {"iterations": 1, "samples_every": 0, "tasks": tasks}, tmp_path / "run")

@@ -22,16 +22,17 @@ from conftest import ROOT, save_params
 from PIL import Image
 
 from configs import vq as vq_digits
-from mmada_jax import convert, metrics, optim, run, sharding, transformer, vq
-from mmada_jax.arrays import write_params
-from mmada_jax.convert import magvit
-from mmada_jax.convert.folder import open_folder
 from mmada_jax.data import digits
 from mmada_jax.data.records import Record, pack
-from mmada_jax.data.tokenizer import TextTokenizer, chat
-from mmada_jax.run import parse
-from mmada_jax.state import init_state, state_shardings
-from mmada_jax.train import check, make_step, model_program, train
+from mmada_jax.devices import sharding
+from mmada_jax.nets import transformer, vq
+from mmada_jax.tokens.tokenizer import TextTokenizer, chat
+from mmada_jax.train.runs import parse
+from mmada_jax.train.supervised import check, make_step, metrics, model_program, optim, runs, train
+from mmada_jax.weights import lazy, magvit
+from mmada_jax.weights.arrays import write_params
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.state import init_state, state_shardings
 
 VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
 SIZE, N_CODES = 8, 16
@@ -82,7 +83,7 @@ def write_codes(folder, image_tokenizer):
         "shards": {shard: N},
         "codes": N_CODES,
         "image_size": SIZE,
-        "image_tokenizer": convert.sha256(open_folder(image_tokenizer).tensors()),
+        "image_tokenizer": lazy.sha256(open_folder(image_tokenizer).tensors()),
     }
     (folder / "dataset.json").write_text(json.dumps(about))
 
@@ -94,7 +95,7 @@ def write_image_tokenizer(folder):
 
     def random(x):
         array = 0.1 * rng.standard_normal(x.shape, np.float32)
-        return convert.Lazy(x.shape, array.dtype, lambda index: array[index])
+        return lazy.Lazy(x.shape, array.dtype, lambda index: array[index])
 
     write_params(folder / "params", jax.tree.map(random, shapes), None)
     (folder / "config.json").write_text(json.dumps(magvit.config_to_hf(VQ)))
@@ -163,24 +164,24 @@ def config(smoke_config, files):
 
 def test_without_a_tokenizer_one_is_trained_on_the_runs_own_texts(config, files, tmp_path):
     own = config | {"text_tokenizer": "", "text_vocab": 340}
-    tokenizer = run.plan(parse(own), tmp_path).tokenizer
+    tokenizer = runs.plan(parse(own), tmp_path).tokenizer
     assert len(tokenizer) <= 340
     given = TextTokenizer.load(files / "tokenizer.json")
     on_digits = TextTokenizer.train(digits.corpus(), 340)
     for text in ("picture 3", "the text of line 7", "say 5", chat("say 5", "say 5")):
         assert len(tokenizer.encode(text)) <= len(given.encode(text)) + 2
     assert len(tokenizer.encode("the text of line")) < len(on_digits.encode("the text of line")) / 2
-    again = run.plan(parse(own), tmp_path).tokenizer
+    again = runs.plan(parse(own), tmp_path).tokenizer
     assert pickle.dumps(again) == pickle.dumps(tokenizer)
     # Nothing is said that the rows of the run's tasks don't say.
     of_one = own | {"mixture": {**own["mixture"], "lm": 0}}
-    tokenizer = run.plan(parse(of_one), tmp_path).tokenizer
+    tokenizer = runs.plan(parse(of_one), tmp_path).tokenizer
     assert len(tokenizer.encode("the text of line")) > 5
 
 
 def test_the_digits_keep_their_tokenizer_to_the_bit(smoke_config, image_tokenizer, tmp_path):
     values = smoke_config | {"image_tokenizer": str(image_tokenizer)}
-    run.plan(parse(values), tmp_path).tokenizer.save(tmp_path / "tokenizer.json")
+    runs.plan(parse(values), tmp_path).tokenizer.save(tmp_path / "tokenizer.json")
     ids = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     # Models were trained with it.
     assert hashlib.sha256(json.dumps(sorted(ids.items())).encode()).hexdigest()[:16] == "d5e9dddf84731914"
@@ -300,7 +301,7 @@ def test_codes_of_this_image_tokenizer_need_no_pixels(config, tmp_path):
 def another_model(config, workdir):
     """A workdir of a model with fewer layers than that of `config`."""
     other = changed(config, {"model.n_layers": 1})
-    what = run.plan(parse(other), workdir)
+    what = runs.plan(parse(other), workdir)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), transformer.param_shapes(what.model))
     save_params(workdir, other, zeros)
     what.tokenizer.save(workdir / "tokenizer.json")

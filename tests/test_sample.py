@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mmada_jax import decode
-from mmada_jax.convert.folder import to_torch
 from mmada_jax.data import digits
-from mmada_jax.denoise import ImageRule, TextRule
-from mmada_jax.manifest import MANIFEST
+from mmada_jax.diffusion import decode
+from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.weights.folder import to_torch
+from mmada_jax.weights.manifest import MANIFEST
 
 SAMPLE = str(ROOT / "launch" / "sample.py")
 

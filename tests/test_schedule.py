@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import schedule
+from mmada_jax.diffusion import schedule
 
 NAMES = ("cosine", "linear", "pow2", "pow0.5", "pow3", "sigmoid")
 

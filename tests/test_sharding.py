@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from mmada_jax import layout, sharding, transformer
-from mmada_jax.run import ModelRun
-from mmada_jax.sharding import REST, USE, make_mesh
-from mmada_jax.train import model_objective
-from mmada_jax.vocab import SPECIAL_TOKENS, Vocab
+from mmada_jax.devices import sharding
+from mmada_jax.devices.sharding import REST, USE, make_mesh
+from mmada_jax.nets import transformer
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
+from mmada_jax.train.runs import ModelRun
+from mmada_jax.train.supervised import model_objective
 
 CONFIG = transformer.Config(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=64, vocab=64, max_len=32, dtype="float32"

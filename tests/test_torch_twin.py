@@ -17,15 +17,17 @@ torch = pytest.importorskip("torch", reason="needs torch: bash launch/test.sh --
 import torch_twin as twin  # noqa: E402
 
 import mmada_jax  # noqa: E402
-from mmada_jax import corrupt, denoise, layout, loss, transformer  # noqa: E402
-from mmada_jax.attention import attention  # noqa: E402
-from mmada_jax.convert import llada  # noqa: E402
+from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
+from mmada_jax.kernels.attention import attention  # noqa: E402
+from mmada_jax.nets import transformer  # noqa: E402
+from mmada_jax.tokens import layout  # noqa: E402
+from mmada_jax.weights import llada  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "launch" / "benchmark.py")
 benchmark = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(benchmark)
-modeling = benchmark.module("mmada_jax/convert/modeling_mmada.py")
+modeling = benchmark.module("mmada_jax/weights/modeling_mmada.py")
 
 VOCAB, MAX_TEXT, N_IMAGE = benchmark.VOCAB, benchmark.MAX_TEXT, benchmark.N_IMAGE
 CONFIG = dataclasses.replace(transformer.PRESETS["tiny"], vocab=VOCAB.rows)

@@ -561,7 +561,7 @@ def test_from_copy_to_stop_on_a_worker(worker, tmp_path):
     done = cloud.run("copy")
     assert (done.returncode, done.stderr) == (0, "")
     assert not list(cloud.folder.rglob("*.tar.gz"))
-    for file in ("launch/train.py", "configs/pretrain.py", "mmada_jax/train.py", "setup.py"):
+    for file in ("launch/train.py", "configs/pretrain.py", "mmada_jax/train/supervised.py", "setup.py"):
         assert (worker.root / "code" / file).read_bytes() == (ROOT / file).read_bytes()
     script = "trap 'echo saved; exit 0' TERM; echo ready; while :; do sleep 0.05; done"
     assert cloud.run("start", "--", "bash", "-c", script).stdout.endswith(": started\n")

@@ -19,16 +19,17 @@ from conftest import save_params
 
 from configs import vq
 from mmada_jax import config as config_lib
-from mmada_jax import convert, metrics, optim, sharding
-from mmada_jax import train as train_lib
-from mmada_jax.api import MMaDA
-from mmada_jax.arrays import open_params
-from mmada_jax.convert.folder import inspect
 from mmada_jax.data import pipeline
-from mmada_jax.run import parse
-from mmada_jax.state import init_state, state_shardings
-from mmada_jax.train import make_step, model_program, train
-from mmada_jax.workdir import claim_workdir, claimed, newest_step, read_config
+from mmada_jax.devices import sharding
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.train.runs import parse
+from mmada_jax.train.supervised import make_step, metrics, model_program, optim, train
+from mmada_jax.train.supervised import supervised as train_lib
+from mmada_jax.weights import lazy
+from mmada_jax.weights.arrays import open_params
+from mmada_jax.weights.folder import inspect
+from mmada_jax.weights.state import init_state, state_shardings
+from mmada_jax.weights.workdir import claim_workdir, claimed, newest_step, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -159,7 +160,7 @@ def flip(path):
 
 def test_the_state_hash_is_that_of_every_bit(image_tokenizer, tmp_path):
     config = vq.get_config("digits,smoke").to_dict()
-    params = convert.in_memory(open_params(newest_step(image_tokenizer) / "params"))
+    params = lazy.in_memory(open_params(newest_step(image_tokenizer) / "params"))
     opt_state = {"count": np.int32(3), "mu": params}
     changed = opt_state | {"count": np.int32(4)}
     split = jax.device_put(params, sharding.replicated(sharding.make_mesh()))
@@ -265,11 +266,11 @@ def test_a_damaged_file_of_a_workdir_is_named_by_whoever_opens_it(model_workdir,
 
 def test_params_that_are_not_finite_are_no_start(model_workdir, smoke_config, image_tokenizer, tmp_path):
     stored = open_params(newest_step(model_workdir) / "params")
-    params = jax.tree.map(lambda x: np.full_like(x, np.nan), convert.in_memory(stored))
+    params = jax.tree.map(lambda x: np.full_like(x, np.nan), lazy.in_memory(stored))
     config = smoke_config | {"image_tokenizer": str(image_tokenizer)}
     texts = {"tokenizer.json": (model_workdir / "tokenizer.json").read_text()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmada_jax.checkpoint.all_finite", lambda _: True)
+        patch.setattr("mmada_jax.weights.checkpoint.all_finite", lambda _: True)
         save_params(tmp_path / "bad", config, params, texts=texts)
     with pytest.raises(ValueError, match=r"config\.init: the params in .*bad are not finite"):
         train(config | {"init": str(tmp_path / "bad")}, tmp_path / "run")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import transformer
+from mmada_jax.nets import transformer
 
 TINY = transformer.Config(
     d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=24, vocab=40, dtype="float32"

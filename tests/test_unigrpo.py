@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import loss
-from mmada_jax.rl import unigrpo
-from mmada_jax.rl.unigrpo import MASKINGS, Config, Rollout, hide
+from mmada_jax.diffusion import loss
+from mmada_jax.train.rl import unigrpo
+from mmada_jax.train.rl.unigrpo import MASKINGS, Config, Rollout, hide
 
 R, L, START, MASK = 64, 24, 10, 99
 SIZES = 1 + np.arange(R) % (L - START)  # tokens up to the end of text

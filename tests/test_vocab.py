@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mmada_jax.vocab import LLADA, SPECIAL_TOKENS, Vocab
+from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
 
 
 def test_codes_and_ids_are_inverse():

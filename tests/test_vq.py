@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax import vq
+from mmada_jax.nets import vq
 
 TINY = vq.Config(
     channels=32,

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from mmada_jax.data.records import Record
-from mmada_jax.data.tokenizer import END_THINK, THINK, chat
+from mmada_jax.tokens.tokenizer import END_THINK, THINK, chat
 
 HEIGHT, WIDTH, SIDE = 8, 16, 8
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from mmada_jax import layout, sharding
 from mmada_jax.data import digits, images, records, sources
 from mmada_jax.data.records import Record
 from mmada_jax.data.texts import text_of
-from mmada_jax.data.tokenizer import Template, TextTokenizer
-from mmada_jax.vision import Vision, codes_of
-from mmada_jax.vocab import Vocab
+from mmada_jax.devices import sharding
+from mmada_jax.model.vision import Vision, codes_of
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.tokenizer import Template, TextTokenizer
+from mmada_jax.tokens.vocab import Vocab
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from mmada_jax.data import digits, records, sources
 from mmada_jax.data.records import Record
-from mmada_jax.data.tokenizer import END_THINK, THINK, Template, chat, parse_chat
+from mmada_jax.tokens.tokenizer import END_THINK, THINK, Template, chat, parse_chat
 
 # Of one's own texts a tokenizer is trained on so many records of each source, and so many characters of
 # each record: 16 million characters of a source.

@@ -16,7 +16,7 @@ import transformers
 from conftest import clip_tokenizer, golden_weights
 from PIL import Image
 
-from mmada_jax import clip
+from mmada_jax.nets import clip
 
 EOS = 9  # below the largest id, so that the two ways to find the end of a text differ
 PROMPTS = ["a handwritten seven", "two and three", "a handwritten seven", "a two", "three"]

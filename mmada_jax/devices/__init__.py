@@ -1,0 +1,1 @@
+"""Accelerators: what is known of them, the mesh, processes, and compiled programs read."""

@@ -1,0 +1,1 @@
+"""The objective (hide tokens, weigh the loss) and its inverse (reveal them step by step)."""

@@ -1,0 +1,1 @@
+"""What a trained model is worth: losses and judged generations on held-out data."""

@@ -1,0 +1,1 @@
+"""Networks: pure functions of params, the only files that know Flax."""

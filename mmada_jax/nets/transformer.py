@@ -1,0 +1,335 @@
+"""The transformer of LLaDA and MMaDA: bidirectional, RoPE, RMSNorm, gated SiLU MLP, untied head.
+
+Shape letters: B rows, L positions, D model width, H query heads, G key/value heads, K head width,
+F MLP width, V vocabulary rows, N layers.
+
+Outside this file params are a plain nested dict of arrays:
+
+    embed_VD  blocks/{attn_norm_D q_DHK k_DGK v_DGK o_HKD mlp_norm_D gate_DF up_DF down_FD}
+    norm_D  head_DV
+
+where every array of blocks has the layers N as its first axis.
+"""
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from mmada_jax.devices import sharding
+from mmada_jax.devices.sharding import REST
+from mmada_jax.kernels.attention import attention
+from mmada_jax.ranges import Positive, Range, Ranged
+
+# What a layer can keep for the backward pass: q, k and v (after RoPE); the output of attention; the
+# residual stream between attention and MLP; gate and up of the MLP. The stream between the layers is
+# always kept. In order of what they cost and save.
+KEEPABLE = ("attention", "middle", "qkv", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Ranged):
+    """Architecture. `dtype` is that of the computation; params are created in float32."""
+
+    d_model: Annotated[int, Range(1, 1_000_000)] = 4096
+    n_layers: Annotated[int, Range(1, 10_000)] = 32
+    n_heads: Annotated[int, Range(1, 100_000)] = 32
+    n_kv_heads: Annotated[int, Range(1, 100_000)] = 32
+    d_mlp: Annotated[int, Range(1, 10_000_000)] = 12288
+    vocab: Positive = 134656
+    max_len: Positive = 4096
+    rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 500000.0
+    norm_eps: Annotated[float, Range(0, 1, above=True)] = 1e-5
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    attention: Literal["auto", "plain", "xla", "cudnn", "tpu"] = "auto"
+    pad: Literal["hard", "soft"] = "hard"  # soft: the additive bias that the reference trains with
+    # What the backward pass recomputes: "none", nothing; "full", each layer from its input; else what
+    # isn't named, as "attention+qkv" (names of KEEPABLE).
+    remat: str = "none"
+    unroll: Annotated[int, Range(1, 10_000)] = 1  # layers per iteration of the scan; n_layers unrolls it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"d_model={self.d_model} must divide by n_heads={self.n_heads}, and that by "
+                f"n_kv_heads={self.n_kv_heads}"
+            )
+        if self.d_model // self.n_heads % 2:
+            raise ValueError(f"RoPE needs an even head width, not {self.d_model // self.n_heads}")
+        if unknown := set(self.kept) - set(KEEPABLE):
+            raise ValueError(
+                f"remat {self.remat!r} names {', '.join(sorted(unknown))}; it must be 'none', 'full', "
+                f"or some of {', '.join(KEEPABLE)} joined by +"
+            )
+
+    @property
+    def d_head(self) -> int:
+        """K, the width of one head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The named values that a layer keeps for its backward pass, if it recomputes any."""
+        return () if self.remat in ("none", "full") else tuple(self.remat.split("+"))
+
+
+# Vocabulary sizes of `digits` and `tiny` are set by their users.
+PRESETS = {
+    "llada-8b": Config(remat="full"),
+    "tiny": Config(d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_mlp=160, vocab=640,
+                   max_len=256, dtype="float32"),
+    "digits": Config(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_mlp=384, vocab=256,
+                     max_len=128, dtype="float32", unroll=4),
+}  # fmt: skip
+
+
+def param_count(config: Config) -> int:
+    """Parameters of the model."""
+    return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
+
+
+def forward_flops(config: Config, rows: int, length: int, logits: int | None = None) -> int:
+    """Operations of a forward pass over rows of `length` tokens, two per multiply-add, with so many
+    `logits` at its end (all ids at all positions by default). Training takes three times as many."""
+    logits = rows * length * config.vocab if logits is None else logits
+    blocks = param_shapes(config)["blocks"]
+    weights = sum(x.size for name, x in blocks.items() if not name.endswith("norm_D"))
+    attention = 2 * length * config.d_model * config.n_layers  # queries with keys, and with values
+    return 2 * (rows * length * (weights + attention) + logits * config.d_model)
+
+
+def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
+    """Random params, float32: truncated normal at 3 deviations, std 1/sqrt(width), outputs of
+    layer i further divided by sqrt(2(i+1)), norms 1 (the "mitchell" scheme of OLMo and LLaDA)."""
+    row = jnp.zeros((1, 1), jnp.int32)  # Flax makes params on the way through the model
+    config = dataclasses.replace(config, attention="plain")  # a row that no mesh could split
+    return _Transformer(config).init(key, row, row == 0, row)["params"]
+
+
+def param_shapes(config: Config) -> dict[str, Any]:
+    """The params tree as ShapeDtypeStructs; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+
+
+def param_axes(config: Config) -> dict[str, Any]:
+    """The params tree with the logical axis names of each array in its place."""
+    blocks = {name: ("layers", *axes) for name, axes in _BLOCK_AXES.items()}
+    return {"blocks": blocks, **_OUTER_AXES}
+
+
+def hidden_states(
+    params: dict[str, Any],
+    config: Config,
+    tokens_BL: jax.Array,
+    valid_BL: jax.Array,
+    positions_BL: jax.Array | None = None,
+) -> jax.Array:
+    """Token ids and their validity -> final hidden states [B, L, D] in `config.dtype`.
+
+    `positions` are those of RoPE, by default 0..L-1, padding counted.
+    """
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    return _Transformer(config).apply({"params": params}, tokens_BL, valid_BL, positions_BL)
+
+
+def unembed(
+    params: dict[str, Any], config: Config, h_D: jax.Array, first: int = 0, size: int | None = None
+) -> jax.Array:
+    """Hidden states [..., D] -> float32 logits over the ids [first, first + size).
+
+    No shift: the logits at a position predict the token at that position.
+    """
+    head_DV = _use(params["head_DV"], "head_DV", config)
+    if size is not None:
+        head_DV = head_DV[:, first : first + size]
+    return jnp.einsum("...D,DV->...V", h_D, head_DV, preferred_element_type=jnp.float32)
+
+
+def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) in float32, cast back, then scaled in x's dtype, as the reference does."""
+    x32_D = x_D.astype(jnp.float32)
+    norm_D = x32_D * jax.lax.rsqrt(jnp.mean(x32_D**2, axis=-1, keepdims=True) + eps)
+    scale_D = jnp.expand_dims(scale_D, range(x_D.ndim - 1))
+    return norm_D.astype(x_D.dtype) * scale_D.astype(x_D.dtype)
+
+
+def rope_table(positions_BL: jax.Array, d_head: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of RoPE's angles, each [B, 1, L, K] float32, both halves of K the same. One
+    table serves all layers."""
+    half = d_head // 2
+    freq_K = theta ** (-jnp.tile(jnp.arange(half, dtype=jnp.float32), 2) / half)
+    angle_B1LK = positions_BL[:, None, :, None].astype(jnp.float32) * freq_K[None, None, None]
+    return jnp.cos(angle_B1LK), jnp.sin(angle_B1LK)
+
+
+@jax.custom_vjp
+def rope(x_BHLK: jax.Array, cos_B1LK: jax.Array, sin_B1LK: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head (not interleaved pairs) by position, in float32."""
+    turned_BHLK = _turn(x_BHLK).astype(jnp.float32)
+    rotated_BHLK = x_BHLK.astype(jnp.float32) * cos_B1LK + turned_BHLK * sin_B1LK
+    return rotated_BHLK.astype(x_BHLK.dtype)
+
+
+def _rope_fwd(x_BHLK, cos_B1LK, sin_B1LK):
+    return rope(x_BHLK, cos_B1LK, sin_B1LK), (cos_B1LK, sin_B1LK)
+
+
+def _rope_bwd(saved, grad_BHLK):
+    cos_B1LK, sin_B1LK = saved
+    return rope(grad_BHLK, cos_B1LK, -sin_B1LK), None, None  # back by the same angle
+
+
+rope.defvjp(_rope_fwd, _rope_bwd)
+
+
+def _turn(x_BHLK):
+    """(a, b) -> (-b, a), the halves of each head."""
+    K = x_BHLK.shape[-1]
+    if sharding.platform() != "tpu":
+        a_BHLk, b_BHLk = jnp.split(x_BHLK, 2, axis=-1)
+        return jnp.concatenate((-b_BHLk, a_BHLk), axis=-1)
+    # Moving halves of a vector register costs more than a product with a signed permutation, which
+    # is exact in any dtype.
+    eye_kk = np.eye(K // 2)
+    turn_KK = np.block([[0 * eye_kk, eye_kk], [-eye_kk, 0 * eye_kk]])
+    precision = jax.lax.Precision.HIGHEST if x_BHLK.dtype == jnp.float32 else None
+    return jnp.einsum("BHLK,KJ->BHLJ", x_BHLK, turn_KK.astype(x_BHLK.dtype), precision=precision)
+
+
+@jax.custom_vjp
+def _widen(h_BLD, w_DF):
+    """A product with a large weight, whose gradient is formed in quarters: the sum of one over the devices
+    is hidden behind the next, and nothing hides the last sums of a layer."""
+    return jnp.einsum("BLD,DF->FBL", h_BLD, w_DF)
+
+
+def _widen_fwd(h_BLD, w_DF):
+    return _widen(h_BLD, w_DF), (h_BLD, w_DF)
+
+
+def _widen_bwd(saved, grad_FBL):
+    h_BLD, w_DF = saved
+    n = math.gcd(4, len(w_DF)) if sharding.parts("batch") > 1 else 1
+    quarters = [jnp.einsum("BLD,FBL->DF", h, grad_FBL) for h in jnp.split(h_BLD, n, axis=2)]
+    return jnp.einsum("FBL,DF->BLD", grad_FBL, w_DF), jnp.concatenate(quarters)
+
+
+_widen.defvjp(_widen_fwd, _widen_bwd)
+
+
+_BLOCK_AXES = {
+    "attn_norm_D": (None,),
+    "q_DHK": ("embed", "heads", "head_dim"),
+    "k_DGK": ("embed", "kv_heads", "head_dim"),
+    "v_DGK": ("embed", "kv_heads", "head_dim"),
+    "o_HKD": ("heads", "head_dim", "embed"),
+    "mlp_norm_D": (None,),
+    "gate_DF": ("embed", "mlp"),
+    "up_DF": ("embed", "mlp"),
+    "down_FD": ("mlp", "embed"),
+}
+
+
+_OUTER_AXES = {"embed_VD": ("vocab", "embed"), "norm_D": (None,), "head_DV": ("embed", "vocab")}
+
+
+def _use(w: jax.Array, name: str, config: Config, heads_merged: bool = False) -> jax.Array:
+    """A weight as its reader wants it: in the dtype of the computation, gathered along embed.
+
+    With `heads_merged` the axes of the heads and their width become one, before the gather: nothing
+    that is whole has to be moved for it.
+    """
+    axes, w = (_BLOCK_AXES | _OUTER_AXES)[name], w.astype(config.dtype)
+    if heads_merged:
+        at = axes.index("head_dim")
+        axes = axes[:at] + axes[at + 1 :]
+        w = w.reshape(*w.shape[: at - 1], -1, *w.shape[at + 1 :])
+        w = jax.lax.optimization_barrier(w)  # or XLA does it after the gather
+    return sharding.constrain(w, *axes)
+
+
+class _Block(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x_BLD, layer, valid_BL, cos_B1LK, sin_B1LK):
+        c = self.config
+        width = 1 / math.sqrt(c.d_model)
+        # Mitchell: what a layer writes to the residual stream shrinks with depth.
+        depth = jax.lax.rsqrt(2.0 * (layer + 1))
+
+        def weight(name, shape, std, heads_merged=False):
+            w = self.param(name, _truncated_normal(std), shape)
+            return _use(w, name, c, heads_merged)
+
+        def norm(name, x):
+            return rms_norm(x, self.param(name, nn.initializers.ones, (c.d_model,)), c.norm_eps)
+
+        # Queries and keys are formed head by head, v and the MLP's values as their readers want them,
+        # M all heads side by side: a transpose is a pass over memory.
+        h_BLD = norm("attn_norm_D", x_BLD)
+        heads, kv_heads = (c.d_model, c.n_heads, c.d_head), (c.d_model, c.n_kv_heads, c.d_head)
+        q_BHLK = jnp.einsum("BLD,DHK->BHLK", h_BLD, weight("q_DHK", heads, width))
+        k_BGLK = jnp.einsum("BLD,DGK->BGLK", h_BLD, weight("k_DGK", kv_heads, width))
+        v_BLM = jnp.einsum("BLD,DM->BLM", h_BLD, weight("v_DGK", kv_heads, width, heads_merged=True))
+        att_BLM = attention(
+            checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv"),
+            checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv"),
+            checkpoint_name(v_BLM, "qkv"),
+            valid_BL,
+            implementation=c.attention,
+            soft=c.pad == "soft",
+        )
+        o_MD = weight("o_HKD", (c.n_heads, c.d_head, c.d_model), width * depth, heads_merged=True)
+        x_BLD += jnp.einsum("BLM,MD->BLD", att_BLM, o_MD)
+        x_BLD = checkpoint_name(sharding.constrain(x_BLD, "batch", "length", "embed"), "middle")
+
+        h_BLD = norm("mlp_norm_D", x_BLD)
+        gate_FBL = _widen(h_BLD, weight("gate_DF", (c.d_model, c.d_mlp), width))
+        up_FBL = _widen(h_BLD, weight("up_DF", (c.d_model, c.d_mlp), width))
+        down_FD = weight("down_FD", (c.d_mlp, c.d_model), depth / math.sqrt(c.d_mlp))
+        act_FBL = jax.nn.silu(checkpoint_name(gate_FBL, "mlp")) * checkpoint_name(up_FBL, "mlp")
+        x_BLD += jnp.einsum("FBL,FD->BLD", act_FBL, down_FD)
+        return sharding.constrain(x_BLD, "batch", "length", "embed"), None
+
+
+class _Transformer(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, tokens_BL, valid_BL, positions_BL):
+        c = self.config
+        init = _truncated_normal(c.d_model**-0.5)
+        embed_VD = self.param("embed_VD", init, (c.vocab, c.d_model)).astype(c.dtype)
+        self.param("head_DV", init, (c.d_model, c.vocab))  # read by unembed, where it is wanted
+        # Every device looks up its part of each vector for all rows, and the parts are exchanged: to
+        # gather the table would move many times as much.
+        x_BLD = sharding.constrain(embed_VD[tokens_BL], "all_rows", "length", "embed", rules=REST)
+        x_BLD = sharding.constrain(x_BLD, "batch", "length", "embed")
+        policy = jax.checkpoint_policies.save_only_these_names(*c.kept)
+        blocks = nn.scan(
+            _Block if c.remat == "none" else nn.remat(_Block, prevent_cse=False, policy=policy),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.n_layers,
+            unroll=c.unroll,
+        )
+        layers_N = jnp.arange(c.n_layers, dtype=jnp.float32)
+        cos_sin = rope_table(positions_BL, c.d_head, c.rope_theta)
+        x_BLD, _ = blocks(c, name="blocks")(x_BLD, layers_N, valid_BL, *cos_sin)
+        return rms_norm(x_BLD, self.param("norm_D", nn.initializers.ones, (c.d_model,)), c.norm_eps)
+
+
+def _truncated_normal(std):
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.truncated_normal(key, -3, 3, shape, dtype) * std
+
+    return init

@@ -1,1 +1,0 @@
-"""Reinforcement learning: rollouts, rewards and the updates between them."""

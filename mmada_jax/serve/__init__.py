@@ -1,0 +1,1 @@
+"""How a trained model is used: the class that people import."""

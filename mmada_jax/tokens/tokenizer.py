@@ -1,0 +1,320 @@
+"""Text tokens: training a small BPE, loading one, the chat template, and the Vocab that follows.
+
+Text comes in by two ways. A `str` is what people wrote: whatever it spells, it has no control token. A
+`Template` is what this project rendered: control tokens by name, and people's texts between them.
+"""
+
+import codecs
+import dataclasses
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mmada_jax import files
+from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
+
+# The control tokens as strings of a tokenizer of our own. LLaDA's has the first group alone; of the
+# second it reserves ids under other strings, which MMaDA took over by number.
+CONTROL = {
+    "bos": "<|startoftext|>",
+    "eos": "<|endoftext|>",
+    "mask": "<|mdm_mask|>",
+    "start_header": "<|start_header_id|>",
+    "end_header": "<|end_header_id|>",
+    "end_turn": "<|eot_id|>",
+    "pad": "[iPAD]",
+    "soi": "<|soi|>",
+    "eoi": "<|eoi|>",
+    "t2i": "<|t2i|>",
+    "mmu": "<|mmu|>",
+    "r2i": "<|r2i|>",
+}
+HEADERS = ("start_header", "end_header", "end_turn")
+RESERVED = ("pad", "soi", "eoi", "t2i", "mmu", "r2i")
+THINK, END_THINK = "<think>", "</think>"
+
+# The template of `chat`, for programs that render it themselves.
+TEMPLATE = (
+    "{% for message in messages %}{% if loop.first %}<|startoftext|>{% endif %}<|start_header_id|>"
+    "{{ message['role'] }}<|end_header_id|>\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "<|start_header_id|>assistant<|end_header_id|>{{ '\\n' }}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """A control token by its name, a key of CONTROL."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """A rendered conversation: control tokens, and between them texts of people, in which the strings of
+    control tokens are ordinary text. `str` of it is what other programs read."""
+
+    parts: tuple[Control | str, ...]
+
+    def __str__(self) -> str:
+        return "".join(CONTROL[part.name] if isinstance(part, Control) else part for part in self.parts)
+
+
+class TextTokenizer:
+    """Text <-> ids. Control tokens come from templates alone, and are never decoded."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # the library's name for reading them as ordinary text
+        self._controls = {i: name for name, i in self._control_ids().items() if i is not None}
+
+    def __getstate__(self) -> str:
+        return self._tokenizer.to_str()  # which leaves encode_special_tokens out
+
+    def __setstate__(self, state: str) -> None:
+        self.__init__(Tokenizer.from_str(state))
+
+    @classmethod
+    def train(cls, corpus: Iterable[str | Template], size: int) -> "TextTokenizer":
+        """A byte-level BPE of at most `size` ids, the control tokens first, <think> and </think> last.
+
+        Numbers below twenty are single tokens where the corpus has them; others are digits. Raises
+        ValueError if `size` has no room for the bytes and the control tokens."""
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        least = len(alphabet) + len(SPECIAL_TOKENS) + 2
+        if size < least:
+            raise ValueError(
+                f"a text tokenizer of {size} ids has no room for all bytes and the control tokens; "
+                f"text_vocab must be at least {least}"
+            )
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(r"1\d|\d|\n"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ])  # fmt: skip
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size - 2,
+            special_tokens=[CONTROL[name] for name in SPECIAL_TOKENS],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(map(str, corpus), trainer)
+        tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in (THINK, END_THINK)])
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> "TextTokenizer":
+        """Reads a tokenizer.json, with a byte order mark or without. Where LLaDA's lacks the three tokens
+        of the chat template they are added, as MMaDA does.
+
+        Raises FileNotFoundError, or ValueError for what is no tokenizer."""
+        if not pathlib.Path(path).exists():
+            raise FileNotFoundError(f"no tokenizer at {path}")
+        tokenizer = read_tokenizer(path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if tokenizer.get_vocab_size() == LLADA.start_header:
+            tokenizer.add_special_tokens([AddedToken(CONTROL[name], special=True) for name in HEADERS])
+        return cls(tokenizer)
+
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._tokenizer.to_str(pretty=True)
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes a tokenizer.json, whole or not at all."""
+        temporary = pathlib.Path(path).with_suffix(".tmp")
+        self._tokenizer.save(str(temporary))
+        temporary.replace(path)
+
+    def encode(self, text: str | Template) -> list[int]:
+        """Text -> ids, none added: of a `str` without control tokens, whatever it spells, of a template
+        with those that it names.
+
+        Raises ValueError for a text that is no Unicode (half of a surrogate pair), and for whatever else
+        the tokenizer can't take.
+        """
+        if not isinstance(text, Template):
+            return self._encode(text)
+        ids = []
+        for is_text, parts in itertools.groupby(text.parts, lambda part: isinstance(part, str)):
+            if is_text:
+                ids += self._encode("".join(parts))
+            else:
+                ids += map(self._id, parts)
+        return ids
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            # The library's own panics derive from BaseException alone.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(_why_refused(text, error)) from error
+        ids, controls = encoding.ids, self._controls
+        if controls.keys().isdisjoint(ids):
+            return ids
+        # A control token that the file doesn't mark as special, or that is a word among others. Cut behind
+        # its first character its string is no longer found.
+        spans = [(i, *span) for i, span in zip(ids, encoding.offsets, strict=True) if i in controls]
+        for i, start, end in spans:
+            if end - start < 2:
+                raise ValueError(
+                    f"the tokenizer reads {text[start:end]!r} as {CONTROL[controls[i]]!r}, a control token "
+                    "that no text may hold; it needs another token for what it doesn't know"
+                )
+        cuts = [0, *(start + 1 for _, start, _ in spans), len(text)]
+        return [i for start, end in itertools.pairwise(cuts) for i in self._encode(text[start:end])]
+
+    def _id(self, control: Control) -> int:
+        found = self._tokenizer.token_to_id(CONTROL[control.name])
+        if found is None:
+            raise ValueError(f"the tokenizer lacks the control token {CONTROL[control.name]}")
+        return found
+
+    def _control_ids(self) -> dict[str, int | None]:
+        """Name of a control token -> its id. A tokenizer without those that LLaDA's lacks has LLaDA's."""
+        ids = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}
+        if len(self) == LLADA.image_offset and any(ids[name] is None for name in RESERVED):
+            ids |= {name: getattr(LLADA, name) for name in RESERVED}
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids -> text, without control tokens; ids beyond the text tokenizer are left out."""
+        known = [int(i) for i in ids if i < len(self)]
+        return self._tokenizer.decode(known, skip_special_tokens=True)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def vocab(self, codebook_size: int, rows: int | None = None) -> Vocab:
+        """The flat vocabulary of this tokenizer and an image codebook, in `rows` embedding rows (by
+        default as many as are needed, rounded up to a multiple of 64; of LLaDA's, as many as MMaDA has).
+
+        A tokenizer of our own has all control tokens. Any other must be LLaDA's: 126349 entries, its
+        control tokens at the ids of `vocab.LLADA`. Raises ValueError naming each token that isn't.
+        """
+        ids, least = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}, 0
+        if any(ids[name] is None for name in RESERVED):
+            wrong = []
+            if len(self) != LLADA.image_offset:
+                wrong.append(f"it has {len(self)} entries, expected {LLADA.image_offset}")
+            for name, token in CONTROL.items():
+                want = getattr(LLADA, name)
+                if name not in RESERVED and ids[name] != want:
+                    wrong.append(f"{token!r} has id {ids[name]}, expected {want}")
+                elif name in RESERVED and self._tokenizer.id_to_token(want) is None:
+                    wrong.append(f"there is no id {want}, which {name} takes")
+            if wrong:
+                raise ValueError(f"the tokenizer isn't LLaDA's: {'; '.join(wrong)}")
+            ids = {name: getattr(LLADA, name) for name in SPECIAL_TOKENS}
+            least = LLADA.rows
+        if any(ids[name] is None for name in ids):
+            lacking = [CONTROL[name] for name in ids if ids[name] is None]
+            raise ValueError(f"the tokenizer lacks the control tokens {', '.join(lacking)}")
+        rows = rows or max(least, -(-(len(self) + codebook_size) // 64) * 64)
+        return Vocab(image_offset=len(self), codebook_size=codebook_size, rows=rows, **ids)
+
+    def export(self, folder: pathlib.Path) -> None:
+        """Completes the tokenizer's files in `folder` for the users of PyTorch: the chat template of
+        MMaDA (LLaDA's has another newline), and the headers' tokens where they had to be added."""
+        path = folder / "tokenizer_config.json"
+        values = files.read_json(path, dict) if path.is_file() else dict(_PYTORCH)
+        path.write_text(json.dumps(values | {"chat_template": TEMPLATE}, indent=2) + "\n")
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # would be taken instead
+        saved = folder / "tokenizer.json"
+        theirs = read_tokenizer(saved)
+        with_mark = saved.read_bytes().startswith(codecs.BOM_UTF8)  # which other readers refuse
+        if with_mark or theirs.get_vocab_size() != len(self):
+            self.save(saved)
+
+
+_PYTORCH = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": CONTROL["bos"],
+    "eos_token": CONTROL["eos"],
+    "pad_token": CONTROL["eos"],
+    "mask_token": CONTROL["mask"],
+    "clean_up_tokenization_spaces": False,
+}
+
+
+def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes, as it is. Raises OSError, or ValueError for what is
+    no tokenizer."""
+    text = files.read_text(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> Template:
+    """Renders a conversation as MMaDA's template does: single newline after a header, BOS in front.
+
+    `messages` are {"role", "content"} in turns, or one question of the user. The template ends with the
+    assistant's header and its newline, ready to be continued; with `answer`, as a training text does,
+    with that answer and the end of its turn. Raises ValueError for a turn that lacks one of the two.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    start, end, end_turn = (Control(name) for name in HEADERS)
+    parts = [Control("bos")]
+    for i, message in enumerate(messages):
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(
+                    f"turn {i + 1} of a conversation has no text as its {key!r}: {str(message)[:60]}; "
+                    "every turn needs a 'role' and a 'content'"
+                )
+        parts += [start, message["role"], end, f"\n{message['content'].strip()}", end_turn]
+    parts += [start, "assistant", end]
+    return Template((*parts, "\n") if answer is None else (*parts, f"\n{answer}", end_turn))
+
+
+def parse_chat(text: str) -> Template:
+    """The template of a conversation that another program rendered, with the strings of CONTROL.
+
+    The start, the end, headers and ends of turns are control tokens in it, also where a person wrote
+    them: who renders text and keeps no more of it can't tell. Raises ValueError without a header.
+    """
+    names = {CONTROL[name]: Control(name) for name in ("bos", "eos", *HEADERS)}
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    if not {CONTROL["start_header"], CONTROL["end_header"]} <= set(parts):
+        raise ValueError(f"the text {text[:40]!r} is no rendered conversation: it has no header")
+    return Template(tuple(names.get(part, part) for part in parts if part))
+
+
+def _why_refused(text: str, error: BaseException) -> str:
+    if not isinstance(text, str):
+        return f"a text is expected, not {type(text).__name__}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as wrong:
+        at = wrong.start
+        return f"a text has half of a surrogate pair: {text[max(0, at - 20) : at + 1]!r}"
+    return f"the tokenizer can't take the text {text[:40]!r}: {error}"
+
+
+def conversation_end(ids: Sequence[int], vocab: Vocab) -> list[int]:
+    """Generated ids up to the first end of turn or of text."""
+    ids = [int(i) for i in ids]
+    ends = [i for i, token in enumerate(ids) if token in (vocab.eos, vocab.end_turn)]
+    return ids[: ends[0]] if ends else ids
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """`<think>thought</think>answer` -> (thought, answer).
+
+    A text without the tags is all answer; without the first tag the thought begins with the text,
+    without the second it is never left and there is no answer.
+    """
+    before, end, answer = text.partition(END_THINK)
+    if not end and THINK not in text:
+        return "", text.strip()
+    return before.partition(THINK)[2].strip() if THINK in before else before.strip(), answer.strip()

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts, rewards, UniGRPO, and the loop around them."""

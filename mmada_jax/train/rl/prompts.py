@@ -1,0 +1,121 @@
+"""What a policy is asked, and what its responses are compared with.
+
+digits          by `path`: text_cot (`3+1+4+8`), vqa_sum (two scans, `add them`), t2i_one (`a
+                handwritten seven`)
+jsonl           one object a line: "prompt", "answer", and for image understanding "image", a file beside it
+                or in a folder there; <image> in a prompt is left out, the picture always comes first
+reasoning_gym   `count` problems of the task `path` of that package, by `seed` and with the task's own
+                `settings`; its reward judges them
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from mmada_jax import files
+from mmada_jax.data import digits, images
+from mmada_jax.data.records import without_image_tag
+from mmada_jax.data.sources.paths import below
+from mmada_jax.data.sources.rows import one_of
+from mmada_jax.ranges import Range, Ranged, Seed
+from mmada_jax.train.rl.rewards.functions import ReasoningGym
+
+DIGITS = ("text_cot", "vqa_sum", "t2i_one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Ranged):
+    """Where prompts come from: `path` is a file, the name of a task, or what is asked about the digits of
+    `split` (train, validation or test; of text_cot also prompts, sums that nothing explains)."""
+
+    path: str
+    format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"
+    split: str = "train"
+    count: Annotated[int, Range(1, 10_000_000)] = 1000
+    seed: Seed = 0
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Prompt(NamedTuple):
+    """What is asked, the answer that rewards know (of reasoning-gym its entry), and the image that is
+    asked about: pixels [I, J, C], an image or its file."""
+
+    text: str
+    answer: str | Mapping[str, Any]
+    image: np.ndarray | Image.Image | pathlib.Path | None = None
+
+
+def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prompt]:
+    """All prompts of a source; a relative path is below `root`.
+
+    Raises FileNotFoundError or ValueError naming the row that lacks a prompt or an answer.
+    """
+    if config.format == "digits":
+        return _of_digits(config)
+    if config.format == "reasoning_gym":
+        task = ReasoningGym(config.path, config.seed, config.settings)
+        problems = [task.problem(i) for i in range(config.count)]
+        task.close()
+        return [Prompt(question, entry) for question, _, entry in problems]
+    path = pathlib.Path(root) / config.path
+    if not path.exists():
+        raise FileNotFoundError(f"no prompts at {path}; name a file with a JSON object a line")
+    prompts = []
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):  # only these end a line of JSON
+        if line.strip():
+            row = files.parse_json(line, f"{path}, line {number}", dict)
+            try:
+                prompts.append(_of_row(row, path.parent))
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{path}, line {number}: {error}") from error
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    return prompts
+
+
+def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
+    """The prompt of one line, its image below `folder`. Raises ValueError or OSError for what is none."""
+    for name in ("prompt", "answer"):
+        value = row.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(
+                f"{name!r} is {value!r:.80}; every row needs a prompt and an answer that are texts with "
+                "something in them"
+            )
+    text = without_image_tag(row["prompt"])
+    if not text:
+        raise ValueError("'prompt' asks nothing but <image>; every row needs a text")
+    name = one_of(row.get("image") or row.get("images"))
+    if name is None:
+        return Prompt(text, row["answer"])
+    if not isinstance(name, str):
+        raise ValueError(f"'image' is {name!r:.80}; name a file")
+    image = pathlib.Path(below(str(folder), name))
+    if not image.is_file():
+        kind = "is no regular file" if image.exists() else "isn't there"
+        raise FileNotFoundError(f"it names the image {image}, which {kind}")
+    images.check_image(image)
+    return Prompt(text, row["answer"], image)
+
+
+def _of_digits(config: Config) -> list[Prompt]:
+    if config.path == "text_cot":
+        chains = digits.chains(config.split)
+        return [Prompt(digits.addition(*chain), str(sum(chain))) for chain in chains]
+    if config.path == "t2i_one":
+        digits.load(config.split)  # of which nothing is needed but that there is such a split
+        return [Prompt(digits.caption(digit), str(digit)) for digit in range(10)]
+    if config.path == "vqa_sum":
+        scans = digits.load(config.split)
+        pairs = np.random.default_rng(3).integers(len(scans.labels), size=(4096, 2))
+        return [
+            Prompt(digits.ASK_SUM, str(scans.labels[pair].sum()), digits.canvas(*scans.pixels[pair]))
+            for pair in pairs
+        ]
+    raise ValueError(f"unknown prompts {config.path!r} about digits; known: {', '.join(DIGITS)}")

@@ -1,0 +1,445 @@
+"""Rewards on the host: `score(prompts, completions, images, answers) -> float32 [N]`, listed in REWARDS.
+
+A reward fails by raising, by taking too long, or by scores that are no numbers: the rows in question
+score 0 and are counted under its name. No reward runs what a model wrote as code. Rewards that call
+libraries which may hang do so in processes of their own, `workers.py`.
+"""
+
+import contextlib
+import difflib
+import functools
+import math
+import pathlib
+import queue
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmada_jax.data import digits
+from mmada_jax.nets import clip
+from mmada_jax.train.rl.rewards import answers as answers_lib
+from mmada_jax.train.rl.rewards.answers import answer_of
+from mmada_jax.train.rl.rewards.workers import Unscored, Workers
+from mmada_jax.weights import clip as clip_folder
+
+Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | None], np.ndarray]
+
+# Seconds that rewards which are told to stop may take for it, all together.
+_STOP = 30.0
+# Rows that `Combined.check` tries.
+_PROBE = 8
+
+
+class Combined:
+    """The sum of several rewards by weights, `{"correct": 2.0, "format": 0.5}`; names as in REWARDS.
+
+    `settings` are the arguments of a reward's maker by name; `limit` the seconds that a batch may take,
+    all rewards together: they run at once. `failures` counts rows without a score, `errors` keeps the
+    first text, both by name. Raises ValueError for an unknown name or a weight that is no number. Use as
+    a context manager, or `close`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        limit: float = 120.0,
+    ):
+        settings = settings or {}
+        if not weights:
+            raise ValueError(f"no reward is named; known: {', '.join(sorted(REWARDS))}")
+        known = sorted(REWARDS)
+        for name in [*weights, *settings]:
+            if name not in known and not name.startswith("reasoning_gym:"):
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {near[0]!r}?" if near else ";"
+                raise ValueError(f"unknown reward {name!r}{hint} Known: {', '.join(known)}")
+        for name, weight in weights.items():
+            if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                raise ValueError(f"the weight of reward {name!r} is {weight!r}; it must be a finite number")
+        unused = set(settings) - set(weights)
+        if unused:
+            raise ValueError(
+                f"settings are given for rewards without a weight: {', '.join(sorted(unused))}"
+            )
+        self.weights, self._limit = dict(weights), limit
+        self.rewards: dict[str, Reward] = {}
+        for name in weights:
+            kind, _, task = name.partition(":")
+            try:
+                self.rewards[name] = REWARDS[kind](*([task] if task else []), **settings.get(name, {}))
+            except TypeError as error:
+                raise ValueError(f"the settings of reward {name!r} don't fit: {error}") from error
+        self.failures, self.errors = dict.fromkeys(weights, 0), dict[str, str]()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes of the rewards."""
+        for reward in self.rewards.values():
+            if hasattr(reward, "close"):
+                reward.close()
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        images: Sequence | None = None,
+        answers: Sequence | None = None,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The weighted sum float32 [N], and every reward's own scores [N] before weighting."""
+        n = len(completions)
+        parts = {}
+        for name, outcome in self._run(prompts, completions, images, answers).items():
+            scores, errors = _settle(outcome, n)
+            self.failures[name] += len(errors)
+            if errors and name not in self.errors:
+                self.errors[name] = next(iter(errors.values()))
+                print(
+                    f"warning: reward {name!r} failed for {len(errors)} of {n} rows, which score 0: "
+                    f"{self.errors[name]} (further ones are only counted)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            parts[name] = scores
+        total = sum(np.float32(self.weights[name]) * scores for name, scores in parts.items())
+        return total, parts
+
+    def check(
+        self, prompts: Sequence[str], answers: Sequence | None = None, images: Sequence | None = None
+    ) -> None:
+        """Tries the rewards on rows of the data before training begins; completions are made up.
+
+        Raises ValueError naming the row for an empty prompt or a missing answer (where a reward needs
+        one), and naming the reward if it fails in any of the first rows.
+        """
+        _check_lengths(prompts, prompts, images, answers)
+        for row, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise ValueError(f"row {row} has an empty prompt; drop it from the data")
+        for name in self.rewards:
+            need = NEEDS.get(name.partition(":")[0])
+            if need == "answers":
+                _wanted(answers, len(prompts), name)
+            if need == "images" and images is None:
+                raise ValueError(
+                    f"reward {name!r} scores images, and these rows make none; drop the reward"
+                )
+        for name, reward in self.rewards.items():
+            if hasattr(reward, "start"):
+                try:
+                    reward.start()
+                except (ImportError, RuntimeError, TimeoutError) as error:
+                    raise ValueError(f"reward {name!r} failed on a probe: {error}") from error
+        n = min(_PROBE, len(prompts))
+        completions = [f"<think>{row}</think>{row}" for row in range(n)]
+        first = [rows if rows is None else rows[:n] for rows in (prompts, completions, images, answers)]
+        for name, outcome in self._run(*first).items():
+            _, errors = _settle(outcome, n)
+            if errors:
+                raise ValueError(f"reward {name!r} failed on a probe: {next(iter(errors.values()))}")
+        self._warn_of_easy_marks(*first)
+
+    def _warn_of_easy_marks(self, prompts, completions, images, answers) -> None:
+        """Says which rewards give full marks to no answer, or to the answers of other rows."""
+        judges = [name for name in self.rewards if NEEDS.get(name.partition(":")[0]) == "answers"]
+        own = [str(a.get("answer") if isinstance(a, Mapping) else a).strip() for a in answers or ()]
+        for made_up in (["I don't know."] * len(own), own[1:] + own[:1]):
+            rows = [i for i in range(len(own)) if made_up[i] not in (own[i], "None")]
+            if not rows or not judges:
+                continue
+            wrong = [f"<think></think>{text}" for text in made_up]
+            for name, outcome in self._run(prompts, wrong, images, answers, judges).items():
+                full = [i for i in rows if _settle(outcome, len(own))[0][i] >= 1]
+                if 2 * len(full) > len(rows):
+                    print(
+                        f"warning: reward {name!r} gives full marks to {len(full)} of {len(rows)} wrong "
+                        f"answers, such as {made_up[full[0]]!r:.80} for {own[full[0]]!r:.80}; what it "
+                        "teaches isn't to be right",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+
+    def _run(self, prompts, completions, images, answers, names=None) -> dict[str, Any]:
+        """What each reward, or each of those named, returned or raised; all run at once."""
+        _check_lengths(prompts, completions, images, answers)
+        waiting = {}
+        for name in self.rewards if names is None else names:
+            reward = self.rewards[name]
+            box: queue.SimpleQueue = queue.SimpleQueue()
+
+            def work(reward=reward, box=box):
+                try:
+                    box.put(reward(prompts, completions, images, answers))
+                except Exception as error:
+                    box.put(error)
+
+            # A daemon: one that never ends doesn't keep the program from ending.
+            threading.Thread(target=work, daemon=True).start()
+            waiting[name] = box
+        outcomes = _collect(waiting, self._limit)
+        late = {name: box for name, box in waiting.items() if name not in outcomes}
+        for name in late:
+            outcomes[name] = TimeoutError(f"no scores within {self._limit:g} s")
+        # Those that can stop keep the rows that they have, and aren't in the way of the next batch.
+        stopping = {name: box for name, box in late.items() if hasattr(self.rewards[name], "stop")}
+        for name in stopping:
+            self.rewards[name].stop()
+        outcomes |= _collect(stopping, _STOP)
+        return {name: outcomes[name] for name in waiting}
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+
+def exact() -> Reward:
+    """1 where the answer is the expected string, else 0."""
+
+    def score(prompts, completions, images, answers):
+        wanted = _wanted(answers, len(completions), "exact")
+        found = [answer_of(completion) for completion in completions]
+        return np.array([a == b for a, b in zip(found, wanted, strict=True)], np.float32)
+
+    return score
+
+
+def well_formed() -> Reward:
+    """1 where a completion is <think>...</think>, each tag once, and a non-empty answer; else 0."""
+
+    def score(prompts, completions, images, answers):
+        return np.array([_well_formed(completion) for completion in completions], np.float32)
+
+    return score
+
+
+class Correct:
+    """1 where the answer means the same as the expected one (numbers, fractions, LaTeX: math-verify; the
+    letter of a choice), else 0. `limit` in seconds for one comparison; `workers` processes compare."""
+
+    def __init__(self, limit: float = 5.0, workers: int = 2):
+        self._verify = Workers("math_verify", limit, workers)
+        self.close, self.stop = self._verify.close, self._verify.stop
+
+    def start(self) -> None:
+        """Starts a process, which many answers don't need. Raises ImportError without the library."""
+        self._verify.ask("load", "math_verify")
+
+    def __call__(self, prompts, completions, images, answers):
+        """Raises Unscored where a comparison fails."""
+        wanted = _wanted(answers, len(completions), "correct")
+        verdicts = [answers_lib.verdict(*pair) for pair in zip(wanted, completions, strict=True)]
+        rows = [("math", *verdict) if isinstance(verdict, tuple) else verdict for verdict in verdicts]
+        return self._verify.scores(rows)
+
+
+class ReasoningGym:
+    """A task of the reasoning-gym package: prompts and reward together.
+
+    `problem(index)` is a function of (task, seed, index) and of `settings`, the task's own options; its
+    entry is the row's answer here. Raises ValueError for an unknown task, naming the nearest.
+    """
+
+    def __init__(
+        self,
+        task: str = "",
+        seed: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        limit: float = 5.0,
+        workers: int = 2,
+    ):
+        self._verify = Workers("reasoning_gym", limit, workers)
+        self.close, self.stop = self._verify.close, self._verify.stop
+        self.task, self._seed, self._settings = task, seed, dict(settings or {})
+        known = sorted(set(self._verify.ask("tasks")) - set(LEFT_OUT))
+        if task not in known:
+            self.close()
+            if task in LEFT_OUT:
+                raise ValueError(f"reasoning-gym's task {task!r} is left out: {LEFT_OUT[task]}")
+            near = difflib.get_close_matches(task, known, n=1, cutoff=0.5)
+            hint = f"; did you mean 'reasoning_gym:{near[0]}'?" if near else f"; known: {', '.join(known)}"
+            raise ValueError(f"reasoning-gym has no task {task!r}{hint}")
+
+    def problem(self, index: int) -> tuple[str, str | None, dict[str, Any]]:
+        """(question, answer or None where many are right, entry); the entry is plain JSON."""
+        # Tasks take their seeds one after the other; mixing keeps two runs apart.
+        seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
+        question, answer = self._verify.ask("problem", self.task, seed, self._settings)
+        entry = {"task": self.task, "seed": seed, "settings": self._settings, "answer": answer}
+        return question, answer, entry
+
+    def __call__(self, prompts, completions, images, answers):
+        """The task's own scores in [0, 1]; `answers` are entries. Raises Unscored where it fails."""
+        rows: list[Any] = []
+        for row, (entry, completion) in enumerate(zip(answers or (), completions, strict=True)):
+            if not isinstance(entry, Mapping) or entry.get("task") != self.task:
+                raise ValueError(f"the answer of row {row} is no entry of reasoning_gym:{self.task}")
+            rows.append(("score", self.task, entry["seed"], entry["settings"], answer_of(completion)))
+        return self._verify.scores(rows)
+
+
+# Tasks of reasoning-gym 0.1.25 that can't be learned from, and why.
+LEFT_OUT = {
+    "codeio": "it runs programs that answers hold",
+    "composite": "it is a mixture of other tasks; name these, each with its weight",
+    "game_of_life_halting": "its verifier gives full marks to any text",
+    "puzzle24": "its verifier gives full marks for any four numbers that make 24, whatever was asked",
+}
+
+
+def _well_formed(text: str) -> bool:
+    found = re.fullmatch(r"\s*<think>(.*)</think>(.*)", text, re.DOTALL)
+    return bool(found and "think>" not in found[1] + found[2] and found[2].strip())
+
+
+def _wanted(answers: Sequence | None, n: int, name: str) -> list[str]:
+    """The expected answers as text; an entry of reasoning-gym stands for its own."""
+    wanted = []
+    for row in range(n):
+        answer = answers[row] if answers is not None else None
+        if isinstance(answer, Mapping) and not name.startswith("reasoning_gym"):
+            answer = answer.get("answer")
+        if answer is None or not str(answer).strip():
+            raise ValueError(f"row {row} has no answer, and reward {name!r} compares with it; give it one")
+        wanted.append(str(answer).strip())
+    return wanted
+
+
+# ---- Images --------------------------------------------------------------------------------------
+
+
+class ClipScore:
+    """100 x the cosine of image and prompt in CLIP's features, the scale of published CLIP scores.
+
+    `folder` is a CLIP from Hugging Face; `batch` images or texts are scored at a time.
+    """
+
+    def __init__(self, folder: str | pathlib.Path = "", batch: int = 32):
+        if not folder:
+            raise ValueError("reward 'clip' needs a model: set its folder to a CLIP from Hugging Face")
+        params, config, self._tokenizer = clip_folder.load(folder)
+        # The first process scores alone, so on a device of its own.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        self._params, self._batch, self._size = jax.device_put(params, here), batch, config.image_size
+        jit = functools.partial(jax.jit, in_shardings=here, out_shardings=here)
+        self._image = jit(lambda p, x: clip.normalise(clip.image_features(p, config, x)))
+        self._text = jit(lambda p, x: clip.normalise(clip.text_features(p, config, x)))
+
+    def __call__(self, prompts, completions, images, answers):
+        """Images are pixels [I, J, C], uint8 or floats in [-1, 1]; prompts beyond 77 tokens are cut."""
+        texts = list(dict.fromkeys(prompts))  # a group of responses shares its prompt
+        tokens = np.array([code.ids for code in self._tokenizer.encode_batch(texts)], np.int32)
+        text_BP = self._batched(self._text, tokens)[[texts.index(prompt) for prompt in prompts]]
+        image_BP = self._batched(self._image, clip.preprocess(images, self._size))
+        return 100 * np.sum(text_BP * image_BP, axis=1)
+
+    def _batched(self, function, x):
+        """`function` on rows of `x`, the last batch filled up so that one compilation serves all."""
+        out = []
+        for i in range(0, len(x), self._batch):
+            part = x[i : i + self._batch]
+            part = np.concatenate([part, np.repeat(part[:1], self._batch - len(part), axis=0)])
+            out.append(np.asarray(function(self._params, part)))
+        return np.concatenate(out)[: len(x)]
+
+
+def digit_probability() -> Reward:
+    """The probability of the prompted digit for the scan in the middle of a canvas [8, 16, 1], by the
+    nearest training scans. It isn't the judge that counts drawn digits, though both know these scans."""
+    neighbours = _neighbours()
+
+    def score(prompts, completions, images, answers):
+        wanted = [_prompted(prompt) for prompt in prompts]
+        scans = [digits.cut(np.asarray(canvas), 1)[0] for canvas in images]
+        return neighbours.predict_proba(_features(scans))[np.arange(len(wanted)), wanted].astype(np.float32)
+
+    return score
+
+
+@functools.cache
+def _neighbours():
+    try:
+        from sklearn.neighbors import KNeighborsClassifier
+    except ImportError as error:
+        raise ImportError("the digits need scikit-learn: pip install 'mmada_jax[digits]'") from error
+    train = digits.load("train")
+    # Of the classifiers with probabilities that scikit-learn has, this one's held-out log-likelihood
+    # was among the best, and nothing outside of the scans' own region makes it sure.
+    return KNeighborsClassifier(10, weights="distance").fit(_features(train.pixels), train.labels)
+
+
+def _features(scans) -> np.ndarray:
+    return np.clip(np.asarray(scans, np.float32), -1, 1).reshape(len(scans), -1)
+
+
+def _prompted(prompt: str) -> int:
+    named = [digits.WORDS.index(word) for word in re.findall(r"\w+", prompt) if word in digits.WORDS]
+    if len(named) != 1:
+        raise ValueError(f"the prompt {prompt!r} must name one digit; reward 'digit' scores no other")
+    return named[0]
+
+
+# The makers of the rewards by name; one of a task is written `reasoning_gym:chain_sum`. The paper's
+# weights (arXiv 2505.15809): correct 2.0, format 0.5, clip 0.1.
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "correct": Correct,
+    "exact": exact,
+    "format": well_formed,
+    "clip": ClipScore,
+    "digit": digit_probability,
+    "reasoning_gym": ReasoningGym,
+}
+NEEDS = {
+    "correct": "answers", "exact": "answers", "reasoning_gym": "answers",
+    "clip": "images", "digit": "images",
+}  # fmt: skip
+
+
+# ---- Failing safely ------------------------------------------------------------------------------
+
+
+def _settle(outcome: Any, n: int) -> tuple[np.ndarray, dict[int, str]]:
+    """What a reward returned or raised -> scores [N], 0 where it failed, and row -> error."""
+    if isinstance(outcome, Unscored):
+        errors = dict(outcome.errors)
+        outcome = outcome.scores
+    elif isinstance(outcome, Exception):
+        return np.zeros(n, np.float32), dict.fromkeys(range(n), f"{type(outcome).__name__}: {outcome}")
+    else:
+        errors = {}
+    try:
+        scores = np.array(outcome, np.float32)
+    except (TypeError, ValueError) as error:
+        return np.zeros(n, np.float32), dict.fromkeys(range(n), f"it returned no numbers: {error}")
+    if scores.shape != (n,):
+        text = f"it returned an array of shape {scores.shape} for {n} rows"
+        return np.zeros(n, np.float32), dict.fromkeys(range(n), text)
+    bad = np.flatnonzero(~np.isfinite(scores))
+    for row in bad:
+        errors.setdefault(int(row), f"it returned {scores[row]} for row {row}")
+    scores[bad] = 0
+    return scores, errors
+
+
+def _collect(waiting: Mapping[str, queue.SimpleQueue], limit: float) -> dict[str, Any]:
+    """What arrives in the queues within `limit` seconds, by their names."""
+    end, arrived = time.monotonic() + limit, {}
+    for name, box in waiting.items():
+        with contextlib.suppress(queue.Empty):
+            arrived[name] = box.get(timeout=max(0.0, end - time.monotonic()))
+    return arrived
+
+
+def _check_lengths(prompts, completions, images, answers) -> None:
+    for name, rows in (("prompts", prompts), ("images", images), ("answers", answers)):
+        if rows is not None and len(rows) != len(completions):
+            raise ValueError(f"there are {len(completions)} completions and {len(rows)} {name}")

@@ -1,0 +1,352 @@
+"""What a workdir holds: the configuration of its run, and the loading of what was trained there."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+
+from mmada_jax import config as config_lib
+from mmada_jax.data import digits, records, sources
+from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
+from mmada_jax.data.texts import sample_texts
+from mmada_jax.diffusion.corrupt import Config as LossConfig
+from mmada_jax.disk import resolved
+from mmada_jax.nets import transformer, vq
+from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.tokenizer import TextTokenizer
+from mmada_jax.tokens.vocab import LLADA, Vocab
+from mmada_jax.train.optim import Config as OptimConfig
+from mmada_jax.weights import llada, magvit
+from mmada_jax.weights.arrays import open_params
+from mmada_jax.weights.checkpoint import newest_params
+from mmada_jax.weights.lazy import in_memory
+from mmada_jax.weights.manifest import verify_manifest
+from mmada_jax.weights.workdir import check_files, has_step, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh(Ranged):
+    """Sizes of the mesh axes; -1 takes what is left."""
+
+    data: Annotated[int, Range(1, 1_000_000, also=-1)] = 1
+    fsdp: Annotated[int, Range(1, 1_000_000, also=-1)] = -1
+    tensor: Annotated[int, Range(1, 1_000_000, also=-1)] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Ranged):
+    """What every training run has. `batch_size` counts global rows."""
+
+    program: Literal["vq", "model"]
+    steps: Positive
+    batch_size: Positive
+    seed: Seed = 0
+    save_every: Positive = 1000
+    keep: Positive = 2
+    log_every: Positive = 50
+    load_threads: Annotated[int, Range(1, 1024)] = 2
+    load_workers: Annotated[int, Range(0, 1024)] = (
+        0  # processes that load, each with its threads; 0: the threads alone
+    )
+    max_skipped: Share = 0.01  # share of records that may be unreadable
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: Mesh = Mesh()
+
+
+@dataclasses.dataclass(frozen=True)
+class VQRun(Run):
+    """Training of the image tokenizer; weights of its losses beside the reconstruction's 1."""
+
+    preset: str = "digits"
+    entropy: Weight = 0.1
+    commitment: Weight = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRun(Run):
+    """Training of the model.
+
+    `init` is what it starts from: the workdir of an earlier stage or a checkpoint; from scratch if
+    empty. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun, or a
+    converted checkpoint. Both paths, and that of `text_tokenizer` (a tokenizer.json or its folder, by
+    default that of `init`), are relative to the run's workdir or absolute. Without a text tokenizer one
+    of `text_vocab` ids is trained on what a sample of the run's own rows says.
+
+    `mixture` shares the rows of a batch among the tasks, `data` names the sources of each task, with
+    paths below `data_root` (itself relative to the workdir, or absolute), and `held_out` those of the
+    evaluation. Every `eval_every` steps `eval_rows` held-out rows are scored and `samples` of each kind
+    of generation are saved, with answers decoded in blocks of `answer_block` tokens; 0 is never.
+    """
+
+    preset: str = "digits"
+    init: str = ""
+    model: Annotated[dict[str, Any], FieldsOf(transformer.Config)] = dataclasses.field(default_factory=dict)
+    image_tokenizer: str = ""
+    text_tokenizer: str = ""
+    image_size: Annotated[int, Range(0, 65536)] = 0  # pixels of a side; the scans of digits have their own
+    text_vocab: Annotated[int, Range(0, 10_000_000)] = 0
+    max_text: Annotated[int, Range(1, 1_000_000)] = 256
+    cond_dropout: Share = 0.1
+    cut_long: bool = False
+    think_prompt: str = records.THINK_PROMPT
+    think_draw_prompt: str = records.THINK_DRAW_PROMPT
+    mixture: dict[str, Count] = dataclasses.field(default_factory=dict)
+    data_root: str = ""
+    data: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
+    held_out: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
+    data_may_change: bool = False  # whether a resumed run may have other data than before
+    eval_every: Count = 0
+    eval_rows: Annotated[Positive, OnlyWith("eval_every")] = 64
+    samples: Annotated[Count, OnlyWith("eval_every")] = 8
+    answer_block: Positive = 32
+    loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+    loss_chunk: Positive | None = None  # positions of a device that have logits at a time
+    accumulate: Positive = 1  # parts that a batch goes through the model in, one after the other
+
+
+def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:
+    """A config mapping -> the frozen configuration of its program."""
+    kinds = {"vq": VQRun, "model": ModelRun}
+    name = config.get("program")
+    if name not in kinds:
+        raise ValueError(f"config.program is {name!r}; it must be one of {', '.join(kinds)}")
+    return config_lib.from_dict(kinds[name], config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run can start from: a tree of Lazy arrays, their architecture, the text tokenizer's file."""
+
+    params: Any
+    model: transformer.Config
+    tokenizer: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a ModelRun amounts to: tokenizers, ids, architectures, and the shape of an image."""
+
+    tokenizer: TextTokenizer | None  # None only where `foresee` assumes that of LLaDA
+    vocab: Vocab
+    model: transformer.Config
+    vq: vq.Config
+    grid: tuple[int, int]  # rows and columns of image tokens
+    max_text: int
+    start: Start | None = None
+
+    @property
+    def n_image(self) -> int:
+        """Tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def shape(self) -> Shape:
+        """That of a row."""
+        down = self.vq.downsampling
+        pixels = (self.grid[0] * down, self.grid[1] * down, self.vq.pixel_channels)
+        return Shape(self.max_text, self.n_image, pixels)
+
+
+def plan(
+    run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = None, start: bool = False
+) -> Plan:
+    """Resolves a run of the model, and raises where it can't work: unknown presets, a task mixture
+    or a row length that doesn't fit, no image tokenizer. Nothing is computed or written.
+
+    `vq_config` is given where the image tokenizer is yet to be trained. `start` says that a run
+    without checkpoints begins: what it starts from is opened, and must fit."""
+    for name in ("mixture", "data", "held_out"):
+        known = [f"{name}.{task}" for task in layout.TASKS]
+        for task in getattr(run, name):
+            if task not in layout.TASKS:
+                raise ValueError(config_lib.unknown_key(f"{name}.{task}", known))
+    rows_per_task(run.mixture, run.batch_size)
+    if not run.data:
+        raise ValueError(
+            "config.data is empty: this configuration describes a step without saying where its rows "
+            "come from; launch/aot.py compiles it, training needs a source for every task"
+        )
+    vq_config = vq_config or vq_config_of(image_tokenizer_of(run, workdir))
+    grid = grid_of(run, vq_config)
+    begin = open_start(relative(run.init, workdir)) if start and run.init else None
+    tokenizer = _text_tokenizer(run, workdir, begin)
+    vocab = tokenizer.vocab(vq_config.codebook_size, begin and begin.model.vocab)
+    model = model_of(run, vocab, grid[0] * grid[1])
+    if begin:
+        _check_same(begin.model, model, relative(run.init, workdir))
+    return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
+
+
+def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
+    """The plan of a run of which nothing need be there, to compile its steps.
+
+    Tokenizers, and what it starts from, are read where they lie. Where nothing lies, the preset
+    "llada-8b" means the published ones: LLaDA's vocabulary and MAGVIT-v2. Any other preset without
+    its files is an error, as in `plan`."""
+    published = run.preset == "llada-8b"
+    folder, init = image_tokenizer_of(run, workdir), relative(run.init, workdir)
+    if not run.image_tokenizer:
+        codec = vq.PRESETS["digits"]  # launch/train.py trains it
+    elif published and not folder.exists():
+        codec = vq.PRESETS["magvitv2"]
+    else:
+        codec = vq_config_of(folder)
+    begin, tokenizer, vocab = None, None, LLADA
+    if run.init and (init.exists() or not published):
+        begin = Start(None, architecture_of(init), init / "tokenizer.json")
+    texts = run.text_tokenizer and relative(run.text_tokenizer, workdir).exists()
+    if begin or texts or not published:
+        tokenizer = _text_tokenizer(run, workdir, begin)
+        vocab = tokenizer.vocab(codec.codebook_size, begin and begin.model.vocab)
+    grid = grid_of(run, codec)
+    model = model_of(run, vocab, grid[0] * grid[1])
+    if begin:
+        _check_same(begin.model, model, init)
+    return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
+
+
+def grid_of(run: ModelRun, vq_config: vq.Config) -> tuple[int, int]:
+    """Rows and columns of image tokens."""
+    down = vq_config.downsampling
+    I, J = (run.image_size, run.image_size) if run.image_size else (digits.HEIGHT, digits.WIDTH)
+    if I % down or J % down:
+        raise ValueError(
+            f"image_size {run.image_size} isn't a multiple of the image tokenizer's {down} pixels; "
+            f"choose {run.image_size - run.image_size % down or down}"
+        )
+    return I // down, J // down
+
+
+def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -> TextTokenizer:
+    saved = workdir / "tokenizer.json"
+    if has_step(workdir):
+        return TextTokenizer.load(saved)
+    if run.text_tokenizer:
+        path = relative(run.text_tokenizer, workdir)
+        return TextTokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
+    if start:
+        return TextTokenizer.load(start.tokenizer)
+    if run.text_vocab:
+        tasks = [task for task, weight in run.mixture.items() if weight]
+        opened = open_sources(
+            run.data, tasks, str(relative(run.data_root, workdir)) if run.data_root else ""
+        )
+        texts = sample_texts(run.data, opened, run.think_prompt, run.think_draw_prompt)
+        return TextTokenizer.train(texts, run.text_vocab)
+    raise ValueError(
+        "there is no text tokenizer: config.init is empty, and so are config.text_tokenizer and "
+        "config.text_vocab; name a tokenizer.json, or a checkpoint to start from"
+    )
+
+
+def open_start(path: pathlib.Path) -> Start:
+    """Opens what a run is to start from, verified; nothing but its description is read yet.
+
+    Raises FileNotFoundError or ValueError if there is no model in `path`."""
+    check_files(path)
+    config = architecture_of(path)
+    if (path / "params").is_dir():
+        verify_manifest(path / "params")
+        params = open_params(path / "params")
+    else:
+        params, _ = newest_params(path)
+    return Start(params, config, path / "tokenizer.json")
+
+
+def architecture_of(path: pathlib.Path) -> transformer.Config:
+    """That of the model in a workdir or a checkpoint, by its description alone.
+
+    Raises FileNotFoundError or ValueError if there is none in `path`."""
+    values = read_config(path) if (path / "config.json").is_file() else {}
+    if values.get("program") == "model":
+        return plan(parse(values), path).model
+    if values.get("program") == "rl":
+        return llada.config_from_hf(values["architecture"])
+    if (path / "params").is_dir() and values.get("model_type") in llada.MODEL_TYPES:
+        return llada.config_from_hf(values)
+    raise FileNotFoundError(
+        f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face folder "
+        "becomes one by launch/convert.py from-torch"
+    )
+
+
+def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.Path) -> None:
+    shapes = [jax.tree.map(lambda x: x.shape, transformer.param_shapes(c)) for c in (old, new)]
+    fields = [f for f in ("rope_theta", "norm_eps") if getattr(old, f) != getattr(new, f)]
+    if shapes[0] != shapes[1] or fields:
+        fields += [
+            f.name
+            for f in dataclasses.fields(old)
+            if f.name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_mlp", "vocab")
+            and getattr(old, f.name) != getattr(new, f.name)
+        ]
+        what = ", ".join(f"{f} {getattr(old, f)!r} there and {getattr(new, f)!r} here" for f in fields)
+        raise ValueError(f"config.init: {path} holds another model ({what}); change preset or model")
+
+
+def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
+    """The architecture of a run: its preset, with the run's own values, for its vocabulary.
+
+    Raises ValueError if rows with `n_image` image tokens are longer than it takes.
+    """
+    preset = dataclasses.asdict(preset_of(transformer.PRESETS, run.preset))
+    values = preset | dict(run.model) | {"vocab": vocab.rows}
+    model = config_lib.from_dict(transformer.Config, values, "model.")
+    length = run.max_text + n_image + 3
+    if length > model.max_len:
+        raise ValueError(
+            f"rows have {length} tokens (max_text {run.max_text} + {n_image} of the image + 3), the "
+            f"model takes {model.max_len}; lower max_text or raise model.max_len"
+        )
+    return model
+
+
+def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
+    """A path of a configuration: relative to the run's workdir, or absolute."""
+    return resolved(pathlib.Path(workdir) / path)
+
+
+def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a run's image tokenizer; the run's own needn't exist yet."""
+    return relative(run.image_tokenizer, workdir)
+
+
+def vq_config_of(path: str | pathlib.Path) -> vq.Config:
+    """Architecture of the image tokenizer that a workdir or a checkpoint holds."""
+    check_files(path)
+    try:
+        values = read_config(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no image tokenizer: {error}") from error
+    if values.get("program") == "vq":
+        return preset_of(vq.PRESETS, values["preset"])
+    if values.get("model_type") == magvit.MODEL_TYPE and (pathlib.Path(path) / "params").is_dir():
+        return magvit.config_from_hf(values)
+    what = values.get("program") or values.get("model_type")
+    raise ValueError(
+        f"{path} holds no image tokenizer but {what!r}; name the workdir of one, or a checkpoint made by "
+        "launch/convert.py from-torch"
+    )
+
+
+def load_vq(path: str | pathlib.Path) -> tuple[Any, vq.Config]:
+    """The params of the image tokenizer in a workdir (newest) or a checkpoint, float32 on the host, and
+    its architecture."""
+    config = vq_config_of(path)
+    if (pathlib.Path(path) / "params").is_dir():
+        verify_manifest(pathlib.Path(path) / "params")
+        params = open_params(pathlib.Path(path) / "params")
+    else:
+        params, _ = newest_params(path)
+    return jax.tree.map(lambda x: x.astype(np.float32), in_memory(params)), config
+
+
+def preset_of(presets: Mapping[str, Any], name: str) -> Any:
+    """The named preset; an unknown name is an error that lists the known ones."""
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}; known: {', '.join(presets)}")
+    return presets[name]

@@ -1,0 +1,501 @@
+"""Training: one program for the image tokenizer and for stages 1 and 2 of the model.
+
+A program is what differs between them: how params are made and laid out, the batch of a step, the
+loss. The loop below is the same for both. Batches are functions of (seed, step) and the key of a
+step is fold_in(root, step), so a resumed run repeats to the bit what an uninterrupted one does.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+
+from mmada_jax import config as config_lib
+from mmada_jax import files
+from mmada_jax.data import digits, pipeline, sources
+from mmada_jax.devices import sharding
+from mmada_jax.devices.distributed import together, watch_signals
+from mmada_jax.diffusion import corrupt, loss
+from mmada_jax.measure import evaluate
+from mmada_jax.model.vision import Vision
+from mmada_jax.nets import transformer, vq
+from mmada_jax.ranges import warn_without_effect
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.tokenizer import TextTokenizer
+from mmada_jax.tokens.vocab import Vocab
+from mmada_jax.train.metrics import Metrics, tell
+from mmada_jax.train.runs import (
+    ModelRun,
+    Plan,
+    VQRun,
+    image_tokenizer_of,
+    load_vq,
+    parse,
+    plan,
+    preset_of,
+    relative,
+)
+from mmada_jax.train.supervised import optim
+from mmada_jax.weights import lazy
+from mmada_jax.weights.checkpoint import Checkpoints
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
+from mmada_jax.weights.workdir import (
+    DATA,
+    TOKENIZER,
+    check_workdir,
+    claim_workdir,
+    differences,
+    has_step,
+    newest_step,
+    refuse_busy,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is trained: params, and their loss on rows that `prepare` has made of a batch.
+
+    Where a batch is taken in parts, `loss` must be a sum over rows: their gradients are added.
+    """
+
+    init_params: Callable[[jax.Array], Any]
+    axes: Any  # logical axis names of the params, None: replicated
+    prepare: Callable[[jax.Array, Any], Any]  # (key of the step, batch) -> rows
+    loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (params, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the loop needs to know of a run. `load` gives the rows of a step that this process has,
+    `encode` makes of them, placed on the devices, what the objective takes. `start` are params to begin
+    with, as Lazy arrays; `evaluate` measures (params, step) and shows samples in the metrics; `data`
+    describes the data, to be compared when the run is resumed."""
+
+    objective: Objective
+    load: Callable[[int, Sequence[int]], pipeline.Loaded]
+    encode: Callable[[Any], Any]
+    tokens_per_step: int
+    flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # by a step's values; 0: not known
+    tokenizer: TextTokenizer | None = None
+    accumulate: int = 1
+    start: Any = None
+    evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """What a workdir keeps of it, by the names of files."""
+        if not self.tokenizer:
+            return {}
+        return {TOKENIZER: self.tokenizer.to_json(), DATA: json.dumps(self.data, indent=1)}
+
+
+# Groups of the configuration that make a model what it is: a workdir holds one model.
+FIXED = ("program", "preset", "model", "text_vocab", "max_text", "image_size")
+# How it is computed may change.
+FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
+
+
+def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
+    """Trains until `config.steps`, from the newest checkpoint of the workdir if there is one.
+
+    Raises ValueError for a configuration that doesn't fit, itself or the workdir, before any
+    compute. SIGTERM and Ctrl-C save and return: `state.step` is then less than `config.steps`. Where
+    there are several processes, all call this; the first one writes and prints.
+    """
+    # ---- Configuration --------------------------------------------------------------------------
+    began = time.perf_counter()
+    workdir = pathlib.Path(workdir)
+    with together("training") as same:
+        run, mesh, what = check(config, workdir)
+        refuse_busy(workdir)
+        program = model_program(run, workdir, mesh, what) if what else vq_program(run)
+        same |= start_of(run, workdir) | {"data": program.data}
+    first_process = jax.process_index() == 0
+    say = tell if first_process else lambda *_: None
+    if first_process:
+        warn_without_effect(run)
+
+    # ---- State ----------------------------------------------------------------------------------
+    optimizer = optim.make(run.optim, run.steps)
+    objective = program.objective
+    shapes, shardings = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
+    n_params = sum(x.size for x in jax.tree.leaves(shapes.params))
+    root = jax.random.key(run.seed)
+    with (
+        watch_signals(mesh) as signalled,  # until the last save is complete
+        Checkpoints(workdir, run.keep) as checkpoints,
+        jax.set_mesh(mesh),
+    ):
+        check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)  # another run may have just ended
+        claim_workdir(workdir, config_lib.to_dict(run), program.texts)
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(shapes, shardings)
+        elif program.start:
+            params = sharding.put_params(program.start, shardings.params, np.float32)
+            if not all_finite(params):
+                raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
+            state = start_state(params, optimizer, shardings)
+        else:
+            state = init_state(jax.random.fold_in(root, 0), objective.init_params, optimizer, shardings)
+        first = int(state.step)
+        if first >= run.steps:
+            say(f"{workdir}: {first} steps are done already")
+            return state
+        say(
+            f"{workdir}: {n_params:,} parameters, mesh {dict(mesh.shape)}, "
+            + (f"resuming at step {first}" if first else f"from {getattr(run, 'init', '') or 'scratch'}")
+        )
+
+        # ---- Loop -------------------------------------------------------------------------------
+        step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate)
+        own = pipeline.own_rows(mesh, run.batch_size)
+        load = functools.partial(program.load, which=own)
+        batches = pipeline.iterate(load, first, run.steps, run.load_threads, run.load_workers)
+        skipped = pipeline.Skipped(run.max_skipped)
+        metrics = Metrics(workdir, run.steps, first, program.flops_per_step, began)
+        with contextlib.closing(batches), ThreadPoolExecutor(1) as ahead, metrics:
+            upcoming = ahead.submit(next, batches)
+            for step in range(first, run.steps):
+                if step > first and not upcoming.done():
+                    jax.block_until_ready(state.step)  # only what the devices wait for is a wait
+                with metrics.waiting():
+                    loaded = upcoming.result()
+                if step + 1 < run.steps:
+                    upcoming = ahead.submit(next, batches)
+                skipped.count(loaded.skipped, len(own))
+                batch = program.encode(sharding.put_batch(mesh, loaded.rows, own, run.batch_size))
+                stop = signalled()
+                state, values = step_fn(state, root, batch)
+                done = step + 1
+                if step == first:
+                    jax.block_until_ready(values)
+                    metrics.restart_clock(done)
+                stop = int(stop)
+                measure = program.evaluate and (done % run.eval_every == 0 or done == run.steps)
+                log = done % run.log_every == 0 or done == run.steps or measure
+                save = done % run.save_every == 0 or done == run.steps or stop
+                if log:
+                    values = {name: float(value) for name, value in values.items()} | skipped.values()
+                    if measure:
+                        with metrics.pausing():
+                            values |= program.evaluate(state.params, done, metrics)
+                    values["lr"] = optim.learning_rate(run.optim, run.steps, state.opt_state)
+                    values["failed_saves"] = checkpoints.failed
+                    metrics.write(done, values, program.tokens_per_step)
+                if log or save:
+                    streak = optim.check_streak(run.optim, state.opt_state, checkpoints.give_up)
+                    sound = not streak and np.isfinite(float(values["loss"]))
+                    # What may end in an error isn't saved: the next run resumes before it.
+                    if stop and not sound:  # unless it is saved already
+                        sound = checkpoints.accepted() != int(state.opt_state.accepted)
+                    if save and (sound or done == run.steps):
+                        with metrics.pausing():
+                            checkpoints.save(state)
+                if stop:
+                    say(f"stopped by {signal.Signals(stop).name} after step {done}; run again to resume")
+                    break
+    return state
+
+
+def check(
+    config: Mapping[str, Any], workdir: str | pathlib.Path, vq_config: Mapping[str, Any] | None = None
+) -> tuple[VQRun | ModelRun, jax.sharding.Mesh, Plan | None]:
+    """Raises for whatever is wrong with a configuration, before anything is computed or written.
+
+    Returns it parsed, its mesh, and what a run of the model amounts to. `vq_config` is that of the image
+    tokenizer, where a model's is yet to be trained.
+    """
+    run, workdir = parse(config), pathlib.Path(workdir)
+    mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
+    check_rows(run, mesh)
+    check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)
+    what = None
+    if isinstance(run, ModelRun):
+        to_train = vq_config and preset_of(vq.PRESETS, parse(vq_config).preset)
+        what = plan(run, workdir, to_train, start=not has_step(workdir))
+        if to_train:  # the data is opened once more when it is needed
+            open_data(run, workdir, what)
+            if run.eval_every:
+                open_rows(run, workdir, what, "held_out", run.eval_rows)
+    else:
+        preset_of(vq.PRESETS, run.preset)
+    return run, mesh, what
+
+
+def start_of(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """What all processes of a run must begin with alike."""
+    return {
+        "config": config_lib.to_dict(run),
+        "workdir": str(workdir.absolute()),
+        "newest step": newest_step(workdir).name if has_step(workdir) else None,
+        "devices": jax.local_device_count(),
+        "kind of device": jax.local_devices()[0].device_kind,
+    }
+
+
+def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError if the rows of a batch can't be spread over the devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    of_model = isinstance(run, ModelRun)
+    sizes = {"batch_size": run.accumulate if of_model else 1}
+    if of_model and run.eval_every:
+        sizes["eval_rows"] = 1
+    for name, parts in sizes.items():
+        size, unit = getattr(run, name), shards * parts
+        if size % unit:
+            accumulated = f" times the {parts} parts of `accumulate`" if parts > 1 else ""
+            raise ValueError(
+                f"{name} {size} is not divisible by the {shards} data shards{accumulated} of "
+                f"mesh {dict(mesh.shape)}; the next that is: {-(-size // unit) * unit}"
+            )
+
+
+def make_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    shardings: TrainState,
+    accumulate: int = 1,
+) -> Callable[[TrainState, jax.Array, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step (state, root key, batch) -> (state, metrics); the old state is donated.
+
+    With `accumulate` the rows go through the model in that many parts, one after the other.
+    """
+
+    def gradients(params, rows):
+        (total, values), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, rows)
+        return jax.lax.with_sharding_constraint(grads, shardings.params), {"loss": total, **values}
+
+    def step_fn(state, root, batch):
+        key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
+        rows = objective.prepare(key, batch)
+        if accumulate == 1:
+            grads, values = gradients(state.params, rows)
+        else:
+            # Row i goes into part i % accumulate: every device keeps its own rows.
+            parts = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), rows
+            )
+            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, state.params, rows))
+            add = functools.partial(jax.tree.map, jnp.add)
+            (grads, values), _ = jax.lax.scan(
+                lambda sums, part: (add(sums, gradients(state.params, part)), None), zero, parts
+            )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        values |= {"grad_norm": optax.tree.norm(grads), "skipped": optim.skipped(opt_state)}
+        return TrainState(state.step + 1, params, opt_state), values
+
+    everywhere = sharding.replicated(mesh)
+    return jax.jit(
+        step_fn,
+        in_shardings=(shardings, everywhere, sharding.batch_sharding(mesh)),
+        out_shardings=(shardings, everywhere),
+        donate_argnums=0,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+class Rows(NamedTuple):
+    """Corrupted rows with what the loss needs beside them."""
+
+    seen: corrupt.Corrupted
+    valid_BL: jax.Array
+    task_B: jax.Array
+
+
+def model_objective(run: ModelRun, model: transformer.Config, vocab: Vocab) -> Objective:
+    """The model on token rows: corrupt, hidden states, weighted loss."""
+    tasks = [task for task, share in run.mixture.items() if share]
+
+    def prepare(key, batch):
+        return Rows(corrupt.corrupt(key, batch, vocab, run.loss), batch.valid, batch.task)
+
+    def loss_fn(params, rows):
+        seen = rows.seen
+        h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, rows.valid_BL)
+        total, each_B = loss.weighted_nll(
+            h_BLD, params["head_DV"], seen.targets_BL, seen.weights_BL, run.loss_chunk
+        )
+        by_task = {
+            f"loss_{task}": jnp.sum(jnp.where(rows.task_B == layout.TASKS.index(task), each_B, 0))
+            for task in tasks
+        }
+        return total, by_task | {"scored": jnp.sum(seen.weights_BL != 0, dtype=jnp.float32)}
+
+    return Objective(
+        functools.partial(transformer.init_params, config=model),
+        transformer.param_axes(model),
+        prepare,
+        loss_fn,
+    )
+
+
+def open_data(run: ModelRun, workdir: pathlib.Path, what: Plan) -> pipeline.Pipeline:
+    """The rows of a run, from its sources. Raises where those can't be opened, don't fit the model, or
+    where the workdir's run had others."""
+    rows_of = open_rows(run, workdir, what, "data", run.batch_size, run.cond_dropout)
+    known = workdir / DATA
+    if has_step(workdir) and known.is_file() and not run.data_may_change:
+        changed = list(differences("data", files.read_json(known, dict), rows_of.description))
+        if changed:
+            changes = "; ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changed[:5])
+            raise ValueError(
+                f"{workdir} was trained on other data: {changes}. It can't go on where it was; "
+                "restore what was, or say --config.data_may_change=True"
+            )
+    return rows_of
+
+
+def open_rows(
+    run: ModelRun, workdir: pathlib.Path, what: Plan, key: str, size: int, cond_dropout: float = 0.0
+) -> pipeline.Pipeline:
+    """Batches of `size` rows from the sources under config.`key`. Raises ValueError or OSError where those
+    can't be opened, or hold codes of images that aren't those of this run."""
+    data = getattr(run, key)
+    rows = {task: n for task, n in pipeline.rows_per_task(run.mixture, size).items() if n}
+    root = str(relative(run.data_root, workdir)) if run.data_root else ""
+    opened = pipeline.open_sources(data, tuple(rows), root, key)
+    with_codes = {
+        f"config.{key}.{task}.{name}": source.info
+        for task, of_task in opened.items()
+        for name, source in of_task.items()
+        if layout.image_start(task, what.max_text) and sources.codes_of(source)
+    }
+    if with_codes:
+        path = image_tokenizer_of(run, workdir)
+        sha256 = lazy.sha256(open_folder(path).tensors())
+    for where, info in with_codes.items():
+        if what.shape.pixels[:2] != (info.get("image_size"),) * 2:
+            raise ValueError(
+                f"{where} has the codes of images of {info.get('image_size')} pixels, this run's have "
+                f"{what.shape.pixels[0]}x{what.shape.pixels[1]}; change image_size, or prepare it again"
+            )
+        if info.get("image_tokenizer") != sha256:
+            raise ValueError(
+                f"{where} has the codes of another image tokenizer (sha256 "
+                f"{str(info.get('image_tokenizer'))[:16]}) than {path} ({sha256[:16]}); name that one as "
+                "image_tokenizer, or prepare it again"
+            )
+    return pipeline.Pipeline(
+        what.tokenizer, what.vocab, data, opened, rows, what.shape, run.seed, cond_dropout, run.cut_long,
+        run.think_prompt, run.think_draw_prompt,
+    )  # fmt: skip
+
+
+def model_program(
+    run: ModelRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, what: Plan | None = None
+) -> Program:
+    """The model on rows of its data."""
+    what = what or plan(run, workdir, start=not has_step(workdir))
+    data = open_data(run, workdir, what)
+    say_left_out(data, "data")
+    data.load(0, [data.places.index((task, 0)) for task in data.rows])  # raises if no record can be used
+
+    def encode(rows):
+        return rows.batch
+
+    def flops(values):  # the loss has logits only where tokens are scored
+        logits = round(values["scored"]) * what.model.vocab
+        return 3 * transformer.forward_flops(what.model, run.batch_size, what.shape.length, logits)
+
+    vision = None
+    if data.encodes or run.eval_every:
+        params, _ = load_vq(image_tokenizer_of(run, workdir))
+        vision = Vision.place(params, what.vq, what.grid, mesh)
+        encode = pipeline.make_encoder(vision, what.vocab, run.max_text)
+    return Program(
+        objective=model_objective(run, what.model, what.vocab),
+        load=data.load,
+        encode=encode,
+        tokens_per_step=run.batch_size * what.shape.length,
+        flops_per_step=flops,
+        tokenizer=what.tokenizer,
+        accumulate=run.accumulate,
+        start=what.start and what.start.params,
+        evaluate=evaluation(run, workdir, what, vision, encode) if run.eval_every else None,
+        data=data.description,
+    )
+
+
+def say_left_out(rows: pipeline.Pipeline, key: str) -> None:
+    """Prints, in the first process, what the sources under config.`key` leave out."""
+    for line in pipeline.left_out(rows.opened, key) if jax.process_index() == 0 else ():
+        print(line, flush=True)
+
+
+def evaluation(
+    run: ModelRun,
+    workdir: pathlib.Path,
+    what: Plan,
+    vision: Vision,
+    encode: Callable[[pipeline.Rows], layout.Batch],
+) -> Callable[[Any, int, Metrics], dict[str, float]]:
+    """(params, step, metrics) -> values on the held-out rows; samples are shown in the metrics."""
+    mesh = vision.mesh
+    rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
+    say_left_out(rows, "held_out")
+    own = pipeline.own_rows(mesh, run.eval_rows)
+
+    @functools.cache
+    def held_out():
+        with jax.set_mesh(mesh):
+            batch = encode(sharding.put_batch(mesh, rows.load(0, own).rows, own, run.eval_rows))
+        return batch, multihost_utils.process_allgather(batch, tiled=True)
+
+    def measure(params, step, metrics):
+        batch, on_host = held_out()
+        nll = evaluate.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
+        values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
+        if run.samples:
+            of_images = vision.params, vision.config
+            model = MMaDA(
+                params, what.model, what.vocab, what.tokenizer, *of_images, run.max_text, what.grid, mesh
+            )
+            exact, picture, lines = evaluate.generations(
+                model, on_host, run.samples, run.answer_block, run.seed
+            )
+            values |= exact
+            metrics.show(step, picture, lines)
+        return values
+
+    return measure
+
+
+def vq_program(run: VQRun) -> Program:
+    """The image tokenizer on pixels."""
+    vq_config = preset_of(vq.PRESETS, run.preset)
+
+    def loss_fn(params, pixels_BIJC):
+        terms = vq.losses(params, vq_config, pixels_BIJC)
+        total = (
+            terms["reconstruction"] + run.entropy * terms["entropy"] + run.commitment * terms["commitment"]
+        )
+        return total, terms
+
+    return Program(
+        objective=Objective(
+            init_params=functools.partial(vq.init_params, config=vq_config),
+            axes=None,
+            prepare=lambda key, pixels_BIJC: pixels_BIJC,  # nothing is drawn
+            loss=loss_fn,
+        ),
+        load=pipeline.Canvases(run.batch_size, run.seed).load,
+        encode=lambda pixels_BIJC: pixels_BIJC,
+        tokens_per_step=run.batch_size * digits.HEIGHT * digits.WIDTH // vq_config.downsampling**2,
+    )

@@ -1,0 +1,1 @@
+"""Params on disk: lazy arrays, key tables, manifests, checkpoints, workdirs, and conversions."""

@@ -1,0 +1,180 @@
+"""Folders of arrays as Orbax lays them out: opened and streamed piece by piece, compared."""
+
+import asyncio
+import collections
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from mmada_jax.disk import refuse_place, resolved
+from mmada_jax.weights.lazy import Lazy, leaves, pieces, refuse, tree
+from mmada_jax.weights.manifest import write_manifest
+
+# Axes of params are stored in chunks of these lengths, so that a process of a sharded restore reads
+# little more than its own part, and a conversion can read a matrix by rows and by columns.
+CHUNKS = {"layers": 1, "embed": 256, "vocab": 8192}
+
+
+def write_params(
+    folder: str | pathlib.Path,
+    params: Mapping[str, Any],
+    axes: Any,
+    progress: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Streams a tree of Lazy arrays into an Orbax checkpoint with a manifest; `folder` must be new.
+
+    `axes` is the tree of logical axis names (they decide how arrays are cut into chunks), or None.
+    Holds a few pieces of arrays in memory, never all of one.
+    """
+    streams = _StreamHandler()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()), (_Stream, streams)
+    )
+    # This process alone writes, and waits for no other.
+    me = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False, multiprocessing_options=alone
+    )
+    names = {path: names for path, names in leaves(axes)} if axes else {}
+    streamed = tree(
+        (path, _Stream(array, _chunks(array, names.get(path)), progress)) for path, array in leaves(params)
+    )
+    folder = resolved(folder)
+    refuse_place(folder)
+    # Data files are written when they reach this size, and held in memory before.
+    args = ocp.args.PyTreeSave(streamed, ocdbt_target_data_file_size=32 << 20)
+    try:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(folder, args=args)
+    except Exception as error:
+        raise streams.error or error from error
+    if streams.error:
+        shutil.rmtree(folder)
+        raise streams.error
+    write_manifest(folder)
+
+
+def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
+    """The arrays of a checkpoint's params (or optimizer state) as a tree of Lazy arrays; nothing is read
+    yet."""
+    folder = resolved(folder)
+
+    def open_one(path):
+        # What Orbax writes: one zarr array for each leaf in one OCDBT store.
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        # Orbax writes zeros like other numbers: what isn't there is missing, and not zero.
+        spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
+        array = tensorstore.open(spec, read=True).result()
+        return Lazy(array.shape, array.dtype.numpy_dtype, lambda index: array[index].read().result())
+
+    return tree((path, open_one(path)) for path in _stored(folder))
+
+
+class _Stream:
+    """A Lazy array on its way into a checkpoint: what Orbax wants to know of a leaf, and the chunks."""
+
+    def __init__(self, array: Any, chunks: tuple[int, ...], progress: Callable[[int], None]):
+        self.array, self.chunks, self.progress = array, chunks, progress
+        self.shape, self.dtype, self.size = array.shape, array.dtype, array.size
+        self.ndim, self.nbytes = len(array.shape), array.nbytes
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's handler of numpy arrays, which writes piece by piece, a few at a time.
+
+    The first error ends the writing of all arrays and is kept: raised here, it would leave Orbax's
+    event loop with the others half-way.
+    """
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._few = asyncio.Semaphore(3)
+        # Nothing waits for the disk: a checkpoint that a power cut left incomplete fails its manifest.
+        self._context = tensorstore.Context(
+            {"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+        )
+        self.error: Exception | None = None
+
+    async def _open_and_write(self, value: _Stream, tspec: dict[str, Any], ts_context: Any) -> None:
+        tspec["metadata"]["chunks"] = list(value.chunks)
+        try:
+            store = await tensorstore.open(tspec, create=True, open=True, context=self._context)
+        except Exception as error:
+            self.error = self.error or error
+            return
+
+        async def write(index):
+            async with self._few:
+                if self.error:
+                    return
+                try:
+                    part = await asyncio.to_thread(lambda: value.array[index])
+                    await store[index].write(part, can_reference_source_data_indefinitely=True)
+                    value.progress(part.nbytes)
+                except Exception as error:
+                    self.error = self.error or error
+
+        step = value.chunks[0] if value.chunks else 1
+        await asyncio.gather(*(write(index) for index in pieces(value.array, multiple=step)))
+
+
+def _chunks(array: Any, names: tuple[str | None, ...] | None) -> tuple[int, ...]:
+    names = names or (None,) * len(array.shape)
+    return tuple(max(1, min(n, CHUNKS.get(name, n))) for n, name in zip(array.shape, names, strict=True))
+
+
+def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+    """Path -> what Orbax recorded (shape, dtype) of every leaf of a checkpoint."""
+    try:
+        found = ocp.PyTreeCheckpointHandler().metadata(folder)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        raise ValueError(f"{folder} is no readable checkpoint: {error}") from error
+    return ocp.tree.to_flat_dict(found.tree)
+
+
+def missing(folder: pathlib.Path) -> list[str]:
+    """What the arrays of a checkpoint's params (or optimizer state) lack that Orbax describes them by."""
+    try:
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = store.list().result()
+        pieces_of = collections.Counter(key.rpartition(b"/")[0].decode() for key in keys)
+        wrong = []
+        for path in _stored(folder):
+            name = ".".join(path)
+            about = json.loads(store.read(f"{name}/.zarray").result().value or "{}")
+            sizes = zip(about.get("shape", ()), about.get("chunks", ()), strict=True)
+            want = math.prod(-(-n // chunk) for n, chunk in sizes)
+            if not about or pieces_of[name] != want + 1:  # with .zarray
+                wrong.append(f"{folder.name}: {name} is not there, or not all of it")
+    except ValueError as error:
+        return [f"{folder.name} can't be read: {(str(error).strip() or repr(error)).splitlines()[0]}"]
+    return wrong
+
+
+def check_leaves(folder: pathlib.Path, shapes: Any) -> None:
+    """Raises ValueError, naming them, if leaves of a checkpoint's params (or optimizer state) are missing
+    or have another shape or dtype: Orbax would cast them without a word."""
+    stored = _stored(folder)
+    wrong = []
+    for path, want in ocp.tree.to_flat_dict(shapes).items():
+        have = stored.get(path)
+        if have is None:
+            wrong.append(f"missing {'.'.join(path)}")
+        elif np.dtype(have.dtype) != np.dtype(want.dtype):
+            wrong.append(f"{'.'.join(path)} is {have.dtype}, {want.dtype} is asked for")
+        elif tuple(have.shape) != tuple(want.shape):
+            wrong.append(f"{'.'.join(path)} has shape {tuple(have.shape)}, not {tuple(want.shape)}")
+    refuse(wrong, f"the checkpoint in {folder} doesn't fit this run")

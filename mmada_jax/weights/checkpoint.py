@@ -1,0 +1,299 @@
+"""Checkpoints through Orbax: asynchronous, atomic, verified before they are read.
+
+WORKDIR/checkpoints/N        params and optimizer state after N steps, the newest few
+FOLDER/params                params alone, streamed there by a conversion
+
+A run whose newest checkpoint is damaged, or holds numbers that aren't finite, goes on from the one
+before; a checkpoint that can't be written costs the run nothing but that checkpoint.
+"""
+
+import contextlib
+import math
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from mmada_jax.devices.distributed import together
+from mmada_jax.disk import refuse_place, resolved
+from mmada_jax.weights.arrays import check_leaves, missing, open_params
+from mmada_jax.weights.lazy import leaves, refuse
+from mmada_jax.weights.manifest import MANIFEST, PARTS, find_damage, verify_manifest, write_manifest
+from mmada_jax.weights.state import TrainState, all_finite
+from mmada_jax.weights.workdir import FILES, claimed, newest_step, record_files
+
+NAMED = {"params": "params are", "opt_state": "numbers of the optimizer are"}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir, which is then this run's alone. Use as a context manager: leaving it
+    finishes the last save, and raises OSError if that failed. A save before the last one that fails is
+    reported on stderr and counted in `failed`.
+
+    Raises ValueError if another run is writing to the workdir, or if Orbax can't write there."""
+
+    def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
+        self.folder = resolved(workdir) / "checkpoints"
+        refuse_place(self.folder)
+        self.failed = 0
+        self._saving: TrainState | None = None  # its shapes
+        self._problem = ""  # of the last save
+        after = ocp.options.AsyncOptions(
+            post_finalization_callback=self._write_manifest,
+            # The writers would wait for minutes for a folder that can't be made.
+            create_directories_asynchronously=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True, async_options=after
+        )
+        with contextlib.ExitStack() as stack:
+            with together("taking the workdir"):
+                if jax.process_index() == 0:
+                    stack.enter_context(claimed(self.folder.parent))
+            self._manager = ocp.CheckpointManager(self.folder, options=options)
+            self._owned = stack.pop_all()
+
+    def __enter__(self):
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._unraisable
+        return self
+
+    def __exit__(self, kind, *_):
+        with self._owned:
+            newest = self.latest()
+            self._attempt(self._manager.close)
+            self._clear()
+        sys.unraisablehook = self._hook
+        if self._problem and kind is None:
+            raise OSError(
+                f"{self._problem}; the newest complete step is {newest or 'none'}: make room in "
+                f"{self.folder} and run again"
+            )
+        self._warn()
+
+    def latest(self) -> int | None:
+        """The newest complete step, None if there is none. Waits for the save that is under way."""
+        self._attempt(self._manager.wait_until_finished)
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving `state` under its step; does nothing if that step is there already.
+
+        Raises FloatingPointError, and saves nothing, if params or the optimizer's state aren't finite."""
+        step = int(state.step)
+        if step == self.latest():  # one save at a time: `_saving` is the one under way
+            return
+        for part in PARTS:
+            if all_finite(getattr(state, part)):
+                continue
+            raise FloatingPointError(
+                f"the {NAMED[part]} not finite after step {step} and weren't saved; the next run "
+                f"{self._next_start()}. Lower optim.lr, or look at the data of these steps"
+            )
+        self._warn()
+        self._clear()
+        self._saving = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)._replace(
+            step=step
+        )
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)
+        )
+        self._attempt(lambda: self._manager.save(step, args=args))
+
+    def restore(self, shapes: TrainState, shardings: TrainState) -> TrainState:
+        """The newest step that is whole, as arrays of these shapes laid out by these shardings; see
+        `restore_as`."""
+        return self.restore_as(lambda step: (shapes, shardings))
+
+    def restore_as(self, layout: Callable[[int], tuple[TrainState, TrainState]]) -> TrainState:
+        """The newest step that is as its manifest says, can be read and is finite; `layout` gives the
+        shapes and shardings of a step. Newer ones are renamed to N.damaged: the run writes them anew.
+
+        Raises ValueError, naming files or leaves, if all steps are damaged (nothing is renamed then), or
+        if a leaf has another shape or dtype than asked for.
+        """
+        self.latest()  # complete
+        newest_step(self.folder.parent)  # raises if there is none
+        state, damage = None, {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            wrong = find_damage(self.folder / str(step))
+            wrong = wrong or [line for part in PARTS for line in missing(self.folder / str(step) / part)]
+            if not wrong:
+                state, wrong = self._read(step, *layout(step))
+            if state:
+                break
+            damage[step] = wrong
+        else:
+            wrong = [f"step {step}: {file}" for step, files in damage.items() for file in files]
+            refuse(wrong, f"no checkpoint in {self.folder} is whole; copy one there from elsewhere, or "
+                   "choose another workdir to start anew")  # fmt: skip
+        self._set_aside(damage, f"going on from step {step}")
+        return state
+
+    def give_up(self, accepted: int) -> str:
+        """Where the next run starts, in words, when this one ends since no gradient can be used.
+
+        The newest step is set aside if no update was accepted since: the run had `accepted` in all, and
+        so has that step. Its params may be finite, but what they give is not."""
+        step = self.latest()
+        if self.accepted() == accepted:
+            self._set_aside({step: ["no gradient at its params could be used"]}, "it is not resumed again")
+        return self._next_start()
+
+    def accepted(self) -> int | None:
+        """How many updates the newest step has accepted; None if there is none, or it doesn't say."""
+        step = self.latest()
+        if step is None:
+            return None
+        try:
+            stored = open_params(self.folder / str(step) / "opt_state")
+            return next((int(np.asarray(x)) for path, x in leaves(stored) if path[-1] == "accepted"), None)
+        except ValueError:
+            return None  # it is damaged, which the next start finds
+
+    def _next_start(self) -> str:
+        step = self.latest()
+        return "starts from scratch" if step is None else f"resumes from step {step}"
+
+    def _read(self, step, shapes, shardings) -> tuple[TrainState | None, list[str]]:
+        """The state of a step, or what is wrong with it."""
+        folder = self.folder / str(step)
+        for part in PARTS:
+            check_leaves(folder / part, getattr(shapes, part))
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
+        args = {part: ocp.args.StandardRestore(getattr(target, part)) for part in PARTS}
+        wrong = []
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            wrong = [f"its {NAMED[part]} not finite" for part in PARTS if not all_finite(restored[part])]
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise  # of memory or files that are open, not of the disk
+            wrong = [f"it can't be read: {(str(error).strip() or repr(error)).splitlines()[0]}"]
+        if _anywhere(bool(wrong)):
+            return None, wrong or ["another process can't read it"]
+        number = jax.device_put(jax.numpy.int32(step), shardings.step)
+        return TrainState(number, restored["params"], restored["opt_state"]), []
+
+    def _set_aside(self, damage: Mapping[int, list[str]], then: str) -> None:
+        """Renames these steps to N.damaged and says why."""
+        if not damage:
+            return
+        for number, files in damage.items() if jax.process_index() == 0 else ():
+            aside, again = self.folder / f"{number}.damaged", 1
+            while aside.exists():
+                aside, again = self.folder / f"{number}.damaged.{again}", again + 1
+            (self.folder / str(number)).rename(aside)
+            more = f" and {len(files) - 3} files more" if len(files) > 3 else ""
+            print(
+                f"warning: the checkpoint of step {number} is damaged ({'; '.join(files[:3])}{more}) and "
+                f"now called {aside.name}; {then}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+    def _attempt(self, write: Callable[[], Any]) -> None:
+        """Calls `write`; if it fails, the reason is kept and what it has left removed."""
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk is any of them
+            if self._problem:
+                return  # what follows from it
+            self._manager.reload()  # it takes steps for removed that still are there
+            if self._saving is None or self._saving.step in self._manager.all_steps():
+                return  # what failed is the removal of an older one
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                self._manager.check_for_errors()  # or they are those of the next save
+            self._clear()
+            cause: BaseException = error
+            while jax.process_count() > 1 and cause.__context__:
+                cause = cause.__context__  # of the error that no other process came to the barrier
+            reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+            free = shutil.disk_usage(self.folder).free
+            nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._saving[1:]))
+            self._problem = (
+                f"the checkpoint of step {self._saving.step} could not be saved ({reason}); it needs "
+                f"{nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            )
+            self.failed += 1
+
+    def _clear(self) -> None:
+        """Removes what failed saves have left, when no save is under way. A write that ends late makes
+        its folder anew, so that once isn't enough."""
+        if jax.process_index() == 0:
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _warn(self) -> None:
+        if self._problem and jax.process_index() == 0:
+            print(f"warning: {self._problem}; going on without it", file=sys.stderr, flush=True)
+        self._problem = ""
+
+    def _unraisable(self, what: Any) -> None:
+        # When a write fails, the event loop of that save is closed before all of its writes have ended,
+        # and each of these finds that worth a traceback.
+        if str(what.exc_value) != "Event loop is closed":
+            self._hook(what)
+
+    def _write_manifest(self) -> None:
+        # Orbax calls this in the first process when all processes have written, before it renames the
+        # temporary folder: a step is committed with its manifest or not at all.
+        (folder,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
+        for part in PARTS:
+            # What is there would be listed as whole, whatever has become of it since it was written.
+            check_leaves(folder / part, getattr(self._saving, part))
+            refuse(missing(folder / part), f"{folder / part} has lost arrays while it was written")
+        write_manifest(folder)
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether this is so in any process; all must ask."""
+    return (
+        here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).any())
+    )
+
+
+def newest_params(workdir: str | pathlib.Path, step: int | None = None) -> tuple[dict[str, Any], int]:
+    """The params of the newest step of a workdir, or of `step`, verified, as `open_params` gives them; and
+    the step."""
+    folder = newest_step(workdir, step)
+    verify_manifest(folder, "params")
+    return open_params(folder / "params"), int(folder.name)
+
+
+def trust(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    """Writes what a workdir or a checkpoint is verified by, of its files as they are now: the hashes of its
+    small files anew, and manifests of arrays that have none. What was written.
+
+    Raises ValueError if there is nothing of the kind, or if arrays without a manifest are not whole.
+    """
+    folder = pathlib.Path(folder)
+    steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    arrays = dict.fromkeys(steps, PARTS)
+    if (folder / "params").is_dir():
+        arrays[folder / "params"] = ("",)
+    if not arrays:
+        raise ValueError(f"{folder} is no workdir of a training run and no checkpoint: it has no arrays")
+    bare = {path: parts for path, parts in arrays.items() if not (path / MANIFEST).is_file()}
+    refuse(
+        [
+            f"{path}: {line}"
+            for path, parts in bare.items()
+            for part in parts
+            for line in missing(path / part)
+        ],
+        f"{folder} can't be trusted",
+    )
+    for path in bare:
+        write_manifest(path)
+    record_files(folder)
+    return [*(path / MANIFEST for path in bare), folder / FILES]

@@ -1,0 +1,255 @@
+"""Folders of PyTorch tensors, as Hugging Face lays them out: safetensors or pytorch_model*.bin, single
+or sharded with an index. Reading maps files into memory and copies nothing; writing streams.
+
+Nothing is executed: .bin files are unpickled by torch's weights-only loader, or not at all.
+"""
+
+import hashlib
+import json
+import pathlib
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mmada_jax.files import read_json, refuse_pointer
+from mmada_jax.weights.lazy import ROWS, Lazy, pieces, refuse
+
+# A file of these names holds a whole model; what lies beside it without an index belongs to something else.
+_ALONE = ("model.safetensors", "pytorch_model.bin")
+# Hugging Face's own limit of a shard, in bytes.
+SHARD = 5_000_000_000
+
+_SAFETENSORS = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
+def holds_tensors(folder: pathlib.Path) -> bool:
+    """Whether `read_tensors` finds anything to read there."""
+    return any(_find(folder))
+
+
+def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder as read-only arrays over its files.
+
+    Without an index `model.safetensors` is the model; files with tensors of other names are left aside
+    with a warning. Raises ValueError for a damaged or truncated file, a pointer of git LFS, an index that
+    doesn't fit the files, a doubled key, a pickle that holds more than tensors; FileNotFoundError if a
+    file is missing.
+    """
+    folder = pathlib.Path(folder)
+    index, files = _find(folder)
+    where: dict[str, str] | None = None
+    if index:
+        try:
+            where = dict(read_json(index, dict)["weight_map"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{index} is no index of tensors: {error}") from error
+        outside = [
+            n for n in where.values() if not isinstance(n, str) or not n or pathlib.Path(n).name != n
+        ]
+        refuse([f"{name!r} is no plain file name" for name in outside], f"{index} can't be followed")
+        names = list(dict.fromkeys(where.values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{index} names {', '.join(missing[:10])} ({len(missing)} of {len(names)} files), which "
+                "is not there; download the folder again"
+            )
+        files = [folder / name for name in sorted(names)]
+    elif not files:
+        raise FileNotFoundError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin")
+    tensors: dict[str, np.ndarray] = {}
+    home: dict[str, str] = {}
+    wrong, aside = [], []
+    alone = None if index else next((file for file in files if file.name in _ALONE), None)
+    for file in sorted(files, key=lambda file: file != alone):
+        try:
+            found = _read(file)
+        except (ValueError, ImportError):
+            if alone in (None, file):
+                raise
+            found = {}
+        if alone not in (None, file) and not found.keys() & tensors.keys():
+            aside.append(file.name)
+            continue
+        for key, tensor in found.items():
+            if key in tensors:
+                wrong.append(f"{key} is doubled: in {home[key]} and in {file.name}")
+            elif where is not None and where.get(key) != file.name:
+                says = f"the index says {where[key]}" if key in where else "the index doesn't name it"
+                wrong.append(f"{key} is in {file.name}, {says}")
+            tensors[key], home[key] = tensor, file.name
+    wrong += [f"{key} is missing from {name}" for key, name in (where or {}).items() if key not in tensors]
+    refuse(wrong, f"the files of {folder} contradict each other")
+    if aside:
+        print(
+            f"warning: {folder} holds {', '.join(aside)} beside {alone.name}, of other names and not in an "
+            "index; left aside",
+            file=sys.stderr,
+        )
+    return tensors
+
+
+def write_tensors(
+    folder: pathlib.Path,
+    tensors: Mapping[str, Lazy],
+    progress: Callable[[int], None] = lambda n: None,
+    shard: int = SHARD,
+) -> dict[str, str]:
+    """Writes safetensors into `folder`, in shards of at most `shard` bytes (a tensor is never split), and
+    returns the sha256 of each file by its name.
+
+    Holds a few pieces of tensors in memory, never a whole file.
+    """
+    shards: list[dict[str, Lazy]] = [{}]
+    for key, tensor in tensors.items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard:
+            shards.append({})
+        shards[-1][key] = tensor
+    if len(shards) == 1:
+        name = "model.safetensors"
+        return {name: _write_safetensors(folder / name, shards[0], progress)}
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    parts = zip(names, shards, strict=True)
+    hashes = {name: _write_safetensors(folder / name, part, progress) for name, part in parts}
+    where = {key: name for name, part in zip(names, shards, strict=True) for key in part}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    return hashes
+
+
+def ahead(thunks: Iterable[Callable[[], Any]], workers: int = 3) -> Iterator[Any]:
+    """The results of `thunks`, in order, while the next ones are computed in threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = []
+        for thunk in thunks:
+            waiting.append(pool.submit(thunk))
+            if len(waiting) > workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+
+
+def _find(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[pathlib.Path]]:
+    """The index of a folder, or else its files; safetensors come first."""
+    for kind in ("*.safetensors", "pytorch_model*.bin"):
+        indices = sorted(folder.glob(f"{kind}.index.json"))
+        if len(indices) > 1:
+            raise ValueError(
+                f"{folder} has several indices: {', '.join(f.name for f in indices)}; keep one"
+            )
+        if indices:
+            return indices[0], []
+        if files := sorted(folder.glob(kind)):
+            return None, files
+    return None, []
+
+
+def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+    refuse_pointer(file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np"):  # checks the header, every offset, and the length of the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    unknown = [f"{k} has dtype {t['dtype']}" for k, t in header.items() if t["dtype"] not in _SAFETENSORS]
+    refuse(unknown, f"{path} holds tensors of dtypes that are not read here")
+    data = np.memmap(path, np.uint8, "r", offset=8 + length) if any(
+        np.prod(t["shape"]) for t in header.values()
+    ) else np.empty(0, np.uint8)  # fmt: skip
+    return {
+        key: data[slice(*t["data_offsets"])].view(_SAFETENSORS[t["dtype"]]).reshape(t["shape"])
+        for key, t in header.items()
+    }
+
+
+def _read_bin(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(f"reading {path} needs PyTorch: pip install 'mmada_jax[torch]'") from error
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is damaged or truncated, or was saved before PyTorch 1.6: it is no zip archive"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: its pickle holds more than tensors and could run code "
+            f"({_first_line(error)}); save the weights as safetensors"
+        ) from error
+    except (RuntimeError, ValueError, EOFError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} is damaged or truncated: {_first_line(error)}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
+
+    arrays, wrong = {}, []
+    for key, tensor in state.items():
+        try:
+            if tensor.dtype == torch.bfloat16:
+                arrays[key] = tensor.detach().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            else:
+                arrays[key] = tensor.detach().numpy()
+        except AttributeError:
+            wrong.append(f"{key!r} is a {type(tensor).__name__}")
+        except (TypeError, RuntimeError) as error:  # sparse, quantised, float8, without storage
+            wrong.append(f"{key!r} is a tensor that can't be read: {_first_line(error)}")
+    refuse(wrong, f"{path} holds more than dense tensors by name")
+    return arrays
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0]
+
+
+def _write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, Lazy], progress: Callable[[int], None]
+) -> str:
+    """Writes a file and returns its sha256."""
+    names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for key, tensor in tensors.items():
+        header[key] = {
+            "dtype": names[np.dtype(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+        start += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(text)
+    with path.open("wb") as file:
+        file.write(text)
+        reads = (
+            lambda tensor=tensor, index=index: np.ascontiguousarray(tensor[index])
+            for tensor in tensors.values()
+            for index in pieces(tensor, multiple=ROWS)
+        )
+        for part in ahead(reads):
+            data = part.reshape(-1).view(np.uint8).data
+            file.write(data)
+            digest.update(data)
+            progress(part.nbytes)
+    return digest.hexdigest()

@@ -1,0 +1,245 @@
+"""LLaDA and MMaDA <-> params: one strict key table, and the fields of their config.json."""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mmada_jax.nets.transformer import Config
+from mmada_jax.tokens.vocab import Vocab
+from mmada_jax.weights import lazy
+
+MODEL_TYPES = ("llada", "mmada")
+
+
+def key_table(config: Config) -> dict[str, lazy.Rule]:
+    """PyTorch key -> where the array lies in params and how its axes stand."""
+    D, H, G, K, F = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.d_mlp
+    table = {
+        "model.transformer.wte.weight": lazy.Rule(("embed_VD",), (config.vocab, D)),
+        "model.transformer.ln_f.weight": lazy.Rule(("norm_D",), (D,)),
+        "model.transformer.ff_out.weight": lazy.Rule(("head_DV",), (D, config.vocab), (1, 0)),
+    }
+    # The PyTorch layout is [out, in]; `merged` names the axes of ours that make up `out` and `in`.
+    block = {
+        "attn_norm": ("attn_norm_D", (D,), None, None),
+        "q_proj": ("q_DHK", (D, H, K), (D, H * K), (1, 0)),
+        "k_proj": ("k_DGK", (D, G, K), (D, G * K), (1, 0)),
+        "v_proj": ("v_DGK", (D, G, K), (D, G * K), (1, 0)),
+        "attn_out": ("o_HKD", (H, K, D), (H * K, D), (1, 0)),
+        "ff_norm": ("mlp_norm_D", (D,), None, None),
+        "ff_proj": ("gate_DF", (D, F), None, (1, 0)),
+        "up_proj": ("up_DF", (D, F), None, (1, 0)),
+        "ff_out": ("down_FD", (F, D), None, (1, 0)),
+    }
+    for layer in range(config.n_layers):
+        for name, (ours, shape, merged, order) in block.items():
+            table[f"model.transformer.blocks.{layer}.{name}.weight"] = lazy.Rule(
+                ("blocks", ours), shape, order, merged, layer
+            )
+    return table
+
+
+def params_from_torch(state: Mapping[str, np.ndarray], config: Config) -> dict[str, Any]:
+    """PyTorch state dict (numpy arrays) -> params in memory. Raises on any key or shape amiss."""
+    return lazy.in_memory(lazy.params_of(state, key_table(config)))
+
+
+def params_to_torch(params: Mapping[str, Any], config: Config) -> dict[str, np.ndarray]:
+    """Params -> PyTorch state dict of numpy arrays in memory."""
+    return lazy.in_memory(lazy.tensors_of(params, key_table(config)))
+
+
+# What this model is, where config.json can say otherwise: anything but these values is refused.
+_FIXED = {
+    "block_type": ("llama",),
+    "block_group_size": (1,),
+    "rope": (True,),
+    "rope_full_precision": (True,),
+    "rope_scaling": (None,),
+    "alibi": (False,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "attention_layer_norm": (False,),
+    "activation_type": ("silu",),
+    "include_bias": (False,),
+    "include_qkv_bias": (False, None),
+    "bias_for_layer_norm": (False, None),
+    "input_emb_norm": (False,),
+    "scale_logits": (False,),
+    "weight_tying": (False,),
+    "tie_word_embeddings": (False,),
+}
+
+
+def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> Config:
+    """The fields of a config.json of LLaDA or MMaDA -> the architecture. Unknown fields are ignored.
+
+    Raises ValueError, naming each field, for what isn't implemented (ALiBi, learned positions,
+    biases, other blocks), a missing field or another model_type. `overrides` set fields of Config.
+    """
+    if values.get("model_type") not in MODEL_TYPES:
+        raise ValueError(
+            f"config.json has model_type {values.get('model_type')!r}; known: {', '.join(MODEL_TYPES)}"
+        )
+    wrong = [
+        f"{name} is {values[name]!r}, only {allowed[0]!r} is implemented"
+        + (" (learned positions are not)" if name == "rope" else "")
+        for name, allowed in _FIXED.items()
+        if name in values and values[name] not in allowed
+    ]
+
+    def number(*names: str, default: Any = None, kind: type = int) -> Any:
+        """The first of these fields that is there and not null."""
+        name = next((name for name in names if values.get(name) is not None), None)
+        value = default if name is None else values[name]
+        if value is None:
+            wrong.append(f"{' or '.join(names)} is missing")
+        elif type(value) not in (int, kind) or not value > 0:
+            wrong.append(f"{name} is {value!r}, it must be a positive {kind.__name__}")
+        return value
+
+    d_model, n_heads = number("d_model"), number("n_heads")
+    one_kv_head = values.get("multi_query_attention") and values.get("n_kv_heads") is None
+    d_mlp = number("mlp_hidden_size", "mlp_ratio", kind=float)
+    if values.get("mlp_hidden_size") is None and not wrong:
+        d_mlp = d_mlp * d_model
+    fields = {
+        "d_model": d_model,
+        "n_layers": number("n_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": 1 if one_kv_head else number("n_kv_heads", default=n_heads or 1),
+        "vocab": number("embedding_size", "vocab_size"),
+        "max_len": number("max_sequence_length", default=Config.max_len),
+        "rope_theta": number("rope_theta", default=Config.rope_theta, kind=float),
+        "norm_eps": number("rms_norm_eps", default=Config.norm_eps, kind=float),
+    }
+    codes = values.get("codebook_size")
+    if codes is not None and (type(codes) is not int or codes < 0):
+        wrong.append(f"codebook_size is {codes!r}, it must be a number of image codes")
+    lazy.refuse(wrong, "config.json describes a model that can't be built")
+    fields |= {"d_mlp": int(d_mlp), "rope_theta": float(fields["rope_theta"])}
+    return Config(**fields | overrides)
+
+
+# The other fields of the published config.json, with its values. PyTorch's classes of LLaDA and MMaDA
+# have no defaults: they read every one of these fields.
+_PUBLISHED = {
+    **{name: allowed[0] for name, allowed in _FIXED.items()},
+    "alibi_bias_max": 8.0,
+    "attention_layer_norm_with_affine": True,
+    "attention_dropout": 0.0,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "flash_attention": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "mlp_ratio": 4,
+    "multi_query_attention": None,
+    "precision": "amp_bf16",
+    "use_cache": False,
+}
+del _PUBLISHED["rope_scaling"]  # of later models alone
+
+
+def resolved(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The fields of a config.json with all spelt out that the published one has."""
+    sizes = {
+        "n_kv_heads": config.n_kv_heads,
+        "mlp_hidden_size": config.d_mlp,
+        "vocab_size": config.vocab,
+        "embedding_size": config.vocab,
+    }
+    numbers = {
+        "max_sequence_length": config.max_len,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_eps,
+    }
+    return {**_PUBLISHED, **numbers, **values, **sizes}
+
+
+def config_to_hf(config: Config, vocab: Vocab, grid: tuple[int, int], max_text: int) -> dict[str, Any]:
+    """Architecture and vocabulary of a model trained here -> the fields of MMaDA's config.json.
+
+    `image_grid` (rows, columns of image tokens) and `max_text` are fields of ours.
+    """
+    fields = {
+        "model_type": "mmada",
+        "architectures": ["MMadaModelLM"],
+        "d_model": config.d_model,
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "new_vocab_size": config.vocab,
+        "llm_vocab_size": vocab.image_offset,
+        "codebook_size": vocab.codebook_size,
+        "num_vq_tokens": math.prod(grid),
+        "num_new_special_tokens": 0,
+        "mask_token_id": vocab.mask,
+        "bos_token_id": vocab.bos,
+        "eos_token_id": vocab.eos,
+        "pad_token_id": vocab.eos,
+        "image_grid": list(grid),
+        "max_text": max_text,
+    }
+    return resolved(fields, config)
+
+
+def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:
+    """config.json of LLaDA -> that of the MMaDA which `grow` makes of it."""
+    if codes < 1:
+        raise ValueError(f"{codes} image codes can't be added; MMaDA has 8192")
+    if values.get("codebook_size"):
+        raise ValueError(
+            f"this model has an image vocabulary of {values['codebook_size']} codes already; "
+            "leave --add-image-vocab out"
+        )
+    old = config_from_hf(values).vocab
+    new = {
+        "model_type": "mmada",
+        "architectures": ["MMadaModelLM"],
+        "vocab_size": old + codes,
+        "embedding_size": old + codes,
+        "new_vocab_size": old + codes,
+        "llm_vocab_size": old,
+        "codebook_size": codes,
+        "num_new_special_tokens": 0,
+    }
+    return {**values, **new}
+
+
+def grow(params: Mapping[str, Any], codes: int) -> dict[str, Any]:
+    """Params of LLaDA (Lazy) -> those of MMaDA before training: `codes` rows more in embedding and head.
+
+    Every new row is the mean of all old ones in float32, cast to their dtype: what the reference's
+    resizing comes out at. Rows between the tokenizer's length and the old end keep their values.
+    """
+    return {
+        **params,
+        "embed_VD": _with_means(params["embed_VD"], codes, axis=0),
+        "head_DV": _with_means(params["head_DV"], codes, axis=1),
+    }
+
+
+def _with_means(array: lazy.Lazy, more: int, axis: int) -> lazy.Lazy:
+    """A matrix with `more` rows (axis 0) or columns (axis 1) that are the mean of the old ones."""
+    old = array.shape[axis]
+    shape = tuple(n + more * (i == axis) for i, n in enumerate(array.shape))
+
+    @functools.cache
+    def mean() -> np.ndarray:
+        total = sum(array.read(index).sum(axis, dtype=np.float64) for index in lazy.pieces(array, axis))
+        return (total / old).astype(np.float32).astype(array.dtype)
+
+    def read(index: lazy.Index) -> np.ndarray:
+        along, across = index[axis], index[1 - axis]
+        kept = slice(min(along.start, old), min(along.stop, old))
+        part = array.read((kept, across) if axis == 0 else (across, kept))
+        new = along.stop - along.start - part.shape[axis]
+        line = np.expand_dims(mean()[across], axis)
+        return np.concatenate([part, np.repeat(line, new, axis)], axis) if new else part
+
+    return lazy.Lazy(shape, array.dtype, read)
