@@ -157,18 +157,23 @@ def test_numbers_that_a_run_can_not_mean(values, message):
 # ---- Ranges ----------------------------------------------------------------------------------------
 
 NEEDED = {
-    "run.Run": {"program": "model", "steps": 1, "batch_size": 1},
-    "run.VQRun": {"program": "vq", "steps": 1, "batch_size": 1},
-    "run.ModelRun": {"program": "model", "steps": 1, "batch_size": 1},
-    "rl.prompts.Config": {"path": "x"},
-    "rl.rollout.Task": {"layout": "t2i", "data": {"path": "x"}, "rewards": {"digit": 1.0}, "groups": 2},
-    "clip.Tower": {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 8},
+    "train.runs.Run": {"program": "model", "steps": 1, "batch_size": 1},
+    "train.runs.VQRun": {"program": "vq", "steps": 1, "batch_size": 1},
+    "train.runs.ModelRun": {"program": "model", "steps": 1, "batch_size": 1},
+    "train.rl.prompts.Config": {"path": "x"},
+    "train.rl.rollout.Task": {
+        "layout": "t2i",
+        "data": {"path": "x"},
+        "rewards": {"digit": 1.0},
+        "groups": 2,
+    },
+    "nets.clip.Tower": {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 8},
 }
-NEEDED["rl.train.RLRun"] = {
-    "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["rl.rollout.Task"]},
+NEEDED["train.rl.loop.RLRun"] = {
+    "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["train.rl.rollout.Task"]},
 }  # fmt: skip
-NEEDED["clip.Config"] = {
-    "vision": NEEDED["clip.Tower"], "text": NEEDED["clip.Tower"], "d_features": 8, "image_size": 8,
+NEEDED["nets.clip.Config"] = {
+    "vision": NEEDED["nets.clip.Tower"], "text": NEEDED["nets.clip.Tower"], "d_features": 8, "image_size": 8,
     "patch": 4, "vocab": 9, "max_text": 7, "eos": None,
 }  # fmt: skip
 ODD = (float("nan"), float("inf"), -float("inf"), -1, -1.0, 0, 0.0, 1e30, 10**9, 2**60, "1", True, [1])
@@ -229,7 +234,7 @@ def test_every_number_that_a_configuration_can_reach_has_a_range():
     for name, cls in ALL.items():
         found = [n for field, kind in hints(cls).items() for n in numbers_of(kind, field)]
         if found and (cls.__name__ == "Config" or cls.__name__.endswith(("Rule", "Run"))):
-            assert issubclass(cls, Ranged) or name == "convert.Rule", name
+            assert issubclass(cls, Ranged) or name == "weights.lazy.Rule", name
         if issubclass(cls, Ranged):
             assert all(limits for _, limits, *_ in found), f"{name} has numbers without ranges: {found}"
 
@@ -269,9 +274,9 @@ def test_ranges_say_what_they_take():
 
 
 def test_what_fields_mean_together_is_named_with_its_path():
-    task = NEEDED["rl.rollout.Task"] | {"update_groups": 3}
+    task = NEEDED["train.rl.rollout.Task"] | {"update_groups": 3}
     with pytest.raises(ValueError, match=r"^tasks\.drawing: groups is 2 and update_groups 3"):
-        config.from_dict(RLRun, NEEDED["rl.train.RLRun"] | {"tasks": {"drawing": task}})
+        config.from_dict(RLRun, NEEDED["train.rl.loop.RLRun"] | {"tasks": {"drawing": task}})
 
 
 def test_options_without_effect_are_named():
@@ -283,7 +288,7 @@ def test_options_without_effect_are_named():
     ]
     values |= {"eval_every": 1, "optim": {"spike_window": 9, "spike": 2.0}}
     assert not list(without_effect(config.from_dict(runs.ModelRun, values)))
-    deep = config.from_dict(RLRun, NEEDED["rl.train.RLRun"] | {"objective": {"trace_next": 9}})
+    deep = config.from_dict(RLRun, NEEDED["train.rl.loop.RLRun"] | {"objective": {"trace_next": 9}})
     assert list(without_effect(deep)) == [
         "objective.trace_next is 9, which has no effect: objective.masking is 'unigrpo', not 'trace'"
     ]
@@ -358,7 +363,7 @@ def example(kind, limits=None):
     [
         (runs.ModelRun, SHORT),
         (runs.VQRun, {"program": "vq", "steps": 1, "batch_size": 1}),
-        (RLRun, NEEDED["rl.train.RLRun"]),
+        (RLRun, NEEDED["train.rl.loop.RLRun"]),
     ],
 )
 def test_every_field_can_be_typed(cls, base):
