@@ -52,8 +52,8 @@ def main(argv):
     if argv[1:]:
         raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
     topology = chips.topology(TOPOLOGY.value, SLICES.value)
+    from mmada_jax.train import aot
     from mmada_jax.train.rl.loop import RLRun
-    from mmada_jax.train.supervised import aot
 
     is_rl = CONFIG.value.program == "rl"
     run = from_dict(RLRun, CONFIG.value) if is_rl else parse(CONFIG.value)

@@ -196,7 +196,7 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
 
     init_params = functools.partial(transformer.init_params, config=config)
     try:
-        from mmada_jax.train.supervised import optim, supervised
+        from mmada_jax.train import optim, supervised
         from mmada_jax.weights.state import init_state, state_shardings
     except ImportError as error:
         print(f"{error.name} is missing: our training step is gradient descent instead of AdamW")

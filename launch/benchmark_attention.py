@@ -219,7 +219,7 @@ def schedules(topology):
 def compile_one(shape, implementation, topology):
     """Compiles forward and backward of one head for a TPU; the compiler leaves its schedules."""
     from mmada_jax.devices import chips, sharding
-    from mmada_jax.train.supervised import aot
+    from mmada_jax.train import aot
 
     mesh = sharding.make_mesh(devices=aot.devices(chips.topology(topology)))
     B, (_, S, T, _, _), H = mesh.size, shape, 8

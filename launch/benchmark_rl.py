@@ -32,10 +32,10 @@ from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import evaluate
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.unigrpo import MASKINGS
-from mmada_jax.train.supervised import metrics
 from mmada_jax.weights.manifest import fingerprint
 from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, newest_step
 

@@ -50,8 +50,8 @@ from launch import fail
 from mmada_jax.config import parse_flags, set_key, to_dict, unknown_key
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
+from mmada_jax.train import metrics
 from mmada_jax.train.runs import parse
-from mmada_jax.train.supervised import metrics
 from mmada_jax.weights.workdir import locked
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "FILE:ARG, as configs/pretrain.py:digits.")

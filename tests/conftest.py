@@ -120,7 +120,7 @@ def image_tokenizer(tmp_path_factory):
 def model_workdir(smoke_config, image_tokenizer, tmp_path_factory):
     """Workdir of an untrained model."""
     from mmada_jax.nets import transformer
-    from mmada_jax.train.supervised import runs
+    from mmada_jax.train import runs
 
     workdir = tmp_path_factory.mktemp("model")
     config = smoke_config | {"image_tokenizer": str(image_tokenizer)}

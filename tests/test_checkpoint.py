@@ -19,7 +19,7 @@ import pytest
 from mmada_jax import disk
 from mmada_jax.devices import sharding
 from mmada_jax.nets import transformer
-from mmada_jax.train.supervised import optim
+from mmada_jax.train import optim
 from mmada_jax.weights import checkpoint
 from mmada_jax.weights.arrays import open_params, write_params
 from mmada_jax.weights.checkpoint import Checkpoints, newest_params, trust

@@ -17,8 +17,8 @@ import mmada_jax
 from mmada_jax import config
 from mmada_jax.diffusion.denoise import ImageRule, TextRule
 from mmada_jax.ranges import FieldsOf, OnlyWith, Range, Ranged, hints, without_effect
+from mmada_jax.train import runs
 from mmada_jax.train.rl.loop import RLRun
-from mmada_jax.train.supervised import runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +173,8 @@ NEEDED["train.rl.loop.RLRun"] = {
     "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["train.rl.rollout.Task"]},
 }  # fmt: skip
 NEEDED["nets.clip.Config"] = {
-    "vision": NEEDED["nets.clip.Tower"], "text": NEEDED["nets.clip.Tower"], "d_features": 8, "image_size": 8,
-    "patch": 4, "vocab": 9, "max_text": 7, "eos": None,
+    "vision": NEEDED["nets.clip.Tower"], "text": NEEDED["nets.clip.Tower"], "d_features": 8,
+    "image_size": 8, "patch": 4, "vocab": 9, "max_text": 7, "eos": None,
 }  # fmt: skip
 ODD = (float("nan"), float("inf"), -float("inf"), -1, -1.0, 0, 0.0, 1e30, 10**9, 2**60, "1", True, [1])
 

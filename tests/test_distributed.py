@@ -22,8 +22,9 @@ from configs import cot, unigrpo
 from mmada_jax.data import digits
 from mmada_jax.devices import distributed, sharding
 from mmada_jax.devices.distributed import initialize_distributed, several_processes
+from mmada_jax.train import metrics, optim
 from mmada_jax.train.runs import parse
-from mmada_jax.train.supervised import metrics, model_program, optim
+from mmada_jax.train.supervised import model_program
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.state import state_shardings
 

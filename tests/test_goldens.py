@@ -14,7 +14,7 @@ from mmada_jax.diffusion import corrupt, denoise, loss, schedule
 from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
-from mmada_jax.train.supervised import optim
+from mmada_jax.train import optim
 from mmada_jax.weights import llada, magvit
 
 BACKBONES = ("backbone_mha", "backbone_gqa")

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from mmada_jax.disk import Growing, write_whole
-from mmada_jax.train.supervised import metrics
+from mmada_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 

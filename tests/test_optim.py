@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mmada_jax.nets import transformer, vq
-from mmada_jax.train.supervised import optim
+from mmada_jax.train import optim
 
 CONFIG = transformer.Config(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab=64, max_len=16, dtype="float32"

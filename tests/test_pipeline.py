@@ -20,7 +20,7 @@ from mmada_jax.model.vision import Vision
 from mmada_jax.nets import vq
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import CONTROL, TextTokenizer, chat
-from mmada_jax.train.supervised import supervised
+from mmada_jax.train import supervised
 
 MIXTURE = {"t2i": 3, "lm": 1, "lm_chat": 2, "mmu": 4}
 SIDE, N_IMAGE, MAX_TEXT, CODES = 32, 4, 48, 64

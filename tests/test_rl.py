@@ -21,6 +21,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import denoise, loss
 from mmada_jax.nets import transformer
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.train import metrics, optim
 from mmada_jax.train.rl import loop as rl
 from mmada_jax.train.rl import prompts as prompts_lib
 from mmada_jax.train.rl import rollout as rollout_lib
@@ -29,7 +30,6 @@ from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.rewards import functions as rewards_lib
 from mmada_jax.train.rl.rollout import Task
 from mmada_jax.train.runs import load_vq
-from mmada_jax.train.supervised import metrics, optim
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
 from mmada_jax.weights.folder import inspect

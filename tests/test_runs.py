@@ -27,8 +27,9 @@ from mmada_jax.data.records import Record, pack
 from mmada_jax.devices import sharding
 from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens.tokenizer import TextTokenizer, chat
+from mmada_jax.train import metrics, optim, runs
 from mmada_jax.train.runs import parse
-from mmada_jax.train.supervised import check, make_step, metrics, model_program, optim, runs, train
+from mmada_jax.train.supervised import check, make_step, model_program, train
 from mmada_jax.weights import lazy, magvit
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import open_folder

@@ -22,9 +22,10 @@ from mmada_jax import config as config_lib
 from mmada_jax.data import pipeline
 from mmada_jax.devices import sharding
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.train import metrics, optim
+from mmada_jax.train import supervised as train_lib
 from mmada_jax.train.runs import parse
-from mmada_jax.train.supervised import make_step, metrics, model_program, optim, train
-from mmada_jax.train.supervised import supervised as train_lib
+from mmada_jax.train.supervised import make_step, model_program, train
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
 from mmada_jax.weights.folder import inspect

@@ -26,11 +26,11 @@ from mmada_jax.nets import transformer
 from mmada_jax.serve import api
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA
+from mmada_jax.train import optim, supervised
 from mmada_jax.train.rl import loop as rl_train
 from mmada_jax.train.rl.loop import RLRun
 from mmada_jax.train.rl.rollout import Task, make_generate, span
 from mmada_jax.train.runs import ModelRun, Plan, foresee, relative
-from mmada_jax.train.supervised import optim, supervised
 from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 from mmada_jax.weights.state import state_shardings
 

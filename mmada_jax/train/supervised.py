@@ -36,6 +36,7 @@ from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
+from mmada_jax.train import optim
 from mmada_jax.train.metrics import Metrics, tell
 from mmada_jax.train.runs import (
     ModelRun,
@@ -48,7 +49,6 @@ from mmada_jax.train.runs import (
     preset_of,
     relative,
 )
-from mmada_jax.train.supervised import optim
 from mmada_jax.weights import lazy
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.folder import open_folder

@@ -30,8 +30,8 @@ from mmada_jax.disk import is_full, refuse_place, resolved
 from mmada_jax.files import read_json
 from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens.tokenizer import TextTokenizer
+from mmada_jax.train import runs
 from mmada_jax.train.metrics import Progress
-from mmada_jax.train.supervised import runs
 from mmada_jax.weights import hub, lazy, llada, magvit
 from mmada_jax.weights.arrays import open_params, write_params
 from mmada_jax.weights.checkpoint import newest_params

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from mmada_jax.devices import sharding
+from mmada_jax.train import optim
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.loop import (
     Batch,
@@ -28,7 +29,6 @@ from mmada_jax.train.rl.loop import (
     shapes_of,
 )
 from mmada_jax.train.rl.rollout import read
-from mmada_jax.train.supervised import optim
 
 
 def diagnose(

@@ -30,6 +30,8 @@ from mmada_jax.diffusion import loss
 from mmada_jax.nets import transformer, vq
 from mmada_jax.ranges import Count, FieldsOf, Positive, Range, Ranged, Seed, warn_without_effect
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.train import optim
+from mmada_jax.train import supervised as train_lib
 from mmada_jax.train.metrics import Metrics, png_of, tell, warn
 from mmada_jax.train.optim import Config as OptimConfig
 from mmada_jax.train.rl import prompts as prompts_lib
@@ -48,8 +50,6 @@ from mmada_jax.train.rl.rollout import (
 )
 from mmada_jax.train.rl.unigrpo import Rollout
 from mmada_jax.train.runs import Mesh, relative
-from mmada_jax.train.supervised import optim
-from mmada_jax.train.supervised import supervised as train_lib
 from mmada_jax.weights import llada
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.folder import IMAGE_TOKENIZER, write_image_tokenizer
