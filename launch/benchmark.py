@@ -42,7 +42,7 @@ from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
 from mmada_jax.nets import transformer  # noqa: E402
 from mmada_jax.tokens import layout  # noqa: E402
 from mmada_jax.tokens.vocab import Vocab  # noqa: E402
-from mmada_jax.weights import llada  # noqa: E402
+from mmada_jax.weights import llada_keys  # noqa: E402
 
 VOCAB = Vocab(
     image_offset=128, codebook_size=128, rows=256, bos=1, eos=2, mask=3, pad=4, soi=5, eoi=6, t2i=7,
@@ -257,7 +257,7 @@ def load_twin(params: Any, config: transformer.Config) -> tuple[Any, str | None]
         rms_norm_eps=config.norm_eps,
     )
     model = modeling.MMadaModelLM(fields)
-    state = llada.params_to_torch(params, config)
+    state = llada_keys.params_to_torch(params, config)
     model.load_state_dict({key: torch.tensor(value) for key, value in state.items()})
     return model.to("cpu" if backend == "cpu" else "cuda"), None
 

@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 from mmada_jax.weights import (  # noqa: E402
     hub,
     lazy,
-    llada,
+    llada_keys,
 )
 
 
@@ -90,7 +90,7 @@ def make(folder: pathlib.Path, shrink: int) -> int:
         shape = [s.stop - s.start for s in index]
         return np.resize(np.roll(pool, rng.integers(len(pool))), shape)
 
-    table = llada.key_table(llada.config_from_hf(values))
+    table = llada_keys.key_table(llada_keys.config_from_hf(values))
     tensors = {key: lazy.Lazy(rule.torch_shape, pool.dtype, random) for key, rule in table.items()}
     hub.write_tensors(folder, tensors, shard=hub.SHARD // shrink**2)
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -9,7 +9,7 @@ from conftest import load_golden, write_clip
 from PIL import Image
 
 from mmada_jax.nets import clip
-from mmada_jax.weights import clip as clip_folder
+from mmada_jax.weights import clip_keys
 
 SETTINGS, ARRAYS = load_golden("clip")  # what transformers gives; goldens/make_clip.py made it
 EOS = SETTINGS["models"][0]["end"]
@@ -24,7 +24,7 @@ def model(request, tmp_path_factory):
 
 def test_features_and_logits_equal_those_of_transformers(model):
     i, _, folder = model
-    params, config, _ = clip_folder.load(folder)
+    params, config, _ = clip_keys.load(folder)
     image = clip.image_features(params, config, ARRAYS["pixels"].transpose(0, 2, 3, 1))
     text = clip.text_features(params, config, ARRAYS[f"{i}.tokens"])
     np.testing.assert_allclose(image, ARRAYS[f"{i}.image"], atol=1e-5, rtol=1e-5)
@@ -47,7 +47,7 @@ def test_the_goldens_are_what_transformers_gives():
 
 
 def test_the_image_of_a_row_does_not_depend_on_the_others(model):
-    params, config, _ = clip_folder.load(model[2])
+    params, config, _ = clip_keys.load(model[2])
     pixels = np.random.default_rng(1).standard_normal((3, 24, 24, 3)).astype(np.float32)
     alone = clip.image_features(params, config, np.repeat(pixels[1:2], 3, axis=0))
     np.testing.assert_allclose(clip.image_features(params, config, pixels)[1], alone[1], atol=1e-5)
@@ -72,7 +72,7 @@ def test_floats_in_one_channel_are_pictures_too():
 
 
 def test_long_texts_keep_their_end(model):
-    _, config, texts = clip_folder.load(model[2])
+    _, config, texts = clip_keys.load(model[2])
     for n in (1, 8, 30):
         ids = texts.encode(" ".join(["two"] * n)).ids
         assert len(ids) == config.max_text and ids.count(EOS) == 1
@@ -81,22 +81,22 @@ def test_long_texts_keep_their_end(model):
 
 def test_old_files_with_position_ids_are_read(model):
     i, state, _ = model
-    config = clip_folder.config_from_hf(SETTINGS["models"][i]["config"])
+    config = clip_keys.config_from_hf(SETTINGS["models"][i]["config"])
     key = "text_model.embeddings.position_ids"
     old = state | {key: np.arange(10)[None]}
-    a, b = (jax.tree.map(np.asarray, clip_folder.params_of(s, config)) for s in (state, old))
+    a, b = (jax.tree.map(np.asarray, clip_keys.params_of(s, config)) for s in (state, old))
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
     with pytest.raises(ValueError, match=f"{key} doesn't count to 10"):
-        clip_folder.params_of(state | {key: np.arange(10)[None] + 1}, config)
+        clip_keys.params_of(state | {key: np.arange(10)[None] + 1}, config)
 
 
 def test_every_offender_is_listed_in_one_error(model):
     i, state, _ = model
-    state, config = dict(state), clip_folder.config_from_hf(SETTINGS["models"][i]["config"])
+    state, config = dict(state), clip_keys.config_from_hf(SETTINGS["models"][i]["config"])
     state["more"] = state.pop("visual_projection.weight")
     state["logit_scale"] = np.zeros(2, np.float32)
     with pytest.raises(ValueError, match=r"\(3 problems\)") as error:
-        clip_folder.params_of(state, config)
+        clip_keys.params_of(state, config)
     for part in ("missing visual_projection.weight", "unexpected more", "logit_scale has shape"):
         assert part in str(error.value)
 
@@ -115,30 +115,30 @@ def test_every_offender_is_listed_in_one_error(model):
 )
 def test_other_models_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        clip_folder.config_from_hf({"model_type": "clip", **change})
+        clip_keys.config_from_hf({"model_type": "clip", **change})
 
 
 def test_a_bare_config_is_vit_b_32():
-    config = clip_folder.config_from_hf({"model_type": "clip"})
-    shapes = {key: rule.torch_shape for key, rule in clip_folder.key_table(config).items()}
+    config = clip_keys.config_from_hf({"model_type": "clip"})
+    shapes = {key: rule.torch_shape for key, rule in clip_keys.key_table(config).items()}
     published = SETTINGS["vit_b_32_state_dict_shapes"]
     assert shapes == {key: tuple(shape) for key, shape in published.items()}
 
 
 def test_folders_that_are_no_clip_are_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        clip_folder.load(tmp_path)
+        clip_keys.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match="no JSON"):
-        clip_folder.load(tmp_path)
+        clip_keys.load(tmp_path)
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((model[2] / name).read_bytes())
     with pytest.raises(ValueError, match="no tokenizer"):
-        clip_folder.load(tmp_path)
+        clip_keys.load(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     values["text_config"]["eos_token_id"] = 5
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "tokenizer.json").write_bytes((model[2] / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match="doesn't end texts with 5"):
-        clip_folder.load(tmp_path)
+        clip_keys.load(tmp_path)

@@ -24,7 +24,7 @@ from mmada_jax.model.inputs import Defaults
 from mmada_jax.nets import transformer, vq
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens.tokenizer import chat
-from mmada_jax.weights import folder, hub, lazy, llada, magvit
+from mmada_jax.weights import folder, hub, lazy, llada_keys, magvit_keys
 from mmada_jax.weights.folder import from_torch, inspect, open_folder, to_torch
 
 CONVERT = str(ROOT / "launch" / "convert.py")
@@ -36,7 +36,7 @@ VALUES = {
     "embedding_size": FIELDS["embedding_size"], "codebook_size": FIELDS["codebook"],
     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "something_else": {"kept": 1},
 }  # fmt: skip
-CONFIG = llada.config_from_hf(VALUES)
+CONFIG = llada_keys.config_from_hf(VALUES)
 VQ = vq.PRESETS["digits"]
 
 
@@ -49,9 +49,9 @@ def random_vq(config=VQ, seed=0):
     rng = np.random.default_rng(seed)
     state = {
         key: (0.1 * rng.standard_normal(rule.torch_shape)).astype(np.float32)
-        for key, rule in magvit.key_table(config).items()
+        for key, rule in magvit_keys.key_table(config).items()
     }
-    return state | magvit.constants(config)
+    return state | magvit_keys.constants(config)
 
 
 def publish(folder, state, values=VALUES, form="single"):
@@ -153,7 +153,9 @@ def test_the_hash_is_that_of_the_bytes_in_key_order(weights, tmp_path):
 def test_the_published_image_tokenizer_there_and_back(tmp_path):
     shapes = load_golden("magvitv2_state_dict_shapes")[0]
     pool = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
-    state = {key: np.resize(pool, shape) for key, shape in shapes.items()} | magvit.constants(vq.Config())
+    state = {key: np.resize(pool, shape) for key, shape in shapes.items()} | magvit_keys.constants(
+        vq.Config()
+    )
     assert len(state) == 382
     src = publish(tmp_path / "src", state, {"_class_name": "MAGVITv2"}, form="bin")
     from_torch(src, tmp_path / "ours")
@@ -242,11 +244,11 @@ def test_config_from_hf():
         "weight_tying": False, "flash_attention": False, "init_fn": "mitchell", "use_cache": False,
     }  # fmt: skip
     want = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=126464, remat="none")
-    assert llada.config_from_hf(published) == want
+    assert llada_keys.config_from_hf(published) == want
     bare = {k: v for k, v in published.items() if k not in ("n_kv_heads", "mlp_hidden_size")}
-    assert llada.config_from_hf(bare).n_kv_heads == 32
-    assert llada.config_from_hf(bare).d_mlp == 4 * 4096
-    assert llada.config_from_hf(bare | {"multi_query_attention": True}).n_kv_heads == 1
+    assert llada_keys.config_from_hf(bare).n_kv_heads == 32
+    assert llada_keys.config_from_hf(bare).d_mlp == 4 * 4096
+    assert llada_keys.config_from_hf(bare | {"multi_query_attention": True}).n_kv_heads == 1
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ def test_config_from_hf():
 )  # fmt: skip
 def test_what_is_not_implemented_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=rf"\(1 problems\): {field} is {value!r}, only .* is implemented"):
-        llada.config_from_hf(VALUES | {field: value})
+        llada_keys.config_from_hf(VALUES | {field: value})
 
 
 @pytest.mark.parametrize(
@@ -276,16 +278,16 @@ def test_what_is_not_implemented_is_refused_by_name(field, value):
 )  # fmt: skip
 def test_a_field_of_the_wrong_kind_is_named(field, value, message):
     with pytest.raises(ValueError, match=message):
-        llada.config_from_hf(VALUES | {field: value})
+        llada_keys.config_from_hf(VALUES | {field: value})
 
 
 def test_all_that_is_wrong_with_a_config_is_one_error():
     values = {"model_type": "llada", "n_layers": 1, "n_heads": 1, "mlp_ratio": 4, "alibi": True}
     wrong = r"\(3 problems\): alibi is True.*; d_model is missing; embedding_size or vocab_size is missing"
     with pytest.raises(ValueError, match=wrong):
-        llada.config_from_hf(values)
+        llada_keys.config_from_hf(values)
     with pytest.raises(ValueError, match="model_type 'llama'; known: llada, mmada"):
-        llada.config_from_hf(VALUES | {"model_type": "llama"})
+        llada_keys.config_from_hf(VALUES | {"model_type": "llama"})
 
 
 # ---- Bad input -------------------------------------------------------------------------------------
@@ -601,7 +603,7 @@ def test_a_flipped_bit_of_an_exported_file_is_named(weights, tmp_path, form):
     inspect(tmp_path / "back")
 
 
-@pytest.mark.parametrize("module", [llada, magvit])
+@pytest.mark.parametrize("module", [llada_keys, magvit_keys])
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -612,10 +614,10 @@ def test_a_flipped_bit_of_an_exported_file_is_named(weights, tmp_path, form):
     ids=["module", "compiled", "peft", "two", "inside", "without"],
 )  # fmt: skip
 def test_a_prefix_on_keys_is_named_with_an_example(weights, tmp_path, module, wrap):
-    plain = weights if module is llada else random_vq()
+    plain = weights if module is llada_keys else random_vq()
     there = [wrap(key) if callable(wrap) else wrap.format(key) for key in plain]
     state = dict(zip(there, plain.values(), strict=True))
-    src = publish(tmp_path / "src", state, VALUES if module is llada else {"model_type": "magvitv2"})
+    src = publish(tmp_path / "src", state, VALUES if module is llada_keys else {"model_type": "magvitv2"})
     with pytest.raises(ValueError, match=f"{len(state)} keys|missing") as error:
         open_folder(src)
     examples = [key for key in state if repr(key) in str(error.value)]
@@ -802,7 +804,7 @@ def test_the_exported_config_has_all_fields_of_the_published_one(exported, weigh
 def test_a_model_of_llada_with_one_kv_head_loads_too(tmp_path, transformers, caplog):
     values = {k: v for k, v in VALUES.items() if k not in ("n_kv_heads", "codebook_size")}
     values |= {"model_type": "llada", "multi_query_attention": True}
-    table = llada.key_table(llada.config_from_hf(values))
+    table = llada_keys.key_table(llada_keys.config_from_hf(values))
     rng = np.random.default_rng(0)
     state = {k: rng.standard_normal(r.torch_shape).astype(np.float32) for k, r in table.items()}
     from_torch(publish(tmp_path / "src", state, values), tmp_path / "ours")
@@ -820,8 +822,8 @@ def test_codes_and_pixels_of_the_exported_image_tokenizer(transformers, tmp_path
     import torch
 
     settings, arrays = load_golden("magvit")
-    config = magvit.config_from_shapes(settings["state_dict_shapes"])
-    state = golden_weights(settings) | magvit.constants(config)
+    config = magvit_keys.config_from_shapes(settings["state_dict_shapes"])
+    state = golden_weights(settings) | magvit_keys.constants(config)
     from_torch(publish(tmp_path / "src", state, {}), tmp_path / "ours")
     to_torch(tmp_path / "ours", tmp_path / "back")
     model = transformers.AutoModel.from_pretrained(tmp_path / "back", trust_remote_code=True)
@@ -987,7 +989,7 @@ print("READ", read, "MINE", mine, "ALL", source.nbytes, flush=True)
 def test_each_process_reads_only_its_own_shards(tmp_path, free_port):
     values = VALUES | {"d_model": 1024, "mlp_hidden_size": 1024, "n_heads": 8, "n_kv_heads": 8}
     rng = np.random.default_rng(0)
-    table = llada.key_table(llada.config_from_hf(values))
+    table = llada_keys.key_table(llada_keys.config_from_hf(values))
     state = {k: rng.standard_normal(r.torch_shape).astype(np.float32) for k, r in table.items()}
     from_torch(publish(tmp_path / "src", state, values), tmp_path / "ours")
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}

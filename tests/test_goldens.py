@@ -15,7 +15,7 @@ from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
 from mmada_jax.train import optim
-from mmada_jax.weights import llada, magvit
+from mmada_jax.weights import llada_keys, magvit_keys
 
 BACKBONES = ("backbone_mha", "backbone_gqa")
 TEXT_RUNS = [(name, i) for name in BACKBONES for i in range(len(load_golden(name)[0]["C"]))]
@@ -50,7 +50,7 @@ def backbone(name):
         arrays=arrays,
         config=config,
         vocab=vocab,
-        params=llada.params_from_torch(golden_weights(settings), config),
+        params=llada_keys.params_from_torch(golden_weights(settings), config),
     )
 
 
@@ -123,7 +123,7 @@ def test_gradients(golden):
     def gradients(params):
         return losses(params, golden.config, *batch)[0]
 
-    grads = llada.params_to_torch(gradients(golden.params), golden.config)
+    grads = llada_keys.params_to_torch(gradients(golden.params), golden.config)
     norms = {key[12:]: v for key, v in golden.arrays.items() if key.startswith("B.grad_norm.")}
     assert norms
     for key, norm in norms.items():
@@ -230,7 +230,7 @@ def tokenizer():
         bits=settings["config"]["bits"],
         pixel_channels=arrays["pixels"].shape[1],
     )
-    return arrays, config, magvit.params_from_torch(golden_weights(settings), config)
+    return arrays, config, magvit_keys.params_from_torch(golden_weights(settings), config)
 
 
 def test_encoder(tokenizer):
@@ -264,7 +264,7 @@ def test_decoder(tokenizer):
 def test_keys_of_the_full_size_tokenizer():
     expected = load_golden("magvitv2_state_dict_shapes")[0]
     config = vq.Config()
-    ours = {key: rule.torch_shape for key, rule in magvit.key_table(config).items()}
+    ours = {key: rule.torch_shape for key, rule in magvit_keys.key_table(config).items()}
     ours["quantize.embedding"] = (config.codebook_size, config.bits)
     ours["quantize.power_vals"] = (config.bits,)
     assert ours == {key: tuple(shape) for key, shape in expected.items()}

@@ -18,7 +18,7 @@ FLOORS = {
     "kernels": "reference tpu attention",
     "nets": "transformer vq clip",
     "diffusion": "schedule loss corrupt denoise decode",
-    "weights": "state lazy hub manifest arrays workdir checkpoint llada magvit clip folder",
+    "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys folder",
     "model": "results inputs vision",
     "serve": "api",
     "measure": "evaluate",

@@ -24,7 +24,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.model.vision import Vision
 from mmada_jax.nets import vq
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.weights import magvit
+from mmada_jax.weights import magvit_keys
 from mmada_jax.weights.folder import inspect, open_folder
 
 PREPARE = str(ROOT / "launch" / "prepare.py")
@@ -163,10 +163,10 @@ def publish(folder, config):
     rng = np.random.default_rng(0)
     state = {
         key: (0.1 * rng.standard_normal(rule.torch_shape)).astype(np.float32)
-        for key, rule in magvit.key_table(config).items()
+        for key, rule in magvit_keys.key_table(config).items()
     }
     folder.mkdir()
-    save_file(state | magvit.constants(config), folder / "model.safetensors")
+    save_file(state | magvit_keys.constants(config), folder / "model.safetensors")
     return folder
 
 

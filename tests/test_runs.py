@@ -30,7 +30,7 @@ from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 from mmada_jax.train import metrics, optim, runs
 from mmada_jax.train.runs import parse
 from mmada_jax.train.supervised import check, make_step, model_program, train
-from mmada_jax.weights import lazy, magvit
+from mmada_jax.weights import lazy, magvit_keys
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.state import init_state, state_shardings
@@ -99,7 +99,7 @@ def write_image_tokenizer(folder):
         return lazy.Lazy(x.shape, array.dtype, lambda index: array[index])
 
     write_params(folder / "params", jax.tree.map(random, shapes), None)
-    (folder / "config.json").write_text(json.dumps(magvit.config_to_hf(VQ)))
+    (folder / "config.json").write_text(json.dumps(magvit_keys.config_to_hf(VQ)))
 
 
 @pytest.fixture(scope="module")

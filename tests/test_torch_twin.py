@@ -21,7 +21,7 @@ from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
 from mmada_jax.kernels.attention import attention  # noqa: E402
 from mmada_jax.nets import transformer  # noqa: E402
 from mmada_jax.tokens import layout  # noqa: E402
-from mmada_jax.weights import llada  # noqa: E402
+from mmada_jax.weights import llada_keys  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("benchmark", ROOT / "launch" / "benchmark.py")
@@ -164,7 +164,7 @@ def test_corruption_loss_and_gradient(params, model, data):
     their_value = twin.loss(model, tokens, tensors["valid"], tensors["tokens"], weights)
     their_value.backward()
     assert float(value) == pytest.approx(their_value.item(), rel=1e-5)
-    ours = llada.params_to_torch(grads, CONFIG)
+    ours = llada_keys.params_to_torch(grads, CONFIG)
     for name, parameter in model.named_parameters():
         assert_close(ours[name], parameter.grad, 1e-4)
 

@@ -20,7 +20,7 @@ from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import LLADA, Vocab
 from mmada_jax.train.optim import Config as OptimConfig
-from mmada_jax.weights import llada, magvit
+from mmada_jax.weights import llada_keys, magvit_keys
 from mmada_jax.weights.arrays import open_params
 from mmada_jax.weights.checkpoint import newest_params
 from mmada_jax.weights.lazy import in_memory
@@ -265,9 +265,9 @@ def architecture_of(path: pathlib.Path) -> transformer.Config:
     if values.get("program") == "model":
         return plan(parse(values), path).model
     if values.get("program") == "rl":
-        return llada.config_from_hf(values["architecture"])
-    if (path / "params").is_dir() and values.get("model_type") in llada.MODEL_TYPES:
-        return llada.config_from_hf(values)
+        return llada_keys.config_from_hf(values["architecture"])
+    if (path / "params").is_dir() and values.get("model_type") in llada_keys.MODEL_TYPES:
+        return llada_keys.config_from_hf(values)
     raise FileNotFoundError(
         f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face folder "
         "becomes one by launch/convert.py from-torch"
@@ -324,8 +324,8 @@ def vq_config_of(path: str | pathlib.Path) -> vq.Config:
         raise FileNotFoundError(f"no image tokenizer: {error}") from error
     if values.get("program") == "vq":
         return preset_of(vq.PRESETS, values["preset"])
-    if values.get("model_type") == magvit.MODEL_TYPE and (pathlib.Path(path) / "params").is_dir():
-        return magvit.config_from_hf(values)
+    if values.get("model_type") == magvit_keys.MODEL_TYPE and (pathlib.Path(path) / "params").is_dir():
+        return magvit_keys.config_from_hf(values)
     what = values.get("program") or values.get("model_type")
     raise ValueError(
         f"{path} holds no image tokenizer but {what!r}; name the workdir of one, or a checkpoint made by "

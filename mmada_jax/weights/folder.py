@@ -32,7 +32,7 @@ from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.train import runs
 from mmada_jax.train.metrics import Progress
-from mmada_jax.weights import hub, lazy, llada, magvit
+from mmada_jax.weights import hub, lazy, llada_keys, magvit_keys
 from mmada_jax.weights.arrays import open_params, write_params
 from mmada_jax.weights.checkpoint import newest_params
 from mmada_jax.weights.lazy import DTYPES, refuse
@@ -92,7 +92,7 @@ class Source:
 
     def tensors(self, dtype: np.dtype | None = None) -> dict[str, lazy.Lazy]:
         """The params as PyTorch has them, without an image tokenizer's constant buffers."""
-        module = magvit if self.is_image_tokenizer else llada
+        module = magvit_keys if self.is_image_tokenizer else llada_keys
         return lazy.tensors_of(self.params, module.key_table(self.config), dtype)
 
     def tokenizer(self) -> TextTokenizer | None:
@@ -155,38 +155,40 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
     state = hub.read_tensors(path)
     target = _dtype(dtype)
     nested, told = _beside(path)
-    if values.get("model_type") in llada.MODEL_TYPES:
-        config = llada.config_from_hf(values)
-        params = lazy.params_of(state, llada.key_table(config), target)
+    if values.get("model_type") in llada_keys.MODEL_TYPES:
+        config = llada_keys.config_from_hf(values)
+        params = lazy.params_of(state, llada_keys.key_table(config), target)
         if add_image_vocab:
-            values = llada.grown_config(values, add_image_vocab)
-            config = llada.config_from_hf(values)
-            params = llada.grow(params, add_image_vocab)
+            values = llada_keys.grown_config(values, add_image_vocab)
+            config = llada_keys.config_from_hf(values)
+            params = llada_keys.grow(params, add_image_vocab)
         kind, model_type = "Hugging Face folder", values["model_type"]
         return Source(path, kind, model_type, config, values, params, nested, generation=told)
     vision = any(key.endswith("encoder.quant_conv.weight") for key in state)
-    if vision or values.get("model_type") == magvit.MODEL_TYPE:
+    if vision or values.get("model_type") == magvit_keys.MODEL_TYPE:
         if add_image_vocab:
             raise ValueError(
                 f"{path} holds an image tokenizer; only LLaDA can be given an image vocabulary"
             )
-        config = magvit.config_from_shapes({key: tensor.shape for key, tensor in state.items()})
-        params = magvit.params_of(state, config, target)
-        return Source(path, "Hugging Face folder", magvit.MODEL_TYPE, config, values, params)
+        config = magvit_keys.config_from_shapes({key: tensor.shape for key, tensor in state.items()})
+        params = magvit_keys.params_of(state, config, target)
+        return Source(path, "Hugging Face folder", magvit_keys.MODEL_TYPE, config, values, params)
     if not values:
         raise FileNotFoundError(f"{path} has no config.json, which says what model its tensors are of")
     raise ValueError(
         f"{path} holds a model of type {values.get('model_type')!r}; known: "
-        f"{', '.join((*llada.MODEL_TYPES, magvit.MODEL_TYPE))} (config.json says it)"
+        f"{', '.join((*llada_keys.MODEL_TYPES, magvit_keys.MODEL_TYPE))} (config.json says it)"
     )
 
 
 def _open_checkpoint(path, values) -> Source:
     verify_manifest(path / "params")
     params = open_params(path / "params")
-    if values.get("model_type") == magvit.MODEL_TYPE:
-        return Source(path, "checkpoint", magvit.MODEL_TYPE, magvit.config_from_hf(values), values, params)
-    config, (nested, told) = llada.config_from_hf(values), _beside(path)
+    if values.get("model_type") == magvit_keys.MODEL_TYPE:
+        return Source(
+            path, "checkpoint", magvit_keys.MODEL_TYPE, magvit_keys.config_from_hf(values), values, params
+        )
+    config, (nested, told) = llada_keys.config_from_hf(values), _beside(path)
     return Source(path, "checkpoint", values["model_type"], config, values, params, nested, generation=told)
 
 
@@ -203,7 +205,7 @@ def _open_workdir(path, values, weights, step) -> Source:
             nested = _vision_of(path, values) if model["codebook_size"] else None
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / 'config.json'} is damaged: it lacks {error}") from error
-        config = llada.config_from_hf(model, dtype=dtype)
+        config = llada_keys.config_from_hf(model, dtype=dtype)
         params = transformer.param_shapes(config)
         if weights:
             params, step = newest_params(path, step)
@@ -213,10 +215,10 @@ def _open_workdir(path, values, weights, step) -> Source:
     params, step = newest_params(path, step)
     if isinstance(parsed, runs.VQRun):
         config = runs.preset_of(vq.PRESETS, parsed.preset)
-        values = magvit.config_to_hf(config)
-        return Source(path, "workdir", magvit.MODEL_TYPE, config, values, params, None, step)
+        values = magvit_keys.config_to_hf(config)
+        return Source(path, "workdir", magvit_keys.MODEL_TYPE, config, values, params, None, step)
     plan = runs.plan(parsed, path)
-    values = llada.config_to_hf(plan.model, plan.vocab, plan.grid, parsed.max_text)
+    values = llada_keys.config_to_hf(plan.model, plan.vocab, plan.grid, parsed.max_text)
     nested = runs.image_tokenizer_of(parsed, path)
     formats = {source.format for of_task in parsed.data.values() for source in of_task.values()}
     told = (digits.GENERATION if "digits" in formats else {}) | _beside(path)[1]
@@ -338,7 +340,7 @@ def _write_checkpoint(folder: pathlib.Path, source: Source, progress: Callable[[
     folder.mkdir(exist_ok=True)
     values = {k: v for k, v in source.values.items() if k not in ("auto_map", "torch_dtype", "dtype")}
     if source.is_image_tokenizer:
-        values |= magvit.config_to_hf(source.config)
+        values |= magvit_keys.config_to_hf(source.config)
     _write_json(folder / "config.json", values | {"dtype": source.dtype})
     _carry_files(source.path, folder)
     record_files(folder)
@@ -350,7 +352,7 @@ def write_image_tokenizer(folder: pathlib.Path, config: vq.Config, params: Any) 
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     unfinished.mkdir()
-    _write_json(unfinished / "config.json", magvit.config_to_hf(config) | {"dtype": "float32"})
+    _write_json(unfinished / "config.json", magvit_keys.config_to_hf(config) | {"dtype": "float32"})
     record_files(unfinished)
     write_params(unfinished / "params", lazy.lazy(params), None)
     unfinished.rename(folder)
@@ -372,13 +374,13 @@ def _write_hugging_face(
         "AutoModelForCausalLM": "MMadaModelLM",
     }
     if source.is_image_tokenizer:
-        tensors |= magvit.constants(source.config)
+        tensors |= magvit_keys.constants(source.config)
         module, classes = "modeling_magvitv2", {"AutoConfig": "MAGVITv2Config", "AutoModel": "MAGVITv2"}
     name = str(dtype or source.dtype)
     about = {"auto_map": {auto: f"{module}.{cls}" for auto, cls in classes.items()}, "dtype": name}
     values = source.values | {"architectures": [classes["AutoModel"]]}
     if not source.is_image_tokenizer:
-        values = llada.resolved(values, source.config)
+        values = llada_keys.resolved(values, source.config)
     _write_json(folder / "config.json", values | about)
     code = (pathlib.Path(__file__).parent / f"{module}.py").read_text()
     # A model of LLaDA stays one: transformers compares this line with config.json.

@@ -50,7 +50,7 @@ from mmada_jax.train.rl.rollout import (
 )
 from mmada_jax.train.rl.unigrpo import Rollout
 from mmada_jax.train.runs import Mesh, relative
-from mmada_jax.weights import llada
+from mmada_jax.weights import llada_keys
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.folder import IMAGE_TOKENIZER, write_image_tokenizer
 from mmada_jax.weights.state import TrainState, all_finite, start_state, state_shardings
@@ -433,7 +433,7 @@ def keep_image_tokenizer(workdir: pathlib.Path, model: MMaDA) -> None:
 
 def description(run: RLRun, model: MMaDA) -> dict[str, Any]:
     """What the workdir's config.json says: the run, the model as a checkpoint's does, its computation."""
-    values = llada.config_to_hf(model.config, model.vocab, model.grid, model.max_text)
+    values = llada_keys.config_to_hf(model.config, model.vocab, model.grid, model.max_text)
     computed = {name: getattr(model.config, name) for name in COMPUTED}
     return config_lib.to_dict(run) | {
         "architecture": values | {"dtype": model.config.dtype},

@@ -26,7 +26,7 @@ from mmada_jax.nets import clip
 from mmada_jax.train.rl.rewards import answers as answers_lib
 from mmada_jax.train.rl.rewards.answers import answer_of
 from mmada_jax.train.rl.rewards.workers import Unscored, Workers
-from mmada_jax.weights import clip as clip_folder
+from mmada_jax.weights import clip_keys
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | None], np.ndarray]
 
@@ -326,7 +326,7 @@ class ClipScore:
     def __init__(self, folder: str | pathlib.Path = "", batch: int = 32):
         if not folder:
             raise ValueError("reward 'clip' needs a model: set its folder to a CLIP from Hugging Face")
-        params, config, self._tokenizer = clip_folder.load(folder)
+        params, config, self._tokenizer = clip_keys.load(folder)
         # The first process scores alone, so on a device of its own.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._params, self._batch, self._size = jax.device_put(params, here), batch, config.image_size
