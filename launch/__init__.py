@@ -1,7 +1,10 @@
 """The programs, and how they end when something is wrong."""
 
 import ctypes
+import hashlib
 import os
+import pathlib
+import platform
 import signal
 import sys
 import traceback
@@ -40,6 +43,32 @@ def keep_memory() -> None:
             (arena_max, 1),
         ):
             libc.mallopt(setting, value)
+
+
+def keep_programs() -> None:
+    """Makes jax keep the programs that it compiles: a later stage or run need not compile them again.
+
+    They lie in ~/.cache/mmada_jax, in a folder for each kind of processor. A folder has at most 256 MiB;
+    the programs that were not used for longest go first. JAX_COMPILATION_CACHE_DIR names another place.
+    Where nothing can be written, nothing is kept. Call it before anything is compiled."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    # A program has the instructions of the processor that it was compiled on, and homes are shared.
+    known = pathlib.Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.is_file() else []
+    kind = [platform.machine(), platform.processor(), *sorted({x for x in lines if "flags" in x})]
+    name = hashlib.sha256("".join(kind).encode()).hexdigest()[:16]
+    try:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = cache / "mmada_jax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 2**28)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def fail(error: Exception) -> NoReturn:

@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Mapping
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -124,11 +125,19 @@ def train_to_the_end(config, workdir) -> None:
 
 
 def measure(
-    model: MMaDA, config, n: int, split: str = "test", seed: int = 0, label: str = ""
+    model: MMaDA,
+    config,
+    n: int,
+    split: str = "test",
+    seed: int = 0,
+    label: str = "",
+    few: int = MOST,
+    known: Mapping[str, dict] | None = None,
 ) -> tuple[dict, dict]:
-    """Counts of `n` held-out cases by metric, at most MOST where nothing is sampled as in a rollout, and
+    """Counts of `n` held-out cases by metric, at most `few` where nothing is sampled as in a rollout, and
     the mean reward of each task; then what there is to look at: sampled (question, text, answer), pixels
-    of unguided drawings with the digits asked for.
+    of unguided drawings with the digits asked for. Of the latter metrics those in `known` are taken from
+    there: they were measured already.
 
     text_cot           sums of four digits, greedy; text_cot_sampled at temperature 1, as in a rollout
     vqa_sum            the sum of two scans, thought first, which the training doesn't ask for
@@ -136,12 +145,13 @@ def measure(
     t2i_one_unguided   without guidance, in as few steps as in a rollout
     rewards            of the sampled sums and of the unguided drawings, as the training gives them
     """
-    judge = evaluate.Judge()
-    few = min(n, MOST)
-    counts = {"text_cot": evaluate.text_cot(model, min(few, len(digits.chains(split))), split, seed)[0]}
+    judge, few = evaluate.Judge(), min(n, few)
+    counts = {name: evaluate.Count(**count) for name, count in (known or {}).items()}
+    if not known:
+        counts["text_cot"] = evaluate.text_cot(model, min(few, len(digits.chains(split))), split, seed)[0]
+        counts["vqa_sum"] = evaluate.vqa_sum(model, few, split, seed)[0]
+        counts["t2i_one"] = evaluate.draw_digits(model, judge, 1, few, seed)[0]
     counts["text_cot_sampled"], rows = evaluate.text_cot(model, n, split, seed, temperature=1.0)
-    counts["vqa_sum"] = evaluate.vqa_sum(model, few, split, seed)[0]
-    counts["t2i_one"] = evaluate.draw_digits(model, judge, 1, few, seed)[0]
     rule = ImageRule(**config.tasks.drawing.image)
     counts["t2i_one_unguided"], pixels, wanted = evaluate.draw_digits(model, judge, 1, n, seed, rule)
     prompts, texts, answers = zip(*rows, strict=True)

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import cot, pretrain, unigrpo, vq
-from launch import benchmark_rl, fail, keep_memory
+from launch import benchmark_rl, fail, keep_memory, keep_programs
 from mmada_jax.data import digits
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
@@ -39,11 +39,10 @@ from mmada_jax.train.supervised import train
 
 
 class Cases(NamedTuple):
-    """Held-out cases of each metric, by stage."""
+    """Held-out cases of a metric, `sampled` where answers are drawn as in a rollout of stage 3."""
 
-    pretrain: int
-    cot: int
-    unigrpo: int
+    each: int
+    sampled: int
 
 
 class Form(NamedTuple):
@@ -84,8 +83,8 @@ FULL_FLOORS = {
 }
 HELP = {"full": "more steps and cases: what docs/results.md quotes", "fast": "fewer steps and cases"}
 FORMS = {
-    "default": form("digits", Cases(300, 200, 400), FULL_FLOORS),
-    "fast": form("digits,fast", Cases(100, 100, 100), {"pretrain": {"vqa_one": 0.6, "t2i_one": 0.6}}),
+    "default": form("digits", Cases(300, 400), FULL_FLOORS),
+    "fast": form("digits,fast", Cases(100, 100), {"pretrain": {"vqa_one": 0.6, "t2i_one": 0.6}}),
 }
 
 
@@ -101,49 +100,56 @@ def main(argv: Sequence[str] | None = None, forms: Mapping[str, Form] = FORMS) -
             parser.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=HELP[name])
     parser.set_defaults(form="default")
     args = parser.parse_args(argv)
-    keep_memory()
-    workdir = pathlib.Path(args.workdir)
+    workdir, form = pathlib.Path(args.workdir), forms[args.form]
     claim(workdir, {"form": args.form, "seed": args.seed})
+    finish(workdir, run(workdir, form, args.seed), form.floors)
+
+
+def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
+    """Trains and measures what isn't yet, and writes the report; what was measured."""
     report = workdir / "report.json"
     if report.is_file():
         print(f"{workdir}: everything is done already")
-        finish(workdir, read_json(report, dict, keys=("stages",)), forms[args.form].floors)
-        return
-    stages, cases, floors = forms[args.form]
+        return read_json(report, dict, keys=("stages",))
+    keep_memory()
+    keep_programs()
 
     # ---- Train: nothing that is done is done again -------------------------------------------------
     for number, (name, what) in enumerate(STAGES.items(), 1):
         say(f"{number}/5", what)
-        config = stages[name].copy_and_resolve_references()
-        config.seed = args.seed
+        config = form.stages[name].copy_and_resolve_references()
+        config.seed = seed
         with clock(workdir, name):
             train_to_the_end(config, workdir / name)
 
     # ---- Measure and report ------------------------------------------------------------------------
     say("5/5", "held-out scans (359 that no model has seen) and sums")
     with clock(workdir, "evaluate"):
+        n, n_sampled = form.cases
         model = MMaDA.load(workdir / "pretrain")
-        result, pictures = measure(model, cases.pretrain)
-        of_stages = result["stages"]
-        of_stages["cot_before"], pictures["before"] = measure_thoughts(model, cases.cot, "before: ")
+        result, pictures = measure(model, n)
+        of_stages, config = result["stages"], form.stages["unigrpo"]
+        of_stages["cot_before"], pictures["before"] = before_thoughts(model, n, of_stages["pretrain"])
         model = MMaDA.load(workdir / "cot")
-        of_stages["cot"], pictures["after"] = measure_thoughts(model, cases.cot)
-        config = stages["unigrpo"]
+        of_stages["cot"], pictures["after"] = measure_thoughts(model, n)
+        known = {
+            name: evaluate.Count(**of_stages["cot"][name]) for name in ("text_cot", "vqa_sum", "t2i_one")
+        }
         of_stages["unigrpo_before"], pictures["rl_before"] = benchmark_rl.measure(
-            model, config, cases.unigrpo, label="before: "
+            model, config, n_sampled, label="before: ", known=known
         )
         model = MMaDA.load(workdir / "unigrpo")
-        of_stages["unigrpo"], pictures["rl_after"] = benchmark_rl.measure(model, config, cases.unigrpo)
+        of_stages["unigrpo"], pictures["rl_after"] = benchmark_rl.measure(model, config, n_sampled, few=n)
         rows = metrics.read(workdir / "unigrpo" / "metrics.jsonl")
         benchmark_rl.curves({config.objective.masking: [rows]}).savefig(
             workdir / "rewards.png", dpi=90, bbox_inches="tight"
         )
-    result |= {"form": args.form, "seed": args.seed, "seconds": read_json(workdir / "seconds.json", dict)}
+    result["seconds"] = read_json(workdir / "seconds.json", dict)
     result["data_wait"] = max(map(data_wait, (workdir / run for run in ("pretrain", "cot"))))
     results(pictures).save(workdir / "results.png")
     write_whole(workdir / "report.html", page(workdir, result, pictures))
     write_whole(report, json.dumps(result, indent=1))
-    finish(workdir, result, floors)
+    return result
 
 
 def claim(workdir: pathlib.Path, what: dict[str, Any]) -> None:
@@ -184,7 +190,7 @@ def clock(workdir: pathlib.Path, name: str):
 def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
     """All metrics, and what there is to look at."""
     judge = evaluate.Judge()
-    rebuilt, psnr, canvases = evaluate.reconstruction(model, judge)
+    rebuilt, psnr, canvases = evaluate.reconstruction(model, judge, n)
     pictures = {"rebuilt": canvases}
     stage = {}
 
@@ -209,7 +215,15 @@ def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
     return {"judge": judged, "stages": {"tokenizer": tokenizer, "pretrain": stage}}, pictures
 
 
-def measure_thoughts(model: MMaDA, n: int, label: str = "") -> tuple[dict, dict]:
+def before_thoughts(model: MMaDA, n: int, stage: dict) -> tuple[dict, dict]:
+    """What stage 1 already knows of the metrics of stage 2: those of its own are taken from `stage`."""
+    count, texts = evaluate.text_cot(model, n)
+    print(f"  before: text_cot: {count}", flush=True)
+    known = {name: stage[name] for name in ("t2i_one", "vqa_two")}
+    return known | {"text_cot": dataclasses.asdict(count)}, {"text_cot": texts}
+
+
+def measure_thoughts(model: MMaDA, n: int) -> tuple[dict, dict]:
     """The metrics of stage 2, and what there is to look at."""
     judge, stage, pictures = evaluate.Judge(), {}, {}
     counts = {}
@@ -221,7 +235,7 @@ def measure_thoughts(model: MMaDA, n: int, label: str = "") -> tuple[dict, dict]
     counts["vqa_two"], _ = evaluate.read_digits(model, 2, n)
     for name, count in counts.items():
         stage[name] = dataclasses.asdict(count)
-        print(f"  {label}{name}: {count}", flush=True)
+        print(f"  {name}: {count}", flush=True)
     return stage, pictures
 
 
@@ -267,21 +281,20 @@ def table(result: dict) -> list[tuple[str, str]]:
     rows = [(name, str(evaluate.Count(**count))) for name, count in counts.items()]
     rows.insert(2, ("psnr_db", str(tokenizer["psnr_db"])))
     before, after = result["stages"]["cot_before"], result["stages"]["cot"]
-    rows += [
-        (f"stage 2, {name}", f"{evaluate.Count(**before[name])} -> {evaluate.Count(**count)}")
-        for name, count in after.items()
-    ]
+    rows += [(f"stage 2, {name}", change(before, after, name)) for name in after]
     before, after = result["stages"]["unigrpo_before"], result["stages"]["unigrpo"]
-    rows += [
-        (f"stage 3, {name}", f"{evaluate.Count(**before[name])} -> {evaluate.Count(**after[name])}")
-        for name in benchmark_rl.COUNTS
-    ]
+    rows += [(f"stage 3, {name}", change(before, after, name)) for name in benchmark_rl.COUNTS]
     rows += [
         (f"stage 3, reward of {task}", f"{before['rewards'][task]:.3f} -> {reward:.3f}")
         for task, reward in after["rewards"].items()
     ]
     rows.append(("waiting for data", f"{result['data_wait']:.2%} of the time of stages 1 and 2"))
     return rows + [(f"seconds, {name}", str(s)) for name, s in result["seconds"].items()]
+
+
+def change(before: dict, after: dict, name: str) -> str:
+    """The count of a metric, behind the one before where that is known."""
+    return " -> ".join(str(evaluate.Count(**stage[name])) for stage in (before, after) if name in stage)
 
 
 def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:

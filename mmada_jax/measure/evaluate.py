@@ -27,9 +27,11 @@ from mmada_jax.tokens.vocab import Vocab
 
 # Of an answer while training.
 MAX_NEW = 256
-# Chosen on the validation scans.
-DRAW = ImageRule(steps=digits.GENERATION["image_steps"], guidance=digits.GENERATION["image_guidance"])
-INPAINT = dataclasses.replace(DRAW, quota="hidden")
+# Chosen on the validation scans. One rule, and so one program, draws and inpaints: where all tokens of an
+# image are hidden, both quotas are the same.
+DRAW = ImageRule(
+    steps=digits.GENERATION["image_steps"], guidance=digits.GENERATION["image_guidance"], quota="hidden"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +68,15 @@ class Judge:
         return (np.clip(scans, -1, 1).reshape(len(scans), -1) + 1) / 2
 
 
-def reconstruction(model, judge: Judge, split: str = "test") -> tuple[Count, float, np.ndarray]:
-    """Digits that the judge still reads after encoding and decoding; PSNR in dB (peak 2: pixels lie
-    in [-1, 1]) of the canvases; the reconstructed canvases."""
+def reconstruction(model, judge: Judge, n: int, split: str = "test") -> tuple[Count, float, np.ndarray]:
+    """Digits that the judge still reads after encoding and decoding, `n` canvases at a time; PSNR in dB
+    (peak 2: pixels lie in [-1, 1]) of the canvases; the reconstructed canvases."""
     scans = digits.load(split)
     pixels = np.stack([digits.canvas(scan) for scan in scans.pixels])
-    rebuilt = np.clip(model.decode(model.encode(pixels)), -1, 1)
+    # The last part is filled up, so that all parts share a program.
+    parts = np.resize(pixels, (-(-len(pixels) // n), n, *pixels.shape[1:]))
+    rebuilt = np.concatenate([model.decode(model.encode(part)) for part in parts])[: len(pixels)]
+    rebuilt = np.clip(rebuilt, -1, 1)
     psnr = 10 * np.log10(4 / np.mean((rebuilt - pixels) ** 2))
     read = judge([digits.cut(canvas, 1)[0] for canvas in rebuilt])
     return _count(read == scans.labels), float(psnr), rebuilt
@@ -81,7 +86,7 @@ def read_digits(model, n_digits: int, n: int, split: str = "test", seed: int = 0
     """vqa_one, vqa_two: the digits on canvases of held-out scans, asked for in words."""
     canvases, labels = _canvases(n_digits, n, split, seed)
     ask = digits.ASK_ONE if n_digits == 1 else digits.ASK_TWO
-    answers = [text.text for text in model.answer(canvases, [ask] * n, seed=seed)]
+    answers = [text.text for text in model.answer(canvases, [ask] * n, _from_the_left(model), seed=seed)]
     wanted = [digits.reading(*row) for row in labels]
     return _count(np.array(answers) == np.array(wanted)), list(zip(canvases, answers, wanted, strict=True))
 
@@ -104,7 +109,7 @@ def inpaint_half(model, judge: Judge, n: int, split: str = "test", seed: int = 0
     masks = np.zeros((n, digits.HEIGHT, digits.WIDTH), bool)
     for mask, s in zip(masks, side, strict=True):
         mask[:, digits.SIDE * s : digits.SIDE * (s + 1)] = True
-    drawn = model.inpaint(canvases, masks, [digits.caption(*row) for row in labels], INPAINT, seed=seed)
+    drawn = model.inpaint(canvases, masks, [digits.caption(*row) for row in labels], DRAW, seed=seed)
     pixels = model.decode(np.stack([d.codes for d in drawn]))
     read = judge([digits.cut(canvas, 2)[s] for canvas, s in zip(pixels, side, strict=True)])
     pictures = {"canvases": canvases, "masks": masks, "pixels": pixels, "labels": labels}
@@ -114,9 +119,7 @@ def inpaint_half(model, judge: Judge, n: int, split: str = "test", seed: int = 0
 def arithmetic(model, n: int, seed: int = 0) -> tuple[Count, list]:
     """text_arithmetic: sums and differences that were held out."""
     questions = digits.sums("test")[:n]
-    # Short blocks from the left, and an end when every answer has ended.
-    rule = TextRule(steps=40, block=4, stop=model.vocab.eos)
-    answers = model.generate([question for question, _ in questions], rule, max_new=40, seed=seed)
+    answers = model.generate([question for question, _ in questions], _from_the_left(model), seed=seed)
     rows = [(q, text.text, want) for (q, want), text in zip(questions, answers, strict=True)]
     return _count(np.array([answer == want for _, answer, want in rows])), rows
 
@@ -129,7 +132,7 @@ def text_cot(
     held_out = digits.chains(split)
     chains = [held_out[i % len(held_out)] for i in range(n)]
     questions = [digits.addition(*chain) for chain in chains]
-    rule = dataclasses.replace(_thinking(model), temperature=temperature)
+    rule = dataclasses.replace(_from_the_left(model), temperature=temperature)
     texts = [text.text for text in model.generate(questions, rule, seed=seed)]
     wanted = [str(sum(chain)) for chain in chains]
     return _answered(texts, wanted), list(zip(questions, texts, wanted, strict=True))
@@ -139,7 +142,7 @@ def vqa_sum(model, n: int, split: str = "test", seed: int = 0) -> tuple[Count, l
     """vqa_sum: the sum of the two digits on canvases of held-out scans, after a thought."""
     canvases, labels = _canvases(2, n, split, seed + 2)
     questions = [digits.ASK_SUM] * n
-    rule = _thinking(model)
+    rule = _from_the_left(model)
     texts = [text.text for text in model.answer(canvases, questions, rule, seed=seed)]
     wanted = [str(total) for total in labels.sum(axis=1)]
     return _answered(texts, wanted), list(zip(canvases, texts, wanted, strict=True))
@@ -153,7 +156,7 @@ def draw_sums(
     held_out = digits.pairs(split)
     pairs = [held_out[i % len(held_out)] for i in range(n)]
     prompts = [digits.request(*pair) for pair in pairs]
-    made = model.think_and_draw(prompts, _thinking(model), DRAW, seed=seed)
+    made = model.think_and_draw(prompts, _from_the_left(model), DRAW, seed=seed)
     thoughts = [split_thought(text.text)[0] for text, _ in made]
     wanted = [digits.thought(*pair) for pair in pairs]
     pixels = model.decode(np.stack([drawing.codes for _, drawing in made]))
@@ -165,8 +168,9 @@ def draw_sums(
     return counts, pixels, list(zip(prompts, thoughts, strict=True))
 
 
-def _thinking(model) -> TextRule:
-    """From the left, token by token, until every thought and answer has ended."""
+def _from_the_left(model) -> TextRule:
+    """Token by token, until every answer has ended. All answers and thoughts are found by this rule, so
+    that equally many rows of them share a program."""
     return TextRule(block=1, stop=model.vocab.eos)
 
 

@@ -146,7 +146,9 @@ def skipped(opt_state: GuardState) -> jax.Array:
 def learning_rate(config: Config, steps: int, opt_state: GuardState) -> float:
     """That of the last accepted update, of a run of `steps` steps."""
     step = max(int(opt_state.accepted) - 1, 0)
-    return config.lr * float(cosine_factor(step, steps, config.warmup, config.floor))
+    # The jit compiles one program; without it each operation is compiled by itself.
+    factor = jax.jit(cosine_factor, static_argnums=(1, 2, 3))
+    return config.lr * float(factor(step, steps, config.warmup, config.floor))
 
 
 def check_streak(config: Config, opt_state: GuardState, give_up: Callable[[int], str]) -> int:
