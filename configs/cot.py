@@ -6,7 +6,7 @@ r"""Stage 2: mixed long chain of thought, one format for text, image understandi
 
 `digits`: sums in steps, the sum of the two digits in an image, and an image of what a sum comes to, each
 thought first, between <think> and </think>; it starts from the run of configs/pretrain.py:digits.
-`,fast`: for a model of its `fast`.
+`,full` and `,fast`: for a model of its `full` and `fast`.
 
 `8b,phase=1` (2): the published phases, text alone and with images; they start from runs/phase3 and
 runs/cot1. See configs/pretrain.py for the folders.
@@ -18,22 +18,29 @@ from ml_collections import ConfigDict
 
 from mmada_jax.config import parse_arg
 
+FORMS = ("full", "fast", "smoke")
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
-    arg = parse_arg(arg, presets=("digits", "8b"), preset="digits", fast=False, smoke=False, phase=0)
+    arg = parse_arg(arg, presets=("digits", "8b"), preset="digits", forms=FORMS, form="", phase=0)
+    form = arg["form"]
     if arg["preset"] == "8b":
-        if arg["fast"]:
-            raise ValueError("8b has no fast form; the digits have")
+        if form in ("full", "fast"):
+            raise ValueError(f"8b has no {form} form; the digits have")
         config = phase_of_8b(arg["phase"] or 1)
-        return smoke(config, of_digits()) if arg["smoke"] else config
+        return smoke(config, of_digits()) if form == "smoke" else config
     if arg["phase"]:
         raise ValueError(f"digits has no phases; phase={arg['phase']} is for 8b")
     config = of_digits()
-    if arg["smoke"]:
+    if form == "smoke":
         return smoke(config, config)
-    if arg["fast"]:
-        config.steps = 250
+    if form == "full":
+        config.steps = 1250
+        config.model.update(n_layers=4, unroll=4)
+        config.optim.lr = 1.5e-3
+    if form == "fast":
+        config.steps = 120
         config.model.update(n_layers=2, unroll=2)
     return config
 
@@ -56,10 +63,13 @@ def of_digits() -> ConfigDict:
         "program": "model",
         "preset": "digits",
         "init": "../pretrain",
-        "model": {"dtype": "float32", "attention": "auto", "pad": "hard", "remat": "none"},
+        "model": {
+            "dtype": "float32", "attention": "auto", "pad": "hard", "remat": "none",
+            "n_layers": 3, "unroll": 3,
+        },
         "image_tokenizer": "../image_tokenizer",
         "max_text": 24,
-        "steps": 1250,
+        "steps": 450,
         "batch_size": 32,
         "save_every": 200,
         "answer_block": 4,
@@ -78,7 +88,7 @@ def of_digits() -> ConfigDict:
             "answer_mask": "mixture", "prefix_rows": 0.8, "prefix_next": 8,
         },
         "optim": {
-            "name": "muon", "lr": 1.5e-3, "warmup": 30, "floor": 0.05, "b2": 0.99,
+            "name": "muon", "lr": 2.5e-3, "warmup": 30, "floor": 0.05, "b2": 0.99,
         },
     })  # fmt: skip
 

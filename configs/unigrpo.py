@@ -4,10 +4,10 @@ r"""Stage 3: UniGRPO, reinforcement learning on text and images.
         --config.init=../quickstart/cot  # and to measure only: --diagnose
     python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
 
-`digits`: three turns of sums of four digits in text, thought first, then one of drawing a digit without
+`digits`: two turns of sums of four digits in text, thought first, then one of drawing a digit without
 guidance in four steps; it starts from the run of configs/cot.py:digits. Its masks are those of the
-rollout itself ("exact"). What it reaches, and what it doesn't, is in README.md. `,fast`: a few iterations
-for a model of its `fast`.
+rollout itself ("exact"). What it reaches, and what it doesn't, is in docs/results.md. `,full` and `,fast`:
+more and fewer iterations, for a model of its `full` and `fast`.
 
 `8b`: the paper's masks, rewards and tasks (eps, beta and the learning rate, which it doesn't give, are
 those of dLLM-RL). It reads DATA/math.jsonl, DATA/geometry.jsonl and DATA/drawing.jsonl, one {"prompt",
@@ -23,13 +23,20 @@ from mmada_jax.config import parse_arg
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
-    arg = parse_arg(arg, presets=("digits", "8b"), preset="digits", fast=False, smoke=False)
-    if arg["fast"] and arg["preset"] != "digits":
-        raise ValueError("8b has no fast form; the digits have")
+    arg = parse_arg(
+        arg, presets=("digits", "8b"), preset="digits", forms=("full", "fast", "smoke"), form=""
+    )
+    form = arg["form"]
+    if form in ("full", "fast") and arg["preset"] != "digits":
+        raise ValueError(f"8b has no {form} form; the digits have")
     config = of_digits() if arg["preset"] == "digits" else of_8b()
-    if arg["fast"]:
+    if form == "full":
+        config.iterations = 72
+        config.tasks.arithmetic.update(groups=24, turns=3)
+        config.optim.update(lr=1e-4, warmup=30)
+    if form == "fast":
         config.iterations, config.objective.mu, config.optim.warmup = 4, 2, 2
-    return smoke(config, of_digits()) if arg["smoke"] else config
+    return smoke(config, of_digits()) if form == "smoke" else config
 
 
 def of_digits() -> ConfigDict:
@@ -38,15 +45,15 @@ def of_digits() -> ConfigDict:
         "program": "rl",
         "init": "../cot",
         "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "iterations": 72,
+        "iterations": 18,
         "tasks": {
             "arithmetic": {
                 "layout": "lm_chat",
                 "data": {"path": "text_cot", "format": "digits", "split": "prompts"},
                 "rewards": {"exact": 2.0, "format": 0.5},
-                "groups": 24,
+                "groups": 12,
                 "update_groups": 12,
-                "turns": 3,
+                "turns": 2,
                 "max_prompt": 18,
                 "max_new": 24,
                 "text": {"steps": 24, "block": 1, "temperature": 1.0, "remask": "largest"},
@@ -67,7 +74,7 @@ def of_digits() -> ConfigDict:
         "save_every": 20,
         "samples_every": 20,
         "optim": {
-            "lr": 1e-4, "warmup": 30, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
+            "lr": 3e-4, "warmup": 8, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
         },
     })  # fmt: skip
 

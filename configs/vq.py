@@ -3,7 +3,7 @@
     python launch/train.py --config configs/vq.py:digits --workdir runs/vq
 
 `digits`: canvases of scanned digits, 8x16 pixels -> 32 codes of 6 bits.
-`,fast`: fewer steps. `,smoke`: a few, to see that it runs.
+`,full` and `,fast`: more and fewer steps. `,smoke`: a few, to see that it runs.
 """
 
 from ml_collections import ConfigDict
@@ -13,15 +13,16 @@ from mmada_jax.config import parse_arg
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
-    arg = parse_arg(arg, presets=("digits",), preset="digits", fast=False, smoke=False)
-    steps = 4 if arg["smoke"] else 90 if arg["fast"] else 400
+    arg = parse_arg(arg, presets=("digits",), preset="digits", forms=("full", "fast", "smoke"), form="")
+    smoke = arg["form"] == "smoke"
+    steps = {"": 180, "full": 400, "fast": 90, "smoke": 4}[arg["form"]]
     return ConfigDict({
         "program": "vq",
         "preset": arg["preset"],
         "steps": steps,
         "batch_size": 32,
         "save_every": 200,
-        "log_every": 1 if arg["smoke"] else 50,
+        "log_every": 1 if smoke else 50,
         "optim": {
             "lr": 3e-3, "warmup": 20, "floor": 0.01, "b2": 0.99, "weight_decay": 0.0,
         },

@@ -3,7 +3,7 @@ after on held-out cases.
 
     python launch/benchmark_rl.py --init runs/quickstart/cot --workdir runs/benchmark_rl
 
-Trains configs/unigrpo.py:digits as it is, but for the masking and the seed, and writes the table
+Trains configs/unigrpo.py:digits,full as it is, but for the masking and the seed, and writes the table
 (report.md), all counts (report.json) and the rewards over the iterations (rewards.png). What is done
 already isn't done again, so that several of these, each with seeds of its own, can share a workdir; the
 report is of the seeds and maskings that were asked for, so ask for all of them in the end.
@@ -74,13 +74,13 @@ def main() -> None:
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
-        "config": config_file.get_config("digits").to_dict(),
+        "config": config_file.get_config("digits,full").to_dict(),
     }
     check_workdir(workdir, made_of, ("model", "config"))
     claim_workdir(workdir, made_of)
     name = f"{args.split}-{args.n}.json"
     for masking, seed in itertools.product(args.maskings, args.seeds):
-        config = config_file.get_config("digits")
+        config = config_file.get_config("digits,full")
         config.init = str(pathlib.Path(args.init).absolute())
         config.objective.masking, config.seed = masking, seed
         folder = workdir / f"{masking}-{seed}"

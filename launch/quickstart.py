@@ -83,7 +83,8 @@ FULL_FLOORS = {
 }
 HELP = {"full": "more steps and cases: what docs/results.md quotes", "fast": "fewer steps and cases"}
 FORMS = {
-    "default": form("digits", Cases(300, 400), FULL_FLOORS),
+    "default": form("digits", Cases(100, 200), {}),
+    "full": form("digits,full", Cases(300, 400), FULL_FLOORS),
     "fast": form("digits,fast", Cases(100, 100), {"pretrain": {"vqa_one": 0.6, "t2i_one": 0.6}}),
 }
 

@@ -98,17 +98,22 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     """Reads the part after the colon of `--config FILE:ARG`.
 
     ARG is a comma-separated list: `key=value` sets a key, a bare word sets `preset` if it is one of
-    `presets` and otherwise must name a boolean. `parse_arg("digits,smoke", presets=("digits",
-    "8b"), preset="digits", smoke=False, phase=1)` -> {"preset": "digits", "smoke": True, "phase": 1}.
+    `presets`, `form` if it is one of `forms`, and otherwise must name a boolean.
+    `parse_arg("digits,smoke", presets=("digits", "8b"), preset="digits", forms=("fast", "smoke"), form="",
+    phase=1)` -> {"preset": "digits", "form": "smoke", "phase": 1}. Raises ValueError for two forms.
     """
-    presets = defaults.pop("presets", ())
+    presets, forms = defaults.pop("presets", ()), defaults.pop("forms", ())
     out = dict(defaults)
     for part in filter(None, (p.strip() for p in (arg or "").split(","))):
         key, sep, text = part.partition("=")
         if not sep and key in presets:
             out["preset"] = key
+        elif not sep and key in forms:
+            if out["form"] not in (defaults["form"], key):
+                raise ValueError(f"config argument {arg!r} names {out['form']} and {key}; choose one")
+            out["form"] = key
         elif key not in defaults or (not sep and not isinstance(defaults[key], bool)):
-            known = [*presets, *defaults]
+            known = [*presets, *forms, *defaults]
             raise ValueError(unknown_key(part, known).replace("config key", "config argument"))
         elif not sep:
             out[key] = True
