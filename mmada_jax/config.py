@@ -112,7 +112,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
             if out["form"] not in (defaults["form"], key):
                 raise ValueError(f"config argument {arg!r} names {out['form']} and {key}; choose one")
             out["form"] = key
-        elif key not in defaults or (not sep and not isinstance(defaults[key], bool)):
+        elif key not in defaults or key == "form" or (not sep and not isinstance(defaults[key], bool)):
             known = [*presets, *forms, *defaults]
             raise ValueError(unknown_key(part, known).replace("config key", "config argument"))
         elif not sep:

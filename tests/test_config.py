@@ -117,23 +117,32 @@ def test_missing_keys_are_named():
 
 def parse(arg):
     return config.parse_arg(
-        arg, presets=("digits", "8b"), preset="digits", smoke=False, phase=1, rate=0.5, name="n"
-    )
+        arg, presets=("digits", "8b"), preset="digits", forms=("full", "fast"), form="", smoke=False,
+        phase=1, rate=0.5, name="n",
+    )  # fmt: skip
 
 
 def test_config_arguments():
-    plain = {"preset": "digits", "smoke": False, "phase": 1, "rate": 0.5, "name": "n"}
+    plain = {"preset": "digits", "form": "", "smoke": False, "phase": 1, "rate": 0.5, "name": "n"}
     assert parse(None) == parse("") == plain
     assert parse("8b, smoke") == plain | {"preset": "8b", "smoke": True}
     assert parse("phase=3,rate=1,name=x") == plain | {"phase": 3, "rate": 1.0, "name": "x"}
     assert parse("smoke=true") == plain | {"smoke": True}
     assert parse("smoke,smoke=false") == plain
+    assert parse("digits,fast") == parse("fast,fast") == plain | {"form": "fast"}
 
 
-@pytest.mark.parametrize("arg", ["phase", "smok", "8b=1", "presets=8b", "phase=x", "smoke=3"])
+@pytest.mark.parametrize(
+    "arg", ["phase", "smok", "8b=1", "presets=8b", "phase=x", "smoke=3", "fas", "form=fast"]
+)
 def test_wrong_arguments_are_errors(arg):
     with pytest.raises(ValueError, match=arg.split("=")[0]):
         parse(arg)
+
+
+def test_one_form_excludes_another():
+    with pytest.raises(ValueError, match="argument 'full,fast' names full and fast; choose one"):
+        parse("full,fast")
 
 
 def test_a_misspelt_argument_names_the_nearest():
