@@ -74,7 +74,7 @@ def of_digits() -> ConfigDict:
         "save_every": 20,
         "samples_every": 20,
         "optim": {
-            "lr": 3e-4, "warmup": 8, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
+            "lr": 2e-4, "warmup": 8, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
         },
     })  # fmt: skip
 
