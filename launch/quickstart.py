@@ -112,19 +112,21 @@ def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
     if report.is_file():
         print(f"{workdir}: everything is done already")
         return read_json(report, dict, keys=("stages",))
+    # At this size programs that LLVM optimises less are as fast, and compile in three quarters of the time.
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
     keep_memory()
     keep_programs()
 
     # ---- Train: nothing that is done is done again -------------------------------------------------
     for number, (name, what) in enumerate(STAGES.items(), 1):
-        say(f"{number}/5", what)
+        print(f"\n[{number}/5] {what}", flush=True)
         config = form.stages[name].copy_and_resolve_references()
         config.seed = seed
         with clock(workdir, name):
             train_to_the_end(config, workdir / name)
 
     # ---- Measure and report ------------------------------------------------------------------------
-    say("5/5", "held-out scans (359 that no model has seen) and sums")
+    print("\n[5/5] held-out scans (359 that no model has seen) and sums", flush=True)
     with clock(workdir, "evaluate"):
         n, n_sampled = form.cases
         model = MMaDA.load(workdir / "pretrain")
@@ -439,11 +441,6 @@ def inline(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
-
-
-def say(part: str, what: str) -> None:
-    """A banner."""
-    print(f"\n[{part}] {what}", flush=True)
 
 
 if __name__ == "__main__":
