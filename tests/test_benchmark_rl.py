@@ -50,7 +50,7 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
     monkeypatch.setattr("sys.argv", flags)
     with pytest.raises(InterruptedError):
         benchmark_rl.main()
-    digits = unigrpo.get_config("digits")
+    digits = unigrpo.get_config("digits,full")
     digits.optim.lr = 1.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unigrpo, "get_config", lambda _: digits)

@@ -772,7 +772,7 @@ def test_tasks_take_their_turns(config):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("arg", ["digits", "8b", "digits,fast", "digits,smoke", "8b,smoke"])
+@pytest.mark.parametrize("arg", ["digits", "8b", "digits,full", "digits,fast", "digits,smoke", "8b,smoke"])
 def test_the_configurations_are_valid(arg):
     from configs import unigrpo
 

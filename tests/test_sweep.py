@@ -107,7 +107,7 @@ def test_what_does_not_combine():
 
 @pytest.mark.parametrize("config", [pretrain, vq])
 def test_the_sweeps_of_the_configs_fit_them(config, tmp_path):
-    for arg in ("digits", "digits,smoke", "digits,fast"):
+    for arg in ("digits", "digits,smoke", "digits,full", "digits,fast"):
         trials = sweep.plan(config.get_config(arg).to_dict(), config.get_hyper(h), tmp_path, ["x"], {})
         assert len(trials) == 6
 
