@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None, forms: Mapping[str, Form] = FORMS) -
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", default="runs/quickstart", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of every stage (%(default)s)")
-    for name in forms:
-        if name != "default":
-            parser.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=HELP[name])
+    group = parser.add_mutually_exclusive_group()
+    for name in sorted(forms.keys() - {"default"}):
+        group.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=HELP[name])
     parser.set_defaults(form="default")
     args = parser.parse_args(argv)
     workdir, form = pathlib.Path(args.workdir), forms[args.form]

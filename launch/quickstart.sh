@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a model that reads and draws handwritten digits, on a CPU.
-#   bash launch/quickstart.sh [--workdir DIR] [--seed N] [--fast]
+#   bash launch/quickstart.sh [--workdir DIR] [--seed N] [--full | --fast]
 # Running it again resumes, or says what is already done.
 set -euo pipefail
 args=()
