@@ -54,12 +54,15 @@ class GuardState(NamedTuple):
 
 
 def cosine_factor(step: Any, steps: int, warmup: int, floor: float = 0.0) -> Any:
-    """The learning rate's factor: linear 0 -> 1 over `warmup` steps, then a cosine down to `floor`."""
-    step = jnp.asarray(step, jnp.float32)
+    """The learning rate's factor: linear 0 -> 1 over `warmup` steps, then a cosine down to `floor`.
+
+    numpy computes it for a step on the host: there jax would compile each operation by itself."""
+    xp = jnp if isinstance(step, jax.Array) else np
+    step = xp.asarray(step, np.float32)
     rise = step / max(1, warmup)
-    progress = jnp.clip((step - warmup) / max(1, steps - warmup), 0, 1)
-    cosine = floor + (1 - floor) * 0.5 * (1 + jnp.cos(np.float32(np.pi) * progress))
-    return jnp.where(step < warmup, rise, cosine)
+    progress = xp.clip((step - warmup) / max(1, steps - warmup), 0, 1)
+    cosine = floor + (1 - floor) * 0.5 * (1 + xp.cos(np.float32(np.pi) * progress))
+    return xp.where(step < warmup, rise, cosine)
 
 
 def make(config: Config, steps: int) -> optax.GradientTransformation:
@@ -146,9 +149,7 @@ def skipped(opt_state: GuardState) -> jax.Array:
 def learning_rate(config: Config, steps: int, opt_state: GuardState) -> float:
     """That of the last accepted update, of a run of `steps` steps."""
     step = max(int(opt_state.accepted) - 1, 0)
-    # The jit compiles one program; without it each operation is compiled by itself.
-    factor = jax.jit(cosine_factor, static_argnums=(1, 2, 3))
-    return config.lr * float(factor(step, steps, config.warmup, config.floor))
+    return config.lr * float(cosine_factor(step, steps, config.warmup, config.floor))
 
 
 def check_streak(config: Config, opt_state: GuardState, give_up: Callable[[int], str]) -> int:

@@ -663,9 +663,7 @@ def choose(run: RLRun, task: Task, total_R: np.ndarray) -> tuple[Chosen, dict[st
     """The rows of the updates, and what there is to say of the rewards."""
     G = run.objective.responses
     rewards_PG = total_R.reshape(task.groups, G)
-    # The jit compiles one program; without it each operation is compiled by itself.
-    advantages = jax.jit(unigrpo.advantages, static_argnums=1)
-    advantage_PG = np.asarray(advantages(rewards_PG, run.objective.normalise))
+    advantage_PG = unigrpo.advantages(rewards_PG, run.objective.normalise)
     differ_P = np.ptp(rewards_PG, axis=1) > 0
     kept_K = np.arange(task.groups)
     counts_K = np.ones(task.groups, bool)

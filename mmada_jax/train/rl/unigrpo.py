@@ -45,14 +45,15 @@ class Config(Ranged):
             raise ValueError(f"mu is {self.mu}; it must be positive, for coupled masks even")
 
 
-def advantages(rewards_PG: jax.Array, normalise: bool = True) -> jax.Array:
+def advantages(rewards_PG: np.ndarray, normalise: bool = True) -> np.ndarray:
     """(r - mean) / deviation within each group, the deviation that of the population; 0 for a group
-    without spread (MMaDA, dLLM-RL). Without `normalise` r - mean (d1's diffu-GRPO)."""
-    centred_PG = rewards_PG - jnp.mean(rewards_PG, axis=1, keepdims=True)
+    without spread (MMaDA, dLLM-RL). Without `normalise` r - mean (d1's diffu-GRPO). On the host, where
+    the rewards are."""
+    centred_PG = rewards_PG - np.mean(rewards_PG, axis=1, keepdims=True)
     # Rounding leaves equal rewards a deviation of their own.
-    flat_P1 = jnp.max(rewards_PG, axis=1, keepdims=True) == jnp.min(rewards_PG, axis=1, keepdims=True)
-    deviation_P1 = jnp.std(rewards_PG, axis=1, keepdims=True) if normalise else jnp.float32(1)
-    return jnp.where(flat_P1, 0, centred_PG / jnp.where(flat_P1, 1, deviation_P1))
+    flat_P1 = np.ptp(rewards_PG, axis=1, keepdims=True) == 0
+    deviation_P1 = np.std(rewards_PG, axis=1, keepdims=True) if normalise else np.float32(1)
+    return np.where(flat_P1, np.float32(0), centred_PG / np.where(flat_P1, np.float32(1), deviation_P1))
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
