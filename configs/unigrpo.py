@@ -36,6 +36,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.optim.update(lr=1e-4, warmup=30)
     if form == "fast":
         config.iterations, config.objective.mu, config.optim.warmup = 4, 2, 2
+        config.tasks.arithmetic.turns = 1
     return smoke(config, of_digits()) if form == "smoke" else config
 
 

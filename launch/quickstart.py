@@ -85,7 +85,7 @@ HELP = {"full": "more steps and cases: what docs/results.md quotes", "fast": "fe
 FORMS = {
     "default": form("digits", Cases(100, 200), {}),
     "full": form("digits,full", Cases(300, 400), FULL_FLOORS),
-    "fast": form("digits,fast", Cases(100, 100), {"pretrain": {"vqa_one": 0.6, "t2i_one": 0.6}}),
+    "fast": form("digits,fast", Cases(50, 50), {"pretrain": {"vqa_one": 0.3, "t2i_one": 0.4}}),
 }
 
 
