@@ -21,6 +21,7 @@ setup(
         "safetensors",
         "tokenizers>=0.20",  # encode_special_tokens
         "tensorboardX",
+        "tqdm",
     ],
     extras_require={
         # The quickstart: real scans and their judge (scikit-learn), curves in the report.

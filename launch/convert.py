@@ -8,7 +8,7 @@ python launch/convert.py trust --src runs/quickstart/pretrain
 
 A target must be new or empty. It is written under another name and renamed when it is complete. What
 lacks the hashes that it is verified by, or whose config.json was edited, is refused until it is trusted:
-hashes are then written of what is there.
+hashes are then written of what is there. A workdir of an older version gets its model.json.
 """
 
 import argparse
@@ -25,8 +25,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import logging
 
 from launch import fail
+from mmada_jax.train.runs import describe_older
 from mmada_jax.weights.checkpoint import trust
-from mmada_jax.weights.folder import from_torch, inspect, to_torch
+from mmada_jax.weights.convert import from_torch, to_torch
+from mmada_jax.weights.inspect import inspect
 from mmada_jax.weights.lazy import DTYPES
 
 
@@ -64,7 +66,7 @@ def main() -> None:
     args = parser().parse_args()
     logging.set_verbosity(logging.FATAL)  # what Orbax would log of an error is in the one that is raised
     if args.way == "trust":
-        print(*trust(args.src), sep="\n")
+        print(*trust(args.src), *describe_older(pathlib.Path(args.src)), sep="\n")
         return
     if args.way == "inspect":
         report = inspect(args.src)

@@ -36,9 +36,9 @@ from mmada_jax.data import images, sources
 from mmada_jax.data.records import LeftOut, Record, pack
 from mmada_jax.devices import sharding
 from mmada_jax.model.vision import Vision
-from mmada_jax.train.metrics import Progress
+from mmada_jax.progress import progress
 from mmada_jax.weights import lazy
-from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.folder import open_image_tokenizer
 from mmada_jax.weights.workdir import locked
 
 # Images that a device encodes at a time; records that go through together where none does.
@@ -131,11 +131,11 @@ def prepare(args: argparse.Namespace) -> tuple[dict, "Skips"]:
         for path, about in done.items():
             skips.add(len(parts[path]), [Skip(**skip) for skip in about["skipped"]])
         left = sum(len(indices) for path, indices in parts.items() if path not in done)
-        with Progress(out.name, left, "records") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with progress(out.name, left, " records") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             for path in parts:
                 if path not in done:
                     loaded = ahead(pool, load, parts[path].tolist())
-                    done[path] = write_shard(path, loaded, encoder, skips, progress)
+                    done[path] = write_shard(path, loaded, encoder, skips, bar.update)
         report = {
             "records": sum(about["records"] for about in done.values()),
             "shards": {path.name: done[path]["records"] for path in parts},
@@ -255,12 +255,7 @@ class Encoder:
     """The image tokenizer in a folder of any kind, on all devices: pixels -> codes."""
 
     def __init__(self, path: str, size: int):
-        folder = open_folder(path)
-        if not folder.is_image_tokenizer:
-            raise ValueError(
-                f"{path} holds no image tokenizer but a model of type {folder.model_type!r}; name the "
-                "folder of the one that goes with it"
-            )
+        folder = open_image_tokenizer(path)
         down, channels = folder.config.downsampling, folder.config.pixel_channels
         if size % down or channels != 3:
             raise ValueError(
@@ -288,7 +283,7 @@ def write_shard(
     loaded: Iterable[Loaded | Skip],
     encoder: Encoder | None,
     skips: Skips,
-    progress: Progress,
+    count: Callable[[int], typing.Any],
 ) -> dict:
     """Writes a shard, and what `finished` says of it beside it."""
     skipped = []
@@ -304,7 +299,7 @@ def write_shard(
                     bad.append(Skip(index, record.key, "unreadable record", str(error)))
             skipped += bad
             skips.add(len(group), bad)
-            progress(len(group))
+            count(len(group))
     about = {"records": count_records(path), "skipped": [dataclasses.asdict(skip) for skip in skipped]}
     write_json(path.with_suffix(".json"), about)
     return about

@@ -94,12 +94,23 @@ def smoke_config():
 def save_params(workdir, config, params, opt_state=None, texts=None):
     """A workdir as training leaves it, but with these params."""
     from mmada_jax.config import to_dict
-    from mmada_jax.train.runs import parse
+    from mmada_jax.train.runs import (
+        ModelRun,
+        describe,
+        image_tokenizer_path,
+        parse,
+        plan,
+    )
     from mmada_jax.weights.checkpoint import Checkpoints
+    from mmada_jax.weights.folder import keep_image_tokenizer, open_image_tokenizer
     from mmada_jax.weights.state import TrainState
     from mmada_jax.weights.workdir import claim_workdir
 
-    claim_workdir(workdir, to_dict(parse(config)), texts)
+    run = parse(config)
+    what = plan(run, workdir) if isinstance(run, ModelRun) else None
+    if what:
+        keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
+    claim_workdir(workdir, to_dict(run), texts, describe(run, what))
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(TrainState(np.int32(1), params, opt_state or {"count": np.int32(0)}))
 

@@ -24,8 +24,10 @@ from mmada_jax.model.inputs import Defaults
 from mmada_jax.nets import transformer, vq
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens.tokenizer import chat
-from mmada_jax.weights import folder, hub, lazy, llada_keys, magvit_keys
-from mmada_jax.weights.folder import from_torch, inspect, open_folder, to_torch
+from mmada_jax.weights import convert, hub, lazy, llada_keys, magvit_keys
+from mmada_jax.weights.convert import from_torch, to_torch
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.inspect import inspect
 
 CONVERT = str(ROOT / "launch" / "convert.py")
 FIELDS = load_golden("backbone_gqa")[0]["config"]
@@ -486,7 +488,7 @@ def test_a_conversion_that_is_killed_never_looks_finished(weights, tmp_path, way
         src = tmp_path / "ours"
     dst = tmp_path / "dst"
     # Reports the bytes it has written and waits there to be killed.
-    wait = "import time, mmada_jax.train.metrics as m; m.Progress.__call__ = lambda *_: time.sleep(60); "
+    wait = "import time, tqdm; tqdm.tqdm.update = lambda *_: time.sleep(60); "
     script = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); {wait}"
     script += f"sys.argv = ['', {way!r}, '--src', {str(src)!r}, '--dst', {str(dst)!r}]; "
     script += f"runpy.run_path({CONVERT!r}, run_name='__main__')"
@@ -525,9 +527,9 @@ def test_what_a_killed_conversion_of_the_same_process_number_left(weights, tmp_p
 
 def test_two_conversions_at_a_time_leave_each_other_alone(weights, tmp_path):
     source = open_folder(publish(tmp_path / "src", weights))
-    with folder._target(tmp_path / "dst", source, None) as (first, _):
+    with convert._target(tmp_path / "dst", source, None) as (first, _):
         (first / "precious").write_text("")
-        with folder._target(tmp_path / "dst", source, None) as (
+        with convert._target(tmp_path / "dst", source, None) as (
             second,
             _,
         ):  # the process number is the same
@@ -545,7 +547,7 @@ def test_a_full_disk_is_one_line_whatever_a_library_calls_it(weights, tmp_path, 
     def full(*_):
         raise error("No space left on device (os error 28)")
 
-    monkeypatch.setattr(folder, "_carry_files", full)
+    monkeypatch.setattr(convert, "_carry_files", full)
     with pytest.raises(OSError, match="the disk is full, nothing was written") as raised:
         from_torch(src, tmp_path / "new" / "deep" / "dst")
     assert raised.value.errno == errno.ENOSPC
@@ -1015,7 +1017,7 @@ def test_memory_does_not_grow_with_the_model(capfd):
     # holds that has only imported everything.
     spec = runpy.run_path(str(ROOT / "launch" / "benchmark_convert.py"))
     idle = subprocess.run(
-        [sys.executable, "-c", "import mmada_jax.weights.folder; print(open('/proc/self/status').read())"],
+        [sys.executable, "-c", "import mmada_jax.weights.convert; print(open('/proc/self/status').read())"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     idle_gb = int(idle.stdout.split("RssAnon:")[1].split()[0]) * 1024 / 1e9

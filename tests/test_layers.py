@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; within a floor from left to right. A module imports only what stands before it.
 FLOORS = {
-    "": "ranges disk files config",
+    "": "ranges disk files config progress",
     "tokens": "vocab tokenizer layout",
     "data": "records images digits sources.source sources.paths sources.rows sources.arrayrecord "
     "sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds sources.webdataset "
@@ -18,7 +18,8 @@ FLOORS = {
     "kernels": "reference tpu attention",
     "nets": "transformer vq clip",
     "diffusion": "schedule loss corrupt denoise decode",
-    "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys folder",
+    "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
+    "folder inspect convert",
     "model": "results inputs vision",
     "serve": "api",
     "measure": "evaluate",
@@ -31,7 +32,6 @@ PLACE = {name: number for number, name in enumerate(PLACES)}
 # What still climbs.
 CLIMBS = {
     ("data.pipeline", "devices.sharding"), ("data.pipeline", "model.vision"),
-    ("weights.folder", "train.metrics"), ("weights.folder", "train.runs"),
 }  # fmt: skip
 NO_JAX = ("tokens", "data")  # but for data.pipeline
 LEAN = ("kernels", "nets.transformer", "diffusion")  # accelerator machines have little

@@ -25,7 +25,8 @@ from mmada_jax.model.vision import Vision
 from mmada_jax.nets import vq
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.weights import magvit_keys
-from mmada_jax.weights.folder import inspect, open_folder
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.inspect import inspect
 
 PREPARE = str(ROOT / "launch" / "prepare.py")
 VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)

@@ -29,10 +29,10 @@ from mmada_jax.train.rl.diagnose import diagnose
 from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.rewards import functions as rewards_lib
 from mmada_jax.train.rl.rollout import Task
-from mmada_jax.train.runs import load_vq
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
-from mmada_jax.weights.folder import inspect
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.inspect import inspect
 from mmada_jax.weights.workdir import claim_workdir, newest_step, read_config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -413,8 +413,8 @@ def test_a_run_stands_by_itself(config, tmp_path, image_tokenizer):
     rl.train(config, tmp_path / "run")
     old = shutil.copytree(tmp_path / "run", tmp_path / "old")
     init.rename(tmp_path / "moved")
-    model, (params, _) = MMaDA.load(tmp_path / "run"), load_vq(image_tokenizer)
-    jax.tree.map(np.testing.assert_array_equal, model.vision.params, params)
+    model, source = MMaDA.load(tmp_path / "run"), open_folder(image_tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, model.vision.params, lazy.in_memory(source.params))
     assert inspect(tmp_path / "run")["image_tokenizer"] == str(tmp_path / "run/image_tokenizer")
     with pytest.raises(ValueError, match="image_tokenizer is '' there and 'x' now"):
         rl.train(config | {"image_tokenizer": "x"}, tmp_path / "run")
@@ -575,8 +575,8 @@ def test_a_trained_run_is_where_another_stage_can_start(config, tmp_path):
     rl.train(config | {"iterations": 1, "samples_every": 0, "tasks": tasks}, tmp_path / "run")
     begin = open_start(tmp_path / "run")
     model = MMaDA.load(tmp_path / "run")
-    assert dataclasses.replace(begin.model, dtype=model.config.dtype) == model.config
-    assert begin.tokenizer.is_file()
+    assert dataclasses.replace(begin.config, dtype=model.config.dtype) == model.config
+    assert begin.tokenizer().to_json() == model.tokenizer.to_json()
 
 
 def test_progress_is_a_short_line_that_names_failures(config, tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ from mmada_jax.train.runs import parse
 from mmada_jax.train.supervised import make_step, model_program, train
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
-from mmada_jax.weights.folder import inspect
+from mmada_jax.weights.inspect import inspect
 from mmada_jax.weights.state import init_state, state_shardings
 from mmada_jax.weights.workdir import claim_workdir, claimed, newest_step, read_config
 

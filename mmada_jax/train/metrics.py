@@ -7,7 +7,6 @@ import json
 import math
 import pathlib
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -192,49 +191,6 @@ class Metrics:
     def _seconds(self) -> float:
         """Since the run was first started, without the time that it was down."""
         return time.perf_counter() - self._began
-
-
-class Progress:
-    """Progress on stderr, in bytes or whatever `unit` names: what is done, speed and ETA. Call it with
-    what is done more; threads may. A terminal shows one line that changes, a log a line every ten
-    seconds."""
-
-    def __init__(self, what: str, total: int, unit: str = "bytes"):
-        self._what, self._total, self._unit, self._done = what, total, unit, 0
-        self._terminal = sys.stderr.isatty()
-        self._lock, self._start, self._shown = threading.Lock(), time.perf_counter(), 0.0
-
-    def __enter__(self):
-        self._shown = self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_):
-        self._show(time.perf_counter(), "\n")  # where it ended, if it failed
-
-    def __call__(self, n: int) -> None:
-        """Counts `n` more."""
-        with self._lock:
-            self._done += n
-            now = time.perf_counter()
-            if now - self._shown > (0.2 if self._terminal else 10):
-                self._shown = now
-                self._show(now, "" if self._terminal else "\n")
-
-    def _show(self, now: float, end: str) -> None:
-        seconds = max(now - self._start, 1e-9)
-        speed = self._done / seconds
-        share = self._done / self._total if self._total else 1
-        eta = duration((self._total - self._done) / speed) if speed else "unknown"
-        bar = "#" * int(30 * share)
-        if self._unit == "bytes":
-            size, name = (1e9, "GB") if self._total >= 1e9 else (1e6, "MB")
-            done = f"{self._done / size:.2f}/{self._total / size:.2f} {name}  {speed / 1e6:,.0f} MB/s"
-        else:
-            done = f"{self._done:,}/{self._total:,} {self._unit}  {speed:,.0f} {self._unit}/s"
-        line = f"{self._what} [{bar:30}] {share:4.0%}  {done}  " + (
-            f"in {duration(seconds)}" if share >= 1 else f"ETA {eta}"
-        )
-        print(("\r" if self._terminal else "") + line, end=end, file=sys.stderr, flush=True)
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""What a workdir holds: the configuration of its run, and the loading of what was trained there."""
+"""What a training run is told and what follows: its configuration, and the plan of what it trains."""
 
 import dataclasses
 import pathlib
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 
 from mmada_jax import config as config_lib
 from mmada_jax.data import digits, records, sources
@@ -20,12 +19,16 @@ from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import LLADA, Vocab
 from mmada_jax.train.optim import Config as OptimConfig
-from mmada_jax.weights import llada_keys, magvit_keys
-from mmada_jax.weights.arrays import open_params
-from mmada_jax.weights.checkpoint import newest_params
-from mmada_jax.weights.lazy import in_memory
-from mmada_jax.weights.manifest import verify_manifest
-from mmada_jax.weights.workdir import check_files, has_step, read_config
+from mmada_jax.weights.folder import (
+    IMAGE_TOKENIZER,
+    Source,
+    describe_image_tokenizer,
+    describe_model,
+    keep_image_tokenizer,
+    open_folder,
+    open_image_tokenizer,
+)
+from mmada_jax.weights.workdir import CONFIG, MODEL, claim_workdir, has_step, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +121,6 @@ def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """What a run can start from: a tree of Lazy arrays, their architecture, the text tokenizer's file."""
-
-    params: Any
-    model: transformer.Config
-    tokenizer: pathlib.Path
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a ModelRun amounts to: tokenizers, ids, architectures, and the shape of an image."""
 
@@ -136,7 +130,7 @@ class Plan:
     vq: vq.Config
     grid: tuple[int, int]  # rows and columns of image tokens
     max_text: int
-    start: Start | None = None
+    start: Source | None = None
 
     @property
     def n_image(self) -> int:
@@ -170,14 +164,14 @@ def plan(
             "config.data is empty: this configuration describes a step without saying where its rows "
             "come from; launch/aot.py compiles it, training needs a source for every task"
         )
-    vq_config = vq_config or vq_config_of(image_tokenizer_of(run, workdir))
+    vq_config = vq_config or open_image_tokenizer(image_tokenizer_path(run, workdir), weights=False).config
     grid = grid_of(run, vq_config)
     begin = open_start(relative(run.init, workdir)) if start and run.init else None
     tokenizer = _text_tokenizer(run, workdir, begin)
-    vocab = tokenizer.vocab(vq_config.codebook_size, begin and begin.model.vocab)
+    vocab = tokenizer.vocab(vq_config.codebook_size, begin and begin.config.vocab)
     model = model_of(run, vocab, grid[0] * grid[1])
     if begin:
-        _check_same(begin.model, model, relative(run.init, workdir))
+        _check_same(begin.config, model, relative(run.init, workdir))
     return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
 
 
@@ -188,24 +182,24 @@ def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
     "llada-8b" means the published ones: LLaDA's vocabulary and MAGVIT-v2. Any other preset without
     its files is an error, as in `plan`."""
     published = run.preset == "llada-8b"
-    folder, init = image_tokenizer_of(run, workdir), relative(run.init, workdir)
+    folder, init = image_tokenizer_path(run, workdir), relative(run.init, workdir)
     if not run.image_tokenizer:
         codec = vq.PRESETS["digits"]  # launch/train.py trains it
     elif published and not folder.exists():
         codec = vq.PRESETS["magvitv2"]
     else:
-        codec = vq_config_of(folder)
+        codec = open_image_tokenizer(folder, weights=False).config
     begin, tokenizer, vocab = None, None, LLADA
     if run.init and (init.exists() or not published):
-        begin = Start(None, architecture_of(init), init / "tokenizer.json")
+        begin = open_start(init, weights=False)
     texts = run.text_tokenizer and relative(run.text_tokenizer, workdir).exists()
     if begin or texts or not published:
         tokenizer = _text_tokenizer(run, workdir, begin)
-        vocab = tokenizer.vocab(codec.codebook_size, begin and begin.model.vocab)
+        vocab = tokenizer.vocab(codec.codebook_size, begin and begin.config.vocab)
     grid = grid_of(run, codec)
     model = model_of(run, vocab, grid[0] * grid[1])
     if begin:
-        _check_same(begin.model, model, init)
+        _check_same(begin.config, model, init)
     return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
 
 
@@ -221,7 +215,7 @@ def grid_of(run: ModelRun, vq_config: vq.Config) -> tuple[int, int]:
     return I // down, J // down
 
 
-def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -> TextTokenizer:
+def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Source | None) -> TextTokenizer:
     saved = workdir / "tokenizer.json"
     if has_step(workdir):
         return TextTokenizer.load(saved)
@@ -229,7 +223,7 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -
         path = relative(run.text_tokenizer, workdir)
         return TextTokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
     if start:
-        return TextTokenizer.load(start.tokenizer)
+        return TextTokenizer.load(start.path / "tokenizer.json")
     if run.text_vocab:
         tasks = [task for task, weight in run.mixture.items() if weight]
         opened = open_sources(
@@ -243,35 +237,23 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Start | None) -
     )
 
 
-def open_start(path: pathlib.Path) -> Start:
-    """Opens what a run is to start from, verified; nothing but its description is read yet.
+def open_start(path: pathlib.Path, weights: bool = True) -> Source:
+    """Opens what a run is to start from, verified; without `weights` its description alone.
 
-    Raises FileNotFoundError or ValueError if there is no model in `path`."""
-    check_files(path)
-    config = architecture_of(path)
-    if (path / "params").is_dir():
-        verify_manifest(path / "params")
-        params = open_params(path / "params")
-    else:
-        params, _ = newest_params(path)
-    return Start(params, config, path / "tokenizer.json")
-
-
-def architecture_of(path: pathlib.Path) -> transformer.Config:
-    """That of the model in a workdir or a checkpoint, by its description alone.
-
-    Raises FileNotFoundError or ValueError if there is none in `path`."""
-    values = read_config(path) if (path / "config.json").is_file() else {}
-    if values.get("program") == "model":
-        return plan(parse(values), path).model
-    if values.get("program") == "rl":
-        return llada_keys.config_from_hf(values["architecture"])
-    if (path / "params").is_dir() and values.get("model_type") in llada_keys.MODEL_TYPES:
-        return llada_keys.config_from_hf(values)
-    raise FileNotFoundError(
-        f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face folder "
-        "becomes one by launch/convert.py from-torch"
-    )
+    Raises FileNotFoundError or ValueError if `path` holds no model, or one that isn't ours."""
+    try:
+        source = open_folder(path, weights=weights)
+        ours = source.kind != "Hugging Face folder" and not source.is_image_tokenizer
+    except FileNotFoundError:
+        if has_step(path) or (path / "config.json").is_file():
+            raise
+        ours = False
+    if not ours:
+        raise FileNotFoundError(
+            f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face folder "
+            "becomes one by launch/convert.py from-torch"
+        )
+    return source
 
 
 def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.Path) -> None:
@@ -310,39 +292,32 @@ def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
     return resolved(pathlib.Path(workdir) / path)
 
 
-def image_tokenizer_of(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a run's image tokenizer; the run's own needn't exist yet."""
-    return relative(run.image_tokenizer, workdir)
+def image_tokenizer_path(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
+    """The folder of a run's image tokenizer, which needn't exist yet: the copy in the workdir of a run that
+    goes on, else the one that the configuration names."""
+    kept = resolved(workdir) / IMAGE_TOKENIZER
+    return kept if has_step(workdir) and kept.is_dir() else relative(run.image_tokenizer, workdir)
 
 
-def vq_config_of(path: str | pathlib.Path) -> vq.Config:
-    """Architecture of the image tokenizer that a workdir or a checkpoint holds."""
-    check_files(path)
-    try:
-        values = read_config(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no image tokenizer: {error}") from error
-    if values.get("program") == "vq":
-        return preset_of(vq.PRESETS, values["preset"])
-    if values.get("model_type") == magvit_keys.MODEL_TYPE and (pathlib.Path(path) / "params").is_dir():
-        return magvit_keys.config_from_hf(values)
-    what = values.get("program") or values.get("model_type")
-    raise ValueError(
-        f"{path} holds no image tokenizer but {what!r}; name the workdir of one, or a checkpoint made by "
-        "launch/convert.py from-torch"
-    )
+def describe(run: VQRun | ModelRun, what: Plan | None) -> dict[str, Any]:
+    """The model.json of a run's workdir; `what` is the plan of a run of the model."""
+    if what is None:
+        return describe_image_tokenizer(preset_of(vq.PRESETS, run.preset))
+    formats = {source.format for of_task in run.data.values() for source in of_task.values()}
+    generation = digits.GENERATION if "digits" in formats else {}
+    return describe_model(what.model, what.vocab, what.grid, run.max_text, generation)
 
 
-def load_vq(path: str | pathlib.Path) -> tuple[Any, vq.Config]:
-    """The params of the image tokenizer in a workdir (newest) or a checkpoint, float32 on the host, and
-    its architecture."""
-    config = vq_config_of(path)
-    if (pathlib.Path(path) / "params").is_dir():
-        verify_manifest(pathlib.Path(path) / "params")
-        params = open_params(pathlib.Path(path) / "params")
-    else:
-        params, _ = newest_params(path)
-    return jax.tree.map(lambda x: x.astype(np.float32), in_memory(params)), config
+def describe_older(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Writes what a workdir of stage 1 or 2 lacks that was made before there was a model.json: that, and
+    a copy of the image tokenizer. What was written."""
+    values = read_config(workdir) if (workdir / CONFIG).is_file() else {}
+    if values.get("program") != "model" or (workdir / MODEL).is_file():
+        return []
+    run = parse(values)
+    keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
+    claim_workdir(workdir, values, model=describe(run, plan(run, workdir)))
+    return [workdir / MODEL]
 
 
 def preset_of(presets: Mapping[str, Any], name: str) -> Any:

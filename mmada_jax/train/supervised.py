@@ -42,8 +42,8 @@ from mmada_jax.train.runs import (
     ModelRun,
     Plan,
     VQRun,
-    image_tokenizer_of,
-    load_vq,
+    describe,
+    image_tokenizer_path,
     parse,
     plan,
     preset_of,
@@ -51,7 +51,7 @@ from mmada_jax.train.runs import (
 )
 from mmada_jax.weights import lazy
 from mmada_jax.weights.checkpoint import Checkpoints
-from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.folder import IMAGE_TOKENIZER, keep_image_tokenizer, open_image_tokenizer
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
 from mmada_jax.weights.workdir import (
     DATA,
@@ -141,8 +141,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         Checkpoints(workdir, run.keep) as checkpoints,
         jax.set_mesh(mesh),
     ):
-        check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)  # another run may have just ended
-        claim_workdir(workdir, config_lib.to_dict(run), program.texts)
+        check_same(run, workdir)  # another run may have just ended
+        with together("writing to the workdir"):
+            if what and first_process:
+                keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
+            claim_workdir(workdir, config_lib.to_dict(run), program.texts, describe(run, what))
         if checkpoints.latest() is not None:
             state = checkpoints.restore(shapes, shardings)
         elif program.start:
@@ -223,7 +226,7 @@ def check(
     run, workdir = parse(config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
-    check_workdir(workdir, config_lib.to_dict(run), FIXED, FREE)
+    check_same(run, workdir)
     what = None
     if isinstance(run, ModelRun):
         to_train = vq_config and preset_of(vq.PRESETS, parse(vq_config).preset)
@@ -235,6 +238,12 @@ def check(
     else:
         preset_of(vq.PRESETS, run.preset)
     return run, mesh, what
+
+
+def check_same(run: VQRun | ModelRun, workdir: pathlib.Path) -> None:
+    """Raises ValueError if the workdir is that of another run."""
+    kept = ("image_tokenizer",) if has_step(workdir) and (workdir / IMAGE_TOKENIZER).is_dir() else ()
+    check_workdir(workdir, config_lib.to_dict(run), (*FIXED, *kept), FREE)
 
 
 def start_of(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
@@ -378,8 +387,8 @@ def open_rows(
         if layout.image_start(task, what.max_text) and sources.codes_of(source)
     }
     if with_codes:
-        path = image_tokenizer_of(run, workdir)
-        sha256 = lazy.sha256(open_folder(path).tensors())
+        path = image_tokenizer_path(run, workdir)
+        sha256 = lazy.sha256(open_image_tokenizer(path).tensors())
     for where, info in with_codes.items():
         if what.shape.pixels[:2] != (info.get("image_size"),) * 2:
             raise ValueError(
@@ -416,8 +425,8 @@ def model_program(
 
     vision = None
     if data.encodes or run.eval_every:
-        params, _ = load_vq(image_tokenizer_of(run, workdir))
-        vision = Vision.place(params, what.vq, what.grid, mesh)
+        codec = open_image_tokenizer(image_tokenizer_path(run, workdir))
+        vision = Vision.place(codec.params, codec.config, what.grid, mesh)
         encode = pipeline.make_encoder(vision, what.vocab, run.max_text)
     return Program(
         objective=model_objective(run, what.model, what.vocab),

@@ -2,6 +2,7 @@
 
 WORKDIR/.lock               held by the run that writes here
 WORKDIR/config.json         the configuration of the run
+WORKDIR/model.json          which model the run trains (folder.py)
 WORKDIR/tokenizer.json      the text tokenizer, of a model
 WORKDIR/data.json           what the data of the run is
 WORKDIR/files.sha256.json   the hashes of these files, which are compared before they are read
@@ -29,7 +30,7 @@ from mmada_jax.weights.manifest import MANIFEST, VERSION
 LOCK, BUSY = ".lock", "another process has this workdir, {}"
 FILES = "files.sha256.json"
 MISSING = "missing"  # in place of the hash of a file that isn't written yet
-NAMES = CONFIG, TOKENIZER, DATA = "config.json", "tokenizer.json", "data.json"
+NAMES = CONFIG, MODEL, TOKENIZER, DATA = "config.json", "model.json", "tokenizer.json", "data.json"
 
 
 # ---- One owner -----------------------------------------------------------------------------------
@@ -206,12 +207,17 @@ def check_workdir(
 
 
 def claim_workdir(
-    workdir: str | pathlib.Path, config: dict[str, Any], texts: Mapping[str, str] | None = None
+    workdir: str | pathlib.Path,
+    config: Mapping[str, Any],
+    texts: Mapping[str, str] | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the config.json of a workdir, and with it the other files by their names; the first process
-    does."""
+    """Writes the config.json of a workdir, its model.json if it holds a `model`, and other files by their
+    names. The first process does."""
     if jax.process_index() == 0:
-        write_files(workdir, {CONFIG: json.dumps(config, indent=1), **(texts or {})})
+        # First what older versions lack: their config.json says it, and is written last.
+        described = {MODEL: json.dumps(model, indent=1)} if model else {}
+        write_files(workdir, {**described, **(texts or {}), CONFIG: json.dumps(config, indent=1)})
 
 
 def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
