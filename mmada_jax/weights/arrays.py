@@ -1,4 +1,7 @@
-"""Folders of arrays as Orbax lays them out: opened and streamed piece by piece, compared."""
+"""Folders of arrays as Orbax lays them out: opened and streamed piece by piece, and compared with shapes.
+
+When a run saves, and which step it restores, is in checkpoint.py.
+"""
 
 import asyncio
 import collections
@@ -31,14 +34,14 @@ def write_params(
 ) -> None:
     """Streams a tree of Lazy arrays into an Orbax checkpoint with a manifest; `folder` must be new.
 
-    `axes` is the tree of logical axis names (they decide how arrays are cut into chunks), or None.
-    Holds a few pieces of arrays in memory, never all of one.
+    `axes` is the tree of logical axis names, which decide how arrays are cut into chunks, or None. Only a
+    few pieces of arrays are in memory at a time, never a whole array.
     """
     streams = _StreamHandler()
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, ocp.type_handlers.ArrayHandler()), (_Stream, streams)
     )
-    # This process alone writes, and waits for no other.
+    # This process writes alone. Orbax's default would wait at barriers for all processes of the run.
     me = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
@@ -52,7 +55,7 @@ def write_params(
     )
     folder = resolved(folder)
     refuse_place(folder)
-    # Data files are written when they reach this size, and held in memory before.
+    # A data file is held in memory until it has this size, in bytes; then it is written.
     args = ocp.args.PyTreeSave(streamed, ocdbt_target_data_file_size=32 << 20)
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
@@ -71,10 +74,10 @@ def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
     folder = resolved(folder)
 
     def open_one(path):
-        # What Orbax writes: one zarr array for each leaf in one OCDBT store.
+        # Orbax writes each leaf as a zarr array, all of them into one OCDBT store.
         base = {"driver": "file", "path": f"{folder}/"}
         store = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-        # Orbax writes zeros like other numbers: what isn't there is missing, and not zero.
+        # Orbax writes zeros like other numbers. So a chunk that isn't there is lost, and not zero.
         spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
         array = tensorstore.open(spec, read=True).result()
         return Lazy(array.shape, array.dtype.numpy_dtype, lambda index: array[index].read().result())
@@ -83,7 +86,7 @@ def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 class _Stream:
-    """A Lazy array on its way into a checkpoint: what Orbax wants to know of a leaf, and the chunks."""
+    """A Lazy array on its way into a checkpoint, with the attributes that Orbax reads of a leaf."""
 
     def __init__(self, array: Any, chunks: tuple[int, ...], progress: Callable[[int], None]):
         self.array, self.chunks, self.progress = array, chunks, progress
@@ -94,14 +97,14 @@ class _Stream:
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
     """Orbax's handler of numpy arrays, which writes piece by piece, a few at a time.
 
-    The first error ends the writing of all arrays and is kept: raised here, it would leave Orbax's
-    event loop with the others half-way.
+    The first error ends the writing of all arrays, and is kept in `error`. If it were raised here, Orbax's
+    event loop would end while other arrays are half written.
     """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self._few = asyncio.Semaphore(3)
-        # Nothing waits for the disk: a checkpoint that a power cut left incomplete fails its manifest.
+        # No write waits until the disk has it. After a power cut the manifest shows what is missing.
         self._context = tensorstore.Context(
             {"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
         )
@@ -145,7 +148,8 @@ def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
 
 
 def missing(folder: pathlib.Path) -> list[str]:
-    """What the arrays of a checkpoint's params (or optimizer state) lack that Orbax describes them by."""
+    """Compares the arrays of a checkpoint's params (or optimizer state) with Orbax's own description of
+    them; one line for each that is not there, or not all of it."""
     try:
         base = {"driver": "file", "path": f"{folder}/"}
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
@@ -157,7 +161,7 @@ def missing(folder: pathlib.Path) -> list[str]:
             about = json.loads(store.read(f"{name}/.zarray").result().value or "{}")
             sizes = zip(about.get("shape", ()), about.get("chunks", ()), strict=True)
             want = math.prod(-(-n // chunk) for n, chunk in sizes)
-            if not about or pieces_of[name] != want + 1:  # with .zarray
+            if not about or pieces_of[name] != want + 1:  # its chunks, and .zarray, which describes it
                 wrong.append(f"{folder.name}: {name} is not there, or not all of it")
     except ValueError as error:
         return [f"{folder.name} can't be read: {(str(error).strip() or repr(error)).splitlines()[0]}"]
@@ -166,7 +170,7 @@ def missing(folder: pathlib.Path) -> list[str]:
 
 def check_leaves(folder: pathlib.Path, shapes: Any) -> None:
     """Raises ValueError, naming them, if leaves of a checkpoint's params (or optimizer state) are missing
-    or have another shape or dtype: Orbax would cast them without a word."""
+    or have another shape or dtype than `shapes`. Orbax would cast them without a word."""
     stored = _stored(folder)
     wrong = []
     for path, want in ocp.tree.to_flat_dict(shapes).items():

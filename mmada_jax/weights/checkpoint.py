@@ -1,10 +1,11 @@
-"""Checkpoints through Orbax: asynchronous, atomic, verified before they are read.
+"""Checkpoints of a run through Orbax: asynchronous, atomic, verified before they are read.
 
 WORKDIR/checkpoints/N        params and optimizer state after N steps, the newest few
-FOLDER/params                params alone, streamed there by a conversion
+FOLDER/params                params alone, streamed there by a conversion (arrays.py)
 
-A run whose newest checkpoint is damaged, or holds numbers that aren't finite, goes on from the one
-before; a checkpoint that can't be written costs the run nothing but that checkpoint.
+A run whose newest checkpoint is damaged, or holds numbers that aren't finite, goes on from the checkpoint
+before. If a checkpoint can't be written, the run goes on without it. How arrays lie on the disk is in
+arrays.py, what else a workdir holds in workdir.py.
 """
 
 import contextlib
@@ -32,9 +33,10 @@ NAMED = {"params": "params are", "opt_state": "numbers of the optimizer are"}
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, which is then this run's alone. Use as a context manager: leaving it
-    finishes the last save, and raises OSError if that failed. A save before the last one that fails is
-    reported on stderr and counted in `failed`.
+    """The checkpoints of one workdir. Nobody else can write to the workdir as long as this lives.
+
+    Use it in a `with`: leaving it waits for the last save, and raises OSError if the last save failed. A
+    failure of an earlier save is reported on stderr and counted in `failed`.
 
     Raises ValueError if another run is writing to the workdir, or if Orbax can't write there."""
 
@@ -42,11 +44,11 @@ class Checkpoints:
         self.folder = resolved(workdir) / "checkpoints"
         refuse_place(self.folder)
         self.failed = 0
-        self._saving: TrainState | None = None  # its shapes
-        self._problem = ""  # of the last save
+        self._saving: TrainState | None = None  # shapes of the state that was saved last
+        self._problem = ""  # why the last save failed, empty if it didn't
         after = ocp.options.AsyncOptions(
             post_finalization_callback=self._write_manifest,
-            # The writers would wait for minutes for a folder that can't be made.
+            # If the folder can't be made, Orbax's writers would wait for it for minutes.
             create_directories_asynchronously=False,
         )
         options = ocp.CheckpointManagerOptions(
@@ -87,7 +89,7 @@ class Checkpoints:
 
         Raises FloatingPointError, and saves nothing, if params or the optimizer's state aren't finite."""
         step = int(state.step)
-        if step == self.latest():  # one save at a time: `_saving` is the one under way
+        if step == self.latest():  # waits too: there is one save at a time, described by `_saving`
             return
         for part in PARTS:
             if all_finite(getattr(state, part)):
@@ -112,13 +114,13 @@ class Checkpoints:
         return self.restore_as(lambda step: (shapes, shardings))
 
     def restore_as(self, layout: Callable[[int], tuple[TrainState, TrainState]]) -> TrainState:
-        """The newest step that is as its manifest says, can be read and is finite; `layout` gives the
-        shapes and shardings of a step. Newer ones are renamed to N.damaged: the run writes them anew.
+        """The state of the newest step that is as its manifest says, can be read and is finite.
 
-        Raises ValueError, naming files or leaves, if all steps are damaged (nothing is renamed then), or
-        if a leaf has another shape or dtype than asked for.
+        `layout` gives the shapes and shardings of a step. Newer steps are damaged then; they are renamed
+        to N.damaged, and the run writes them anew. Raises ValueError, naming files or leaves, if all steps
+        are damaged (nothing is renamed then), or if a leaf has another shape or dtype than asked for.
         """
-        self.latest()  # complete
+        self.latest()  # waits for the save that is under way
         newest_step(self.folder.parent)  # raises if there is none
         state, damage = None, {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -137,10 +139,11 @@ class Checkpoints:
         return state
 
     def give_up(self, accepted: int) -> str:
-        """Where the next run starts, in words, when this one ends since no gradient can be used.
+        """Says where the next run starts, when this run ends because no gradient can be used.
 
-        The newest step is set aside if no update was accepted since: the run had `accepted` in all, and
-        so has that step. Its params may be finite, but what they give is not."""
+        `accepted` is the number of updates that this run has accepted in all. If the newest step has
+        accepted as many, the run starts from that step again and fails again: its params are finite, but
+        its gradients are not. So the step is set aside."""
         step = self.latest()
         if self.accepted() == accepted:
             self._set_aside({step: ["no gradient at its params could be used"]}, "it is not resumed again")
@@ -155,7 +158,7 @@ class Checkpoints:
             stored = open_params(self.folder / str(step) / "opt_state")
             return next((int(np.asarray(x)) for path, x in leaves(stored) if path[-1] == "accepted"), None)
         except ValueError:
-            return None  # it is damaged, which the next start finds
+            return None  # the step is damaged; the next start finds that and says so
 
     def _next_start(self) -> str:
         step = self.latest()
@@ -176,7 +179,7 @@ class Checkpoints:
             wrong = [f"its {NAMED[part]} not finite" for part in PARTS if not all_finite(restored[part])]
         except (ValueError, KeyError, FileNotFoundError) as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise  # of memory or files that are open, not of the disk
+                raise  # memory or open files are exhausted; the step may be whole
             wrong = [f"it can't be read: {(str(error).strip() or repr(error)).splitlines()[0]}"]
         if _anywhere(bool(wrong)):
             return None, wrong or ["another process can't read it"]
@@ -202,21 +205,24 @@ class Checkpoints:
         self._manager.reload()
 
     def _attempt(self, write: Callable[[], Any]) -> None:
-        """Calls `write`; if it fails, the reason is kept and what it has left removed."""
+        """Calls `write`. If it fails, the reason is kept, and the files that it has left are removed."""
         try:
             write()
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk is any of them
+        except (OSError, ValueError, RuntimeError) as error:  # Orbax raises any of them for a full disk
             if self._problem:
-                return  # what follows from it
-            self._manager.reload()  # it takes steps for removed that still are there
+                return  # a consequence of the first failure, which is known
+            # Orbax forgets an old step before it removes the files: reload() reads which steps there are.
+            self._manager.reload()
             if self._saving is None or self._saving.step in self._manager.all_steps():
-                return  # what failed is the removal of an older one
+                return  # the step is saved; the removal of an older step has failed
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                self._manager.check_for_errors()  # or they are those of the next save
+                # Orbax raises an error once. What is left now would be raised by the next save.
+                self._manager.check_for_errors()
             self._clear()
             cause: BaseException = error
             while jax.process_count() > 1 and cause.__context__:
-                cause = cause.__context__  # of the error that no other process came to the barrier
+                # The error says that the other processes didn't come to the barrier; this is the reason.
+                cause = cause.__context__
             reason = (str(cause).strip() or repr(cause)).splitlines()[0]
             free = shutil.disk_usage(self.folder).free
             nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._saving[1:]))
@@ -227,8 +233,8 @@ class Checkpoints:
             self.failed += 1
 
     def _clear(self) -> None:
-        """Removes what failed saves have left, when no save is under way. A write that ends late makes
-        its folder anew, so that once isn't enough."""
+        """Removes the files of failed saves, when no save is under way. It is called again and again, since
+        a write that ends late makes its folder anew."""
         if jax.process_index() == 0:
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -239,8 +245,8 @@ class Checkpoints:
         self._problem = ""
 
     def _unraisable(self, what: Any) -> None:
-        # When a write fails, the event loop of that save is closed before all of its writes have ended,
-        # and each of these finds that worth a traceback.
+        # When a write fails, Orbax closes the event loop of that save before its other writes have ended.
+        # Each of these would print a traceback that the loop is closed.
         if str(what.exc_value) != "Event loop is closed":
             self._hook(what)
 
@@ -249,32 +255,34 @@ class Checkpoints:
         # temporary folder: a step is committed with its manifest or not at all.
         (folder,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
         for part in PARTS:
-            # What is there would be listed as whole, whatever has become of it since it was written.
+            # The manifest lists the files as they are now. Files that were damaged or lost since they were
+            # written must be found before.
             check_leaves(folder / part, getattr(self._saving, part))
             refuse(missing(folder / part), f"{folder / part} has lost arrays while it was written")
         write_manifest(folder)
 
 
 def _anywhere(here: bool) -> bool:
-    """Whether this is so in any process; all must ask."""
+    """Whether `here` is true in any process. All processes must call this."""
     return (
         here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.bool_(here)).any())
     )
 
 
 def newest_params(workdir: str | pathlib.Path, step: int | None = None) -> tuple[dict[str, Any], int]:
-    """The params of the newest step of a workdir, or of `step`, verified, as `open_params` gives them; and
-    the step."""
+    """The verified params of the newest step of a workdir, or of `step`, as `open_params` gives them, and
+    the number of the step."""
     folder = newest_step(workdir, step)
     verify_manifest(folder, "params")
     return open_params(folder / "params"), int(folder.name)
 
 
 def trust(folder: str | pathlib.Path) -> list[pathlib.Path]:
-    """Writes what a workdir or a checkpoint is verified by, of its files as they are now: the hashes of its
-    small files anew, and manifests of arrays that have none. What was written.
+    """Accepts the files of a workdir or a checkpoint as they are now, and returns the files it has written.
 
-    Raises ValueError if there is nothing of the kind, or if arrays without a manifest are not whole.
+    The hashes of the small files are written anew, and a manifest for arrays that have none; a manifest
+    that is there stays, so that damaged arrays stay damaged. Raises ValueError if `folder` holds no
+    arrays, or if arrays without a manifest are not whole.
     """
     folder = pathlib.Path(folder)
     steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]

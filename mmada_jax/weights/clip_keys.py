@@ -12,7 +12,8 @@ from mmada_jax.nets.clip import Config, Tower
 from mmada_jax.tokens.tokenizer import read_tokenizer
 from mmada_jax.weights import hub, lazy
 
-# config.json of the models published before it was put right names this token, which ends no text.
+# The config.json of older published models names this id as the end of text, by mistake. Then the end is
+# the largest id of a text.
 _WRONG_EOS = 2
 
 

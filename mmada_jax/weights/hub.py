@@ -1,5 +1,6 @@
-"""Folders of PyTorch tensors, as Hugging Face lays them out: safetensors or pytorch_model*.bin, single
-or sharded with an index. Reading maps files into memory and copies nothing; writing streams.
+"""Folders of PyTorch tensors, as Hugging Face lays them out: safetensors or pytorch_model*.bin, as a
+single file or as shards with an index. Reading maps files into memory and copies nothing; writing streams.
+Which model the tensors are of is known in folder.py.
 
 Nothing is executed: .bin files are unpickled by torch's weights-only loader, or not at all.
 """
@@ -20,7 +21,7 @@ import numpy as np
 from mmada_jax.files import read_json, refuse_pointer
 from mmada_jax.weights.lazy import ROWS, Lazy, pieces, refuse
 
-# A file of these names holds a whole model; what lies beside it without an index belongs to something else.
+# A file of these names holds a whole model. Files beside it belong to something else, if there is no index.
 _ALONE = ("model.safetensors", "pytorch_model.bin")
 # Hugging Face's own limit of a shard, in bytes.
 SHARD = 5_000_000_000
@@ -39,10 +40,10 @@ def holds_tensors(folder: pathlib.Path) -> bool:
 def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     """All tensors of a folder as read-only arrays over its files.
 
-    Without an index `model.safetensors` is the model; files with tensors of other names are left aside
-    with a warning. Raises ValueError for a damaged or truncated file, a pointer of git LFS, an index that
-    doesn't fit the files, a doubled key, a pickle that holds more than tensors; FileNotFoundError if a
-    file is missing.
+    Without an index `model.safetensors` is the model, and files whose tensors have other names are left
+    out with a warning. Raises FileNotFoundError if a file is missing, and ValueError for a damaged or
+    truncated file, a pointer of git LFS, an index that doesn't fit the files, a doubled key, or a pickle
+    that holds more than tensors.
     """
     folder = pathlib.Path(folder)
     index, files = _find(folder)

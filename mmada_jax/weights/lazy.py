@@ -1,9 +1,9 @@
 """PyTorch <-> JAX: tensors and params through one strict key table per model, piece by piece.
 
-A table says where each PyTorch tensor lies in params. Both directions read through it lazily: what
-they return are `Lazy` arrays, and nothing is in memory before a piece of one is asked for. Whatever
-doesn't fit the table (a key too many or too few, a wrong shape or dtype) is one error that lists the
-first ten offenders and their count. Unless another dtype is asked for, bits stay as they are.
+A table says where each PyTorch tensor lies in params. Both directions return `Lazy` arrays, and nothing
+is in memory before a piece of an array is asked for. All keys, shapes and dtypes that don't fit the table
+are one error, which lists the first ten of them and their count. Bits stay as they are, unless another
+dtype is asked for. The tables are in llada_keys, magvit_keys and clip_keys; files are read elsewhere.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# What is read at once of params holds at most this many bytes, where one layer doesn't hold more.
+# Most bytes of params that are read at once, unless a single layer has more.
 PIECE = 8 << 20
-# Rows that are read at once of a PyTorch tensor: the matrices of a layer whole, embedding and head not.
-# A checkpoint is stored in chunks of which parts can't be read, so fewer would read them repeatedly.
+# Most rows of a PyTorch tensor that are read at once: more than the matrices of a layer have, less than
+# embedding and head. A chunk of a checkpoint can only be read whole, so fewer rows would read the same
+# chunk several times.
 ROWS = 16384
 
 
@@ -63,12 +64,12 @@ class Lazy:
         return self.read(tuple(ranges)).squeeze(single)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        """All of it, in memory."""
+        """The whole array in memory."""
         return np.asarray(self[()], dtype)
 
 
 def lazy(params: Any) -> Any:
-    """A tree of arrays in memory -> the same as Lazy arrays."""
+    """A tree of arrays in memory -> a tree of Lazy arrays."""
     return jax.tree.map(lambda x: Lazy(x.shape, x.dtype, x.__getitem__), params)
 
 
@@ -76,8 +77,10 @@ def lazy(params: Any) -> Any:
 class Rule:
     """Where one PyTorch tensor lies in params.
 
-    `shape` is ours; `merged` the same with the axes joined that PyTorch has as one; `order` permutes
-    `merged` into PyTorch's; `layer` is the index in the stacked array.
+    shape   the shape of our array, without the axis of layers
+    merged  the same with those axes joined that are one axis in PyTorch, as heads and head width
+    order   the permutation of the axes of `merged` that gives PyTorch's tensor
+    layer   the index in the array that stacks all layers
     """
 
     path: Path
@@ -88,7 +91,7 @@ class Rule:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """The shape that PyTorch has."""
+        """The shape of PyTorch's tensor."""
         merged = self.merged or self.shape
         return tuple(merged[i] for i in self.order) if self.order else merged
 
@@ -107,7 +110,7 @@ class Rule:
         return _contiguous(ours.transpose(self.order) if self.order else ours)
 
     def rows(self, first: int, last: int) -> Index | None:
-        """The piece of ours that holds PyTorch's rows [first, last); None if it isn't one piece."""
+        """The piece of our array that holds PyTorch's rows [first, last); None if they aren't one piece."""
         axis = self.order[0] if self.order else 0
         if self.merged:
             return None
@@ -124,12 +127,12 @@ def params_of(
 ) -> dict[str, Any]:
     """State dict -> params, as a tree of Lazy arrays. Tensors need `shape`, `dtype` and `__array__`.
 
-    Raises ValueError for everything in `state` that doesn't fit, after what is `wrong` already. All
-    tensors must have one dtype, float32, bfloat16 or float16; with `dtype` any of them, and they are
-    cast to it.
+    All tensors must have the same dtype, float32, bfloat16 or float16; with `dtype` they may differ, and
+    are cast. Raises ValueError for everything in `state` that doesn't fit; the text begins with the
+    problems in `wrong`, which the caller has found.
     """
     missing, unexpected = [k for k in table if k not in state], [k for k in state if k not in table]
-    # In turn: a long list of one kind would hide the other.
+    # Missing and unexpected keys take turns, since only ten lines are shown.
     pairs = itertools.zip_longest(
         (f"missing {key}" for key in missing), (f"unexpected {key}" for key in unexpected)
     )
@@ -174,9 +177,9 @@ def params_of(
 
 
 def tensors_of(params: Mapping[str, Any], table: Table, dtype: np.dtype | None = None) -> dict[str, Lazy]:
-    """Params -> state dict, as Lazy arrays that are read by ranges of their rows (all else whole).
+    """Params -> state dict, as Lazy arrays. They can be read by ranges of rows; other axes are read whole.
 
-    Leaves need `shape`, `dtype` and indexing by slices. Raises ValueError for all that doesn't fit.
+    Leaves need `shape`, `dtype` and indexing by slices. Raises ValueError for everything that doesn't fit.
     """
     arrays = dict(leaves(params))
     paths = {rule.path for rule in table.values()}
@@ -215,15 +218,15 @@ def tensors_of(params: Mapping[str, Any], table: Table, dtype: np.dtype | None =
 
 
 def in_memory(tree: Any) -> Any:
-    """A tree of Lazy arrays -> the same of numpy arrays."""
+    """A tree of Lazy arrays -> a tree of numpy arrays."""
     if isinstance(tree, Mapping):
         return {name: in_memory(value) for name, value in tree.items()}
     return np.asarray(tree)
 
 
 def pieces(array: Any, axis: int = 0, multiple: int = 1) -> Iterator[Index]:
-    """Indices that cover `array` in order along `axis`, `multiple` rows or the largest multiple of it
-    that holds at most PIECE bytes."""
+    """Indices that cover `array` in order along `axis`. Each takes the largest multiple of `multiple` rows
+    that has at most PIECE bytes, or `multiple` rows if they have more."""
     full = [slice(0, n) for n in array.shape]
     if not full:
         yield ()
@@ -267,16 +270,16 @@ def tree(items: Iterable[tuple[Path, Any]]) -> dict[str, Any]:
 
 
 def refuse(wrong: list[str], what: str) -> None:
-    """Raises ValueError with the first ten offenders and their count, if there are any."""
+    """Raises ValueError with the first ten problems in `wrong` and their count, if there are any."""
     if wrong:
         more = f" and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise ValueError(f"{what} ({len(wrong)} problems): {'; '.join(wrong[:10])}{more}")
 
 
 def renamed(missing: Iterable[str], there: Iterable[str]) -> str:
-    """How keys that are there differ from those that are missing, with an example, or "".
+    """How the keys that are there were renamed, with an example; empty if nothing suggests that.
 
-    Wrappers of PyTorch put names before or between those of a model: `module.`, `_orig_mod.`,
+    Wrappers of PyTorch add names before the keys of a model, or within them: `module.`, `_orig_mod.`,
     `base_model.model.`, `base_layer.`
     """
     ends: dict[str, list[str]] = {}
@@ -312,7 +315,8 @@ def whole(index: Index, shape: tuple[int, ...]) -> bool:
 
 
 def _contiguous(x: np.ndarray) -> np.ndarray:
-    # numpy copies a transposed matrix against the grain; JAX's host transposition is 5 times as fast.
+    # numpy copies a transposed matrix with one cache miss for each element. JAX's transposition on the
+    # host is 5 times as fast.
     if x.ndim != 2 or x.flags.c_contiguous or not _cpu():
         return np.ascontiguousarray(x)
     return np.asarray(jax.device_put(x, _cpu()))

@@ -52,7 +52,8 @@ def params_to_torch(params: Mapping[str, Any], config: Config) -> dict[str, np.n
     return lazy.in_memory(lazy.tensors_of(params, key_table(config)))
 
 
-# What this model is, where config.json can say otherwise: anything but these values is refused.
+# Fields of config.json whose other values describe models that aren't implemented. The first value is the
+# one that is implemented.
 _FIXED = {
     "block_type": ("llama",),
     "block_group_size": (1,),
@@ -124,8 +125,8 @@ def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> Config:
     return Config(**fields | overrides)
 
 
-# The other fields of the published config.json, with its values. PyTorch's classes of LLaDA and MMaDA
-# have no defaults: they read every one of these fields.
+# All other fields of the published config.json, with their values. PyTorch's classes of LLaDA and MMaDA
+# read every one of these fields and have no defaults.
 _PUBLISHED = {
     **{name: allowed[0] for name, allowed in _FIXED.items()},
     "alibi_bias_max": 8.0,
@@ -143,11 +144,11 @@ _PUBLISHED = {
     "precision": "amp_bf16",
     "use_cache": False,
 }
-del _PUBLISHED["rope_scaling"]  # of later models alone
+del _PUBLISHED["rope_scaling"]  # the published config.json doesn't have it; later models do
 
 
 def resolved(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """The fields of a config.json with all spelt out that the published one has."""
+    """The fields of a config.json, completed with all fields that the published one has."""
     sizes = {
         "n_kv_heads": config.n_kv_heads,
         "mlp_hidden_size": config.d_mlp,
@@ -165,7 +166,8 @@ def resolved(values: Mapping[str, Any], config: Config) -> dict[str, Any]:
 def config_to_hf(config: Config, vocab: Vocab, grid: tuple[int, int], max_text: int) -> dict[str, Any]:
     """Architecture and vocabulary of a model trained here -> the fields of MMaDA's config.json.
 
-    `image_grid` (rows, columns of image tokens) and `max_text` are fields of ours.
+    `image_grid` (rows and columns of image tokens) and `max_text` (tokens of the text slot) are our own
+    fields. The published config.json doesn't have them.
     """
     fields = {
         "model_type": "mmada",
@@ -189,7 +191,7 @@ def config_to_hf(config: Config, vocab: Vocab, grid: tuple[int, int], max_text: 
 
 
 def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:
-    """config.json of LLaDA -> that of the MMaDA which `grow` makes of it."""
+    """The fields of LLaDA's config.json -> the fields for the MMaDA that `grow` makes of it."""
     if codes < 1:
         raise ValueError(f"{codes} image codes can't be added; MMaDA has 8192")
     if values.get("codebook_size"):
@@ -214,8 +216,8 @@ def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:
 def grow(params: Mapping[str, Any], codes: int) -> dict[str, Any]:
     """Params of LLaDA (Lazy) -> those of MMaDA before training: `codes` rows more in embedding and head.
 
-    Every new row is the mean of all old ones in float32, cast to their dtype: what the reference's
-    resizing comes out at. Rows between the tokenizer's length and the old end keep their values.
+    Every new row is the mean of all old rows in float32, cast to their dtype, as the reference's resizing
+    gives it. Unused rows behind the tokenizer's ids keep their values.
     """
     return {
         **params,

@@ -1,7 +1,7 @@
-"""Manifests: the size and the SHA-256 of every file of a checkpoint, and what has become of them.
+"""Manifests: the size and the SHA-256 of every file of a checkpoint, and the comparison with the files.
 
-Orbax keeps no checksum of the data: a flipped bit would come back as a wrong weight. So every
-checkpoint gets a manifest when it is complete, and is compared with it before anything is read.
+Orbax keeps no checksum of its data: a flipped bit would come back as a wrong weight. So every checkpoint
+gets a manifest when it is complete, and is compared with the manifest before anything is read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from mmada_jax.disk import write_whole
 from mmada_jax.weights.lazy import refuse
 
 MANIFEST = "manifest.sha256.json"
-VERSION = 2  # since then a workdir has hashes of its other files (workdir.py)
+VERSION = 2  # of a manifest; a workdir with a step of version 2 has hashes of its small files (workdir.py)
 PARTS = ("params", "opt_state")  # folders of arrays within the folder of a step
 TREE = "_METADATA"  # Orbax's description of the arrays of a folder
 
@@ -43,11 +43,11 @@ def verify_manifest(folder: str | pathlib.Path, part: str = "") -> None:
 
 
 def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
-    """What is wrong with the files below `folder`: which are missing, cut or changed, and how.
+    """A line for each file below `folder` that is missing, cut or changed.
 
-    `part` is the folder within it that matters, as "params"; by default all does. A manifest that is
-    missing, or that lists no arrays, is damage. Each process hashes its share, and all find something if
-    one does.
+    `part` limits the comparison to one folder within `folder`, as "params". A manifest that is missing, or
+    that lists no arrays, counts as damage. Each process hashes a part of the files, and all processes find
+    something if one does.
     """
     folder = pathlib.Path(folder)
     try:
@@ -57,6 +57,7 @@ def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
             for tree in _trees(folder)
             if tree.startswith(part) and tree not in listed
         ]
+        # Orbax would read such a file, so what it holds must be known.
         wrong += [
             f"{name} is not in {MANIFEST}, so that nothing tells whether it is whole"
             for name in _files_below(folder, _is_data)
@@ -82,19 +83,19 @@ def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
 
 
 def _home(folder: pathlib.Path) -> pathlib.Path:
-    """The workdir of the step, or the checkpoint of the params, that lie in `folder`."""
+    """The folder that users know: the workdir of a step, or the checkpoint around `params`."""
     return folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
 
 
 def _trees(folder: pathlib.Path) -> list[str]:
-    """The descriptions of arrays that belong into `folder`: none if it isn't Orbax's."""
+    """The descriptions of arrays that must be in `folder`; none if Orbax didn't write the folder."""
     if any((folder / name).is_dir() for name in PARTS):
         return [f"{name}/{TREE}" for name in PARTS]
     return [TREE] if folder.name in PARTS else []
 
 
 def fingerprint(folder: str | pathlib.Path) -> str:
-    """A SHA-256 of what a folder of weights holds: of its manifest or, where there is none as in a folder
+    """A SHA-256 that tells folders of weights apart: of the manifest or, where a folder has none as those
     from Hugging Face, of the hashes of all its files."""
     folder = pathlib.Path(folder)
     if (folder / MANIFEST).is_file():
@@ -103,14 +104,14 @@ def fingerprint(folder: str | pathlib.Path) -> str:
 
 
 def difference(path: pathlib.Path, want: Mapping[str, Any]) -> str | None:
-    """What has become of a file of this `size` and `sha256`; None if nothing has."""
+    """How a file differs from its `size` and `sha256` in a manifest; None if it doesn't."""
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != want["size"]:
         return f"has {path.stat().st_size} bytes instead of {want['size']}"
     try:
         return None if hash_of(path) == want["sha256"] else "has changed: its sha256 is another"
-    except OSError as error:  # the disk itself has noticed
+    except OSError as error:  # the disk reports a sector that can't be read
         return f"can't be read: {error.strerror}"
 
 
@@ -135,7 +136,8 @@ def _is_data(path: pathlib.PurePath) -> bool:
 def _files_below(
     folder: pathlib.Path, which: Callable[[pathlib.PurePath], bool] = lambda path: True
 ) -> list[str]:
-    skip = (MANIFEST, "_CHECKPOINT_METADATA")  # the second: time stamps, set at the commit
+    # Orbax writes time stamps into the second file when it commits a step, after the manifest.
+    skip = (MANIFEST, "_CHECKPOINT_METADATA")
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")

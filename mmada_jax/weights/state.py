@@ -1,4 +1,4 @@
-"""What a training run is at a step: the step, the params, the optimizer's state. Nothing random."""
+"""The state of a training run at a step: the step, the params, the optimizer's state. It holds no keys."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mmada_jax.devices import sharding
 
 
 class TrainState(NamedTuple):
-    """A pytree; the key of a step is fold_in(root, step), so that resuming needs no stored key."""
+    """A pytree. The random key of a step is fold_in(root, step), so a resumed run needs no stored key."""
 
     step: jax.Array
     params: Any
@@ -26,9 +26,10 @@ def state_shardings(
     axes: Any,
     optimizer: optax.GradientTransformation,
 ) -> tuple[TrainState, TrainState]:
-    """(shapes, shardings) of the state: moments lie as their params do, counters everywhere.
+    """(shapes, shardings) of the state.
 
-    `axes` is the tree of logical axis names of the params, or None to replicate them.
+    `axes` is the tree of logical axis names of the params, or None to replicate them. The optimizer's
+    moments are split as their params are; counters are replicated.
     """
 
     def init(key):
@@ -63,7 +64,7 @@ def init_state(
         params = init_params(key)
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    # On a CPU most of the time of a start goes into optimising code that runs once.
+    # Compiling with all optimisations takes most of the time of a start on a CPU, for code that runs once.
     hurry = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     create = jax.jit(
         init, in_shardings=shardings.step, out_shardings=shardings, compiler_options=hurry
@@ -72,15 +73,15 @@ def init_state(
 
 
 def start_state(params: Any, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Step 0 of a run that goes on from `params`, which lie by `shardings` already."""
+    """The state at step 0 of a run that begins with `params`, which are placed by `shardings` already."""
     init = jax.jit(optimizer.init, in_shardings=(shardings.params,), out_shardings=shardings.opt_state)
     opt_state = init(params)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), params, opt_state)
 
 
 def all_finite(params: Any) -> bool:
-    """Whether all numbers of a tree of arrays are finite. They may be split over devices and processes,
-    which all call this; nothing leaves its device but the answer."""
+    """Whether all numbers of a tree of arrays are finite. The arrays may be split over devices and
+    processes; then all processes call this. Only the answer leaves a device."""
     arrays = [x for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)]
     places = tuple(getattr(x, "sharding", None) for x in arrays)
     return bool(_finite(places)(arrays)) if arrays else True
@@ -88,7 +89,7 @@ def all_finite(params: Any) -> bool:
 
 @functools.cache
 def _finite(places: tuple[Any, ...]) -> Callable[[list[jax.Array]], jax.Array]:
-    """The jitted question for arrays that lie so; None is an array of the host."""
+    """The jitted test for arrays with these shardings; None stands for an array of the host."""
 
     def every(arrays):
         return jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()

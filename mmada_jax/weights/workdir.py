@@ -1,12 +1,13 @@
-"""A workdir beside its arrays: who may write to it, what its files say, and which steps it has.
+"""A workdir but for its arrays: who may write to it, its small files, and which steps it has.
 
 WORKDIR/.lock               held by the run that writes here
 WORKDIR/config.json         the configuration of the run
 WORKDIR/model.json          which model the run trains (folder.py)
 WORKDIR/tokenizer.json      the text tokenizer, of a model
-WORKDIR/data.json           what the data of the run is
-WORKDIR/files.sha256.json   the hashes of these files, which are compared before they are read
-WORKDIR/checkpoints/N       see checkpoint.py
+WORKDIR/data.json           which data the run has
+WORKDIR/files.sha256.json   the hashes of these files; the files are compared with them before they are read
+WORKDIR/checkpoints/N       the arrays (checkpoint.py)
+WORKDIR/image_tokenizer     a copy of the model's image tokenizer, a checkpoint (folder.py)
 """
 
 import codecs
@@ -29,7 +30,7 @@ from mmada_jax.weights.manifest import MANIFEST, VERSION
 
 LOCK, BUSY = ".lock", "another process has this workdir, {}"
 FILES = "files.sha256.json"
-MISSING = "missing"  # in place of the hash of a file that isn't written yet
+MISSING = "missing"  # stands for the hash of a file that isn't written yet
 NAMES = CONFIG, MODEL, TOKENIZER, DATA = "config.json", "model.json", "tokenizer.json", "data.json"
 
 
@@ -38,18 +39,18 @@ NAMES = CONFIG, MODEL, TOKENIZER, DATA = "config.json", "model.json", "tokenizer
 
 @contextlib.contextmanager
 def locked(path: str | pathlib.Path, busy: str) -> Iterator[TextIO]:
-    """Holds the lock of the file `path`, which is made with its folders. The kernel lets go of it when
+    """Holds the lock of the file `path`, which is made with its folders. The kernel releases the lock when
     the process ends, however it ends.
 
-    Raises ValueError, `busy` with the owner, if another process has it. A file system that knows no
-    locks is a warning.
+    Raises ValueError, with the text `busy` and the owner, if another process has the lock. If the file
+    system knows no locks, a warning says so.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", errors="replace") as file:
         _take(file, busy)
         about = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n"
-        with contextlib.suppress(OSError):  # the disk is full; who holds the lock is only told
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the owner's name
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), about.encode())
         yield file
@@ -61,8 +62,8 @@ def claimed(workdir: str | pathlib.Path) -> contextlib.AbstractContextManager[Te
 
 
 def refuse_busy(workdir: str | pathlib.Path) -> None:
-    """Raises ValueError if another run has the workdir, before much is read for one that can't begin; the
-    first process asks. Nothing is written."""
+    """Raises ValueError if another run has the workdir. Asked early, it saves reading data for a run that
+    can't begin. The first process asks; nothing is written."""
     path = pathlib.Path(workdir) / LOCK
     if jax.process_index() == 0 and path.is_file():
         with path.open("a+", errors="replace") as file:
@@ -89,7 +90,7 @@ def _take(file: TextIO, busy: str) -> None:
 
 
 def write_files(workdir: str | pathlib.Path, texts: Mapping[str, str]) -> None:
-    """Writes these files of a workdir by name, each whole or not at all, with their hashes."""
+    """Writes files of a workdir, texts by their names, each whole or not at all, and their hashes."""
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     old = _hashes(workdir)
@@ -97,7 +98,8 @@ def write_files(workdir: str | pathlib.Path, texts: Mapping[str, str]) -> None:
     new = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
     if all(old.get(name) == [new[name]] == [there.get(name)] for name in new):
         return
-    # Whenever this is cut off, every file has one of its hashes, or is missing where it may be.
+    # While files are written, the old and the new hash of each are right. So a workdir is whole again
+    # whenever this program is killed.
     _write_hashes(workdir, old | {name: [there.get(name, MISSING), new[name]] for name in new})
     for name, text in texts.items():
         disk.write_whole(workdir / name, text)
@@ -105,14 +107,14 @@ def write_files(workdir: str | pathlib.Path, texts: Mapping[str, str]) -> None:
 
 
 def record_files(folder: str | pathlib.Path) -> None:
-    """Writes the hashes of the files of a workdir or a checkpoint as they are now."""
+    """Writes the hashes that the small files of a workdir or a checkpoint have now."""
     there = [path for name in NAMES if (path := pathlib.Path(folder) / name).is_file()]
     _write_hashes(pathlib.Path(folder), {path.name: [_hash(path)] for path in there})
 
 
 def check_files(folder: str | pathlib.Path) -> None:
-    """Raises FileNotFoundError or ValueError if a file of a workdir or a checkpoint is missing or has
-    changed, and names it. A folder of an older version has no hashes, and is taken as it is."""
+    """Raises FileNotFoundError or ValueError, naming it, if a small file of a workdir or a checkpoint is
+    missing or has changed. A folder of an older version has no hashes, and is taken as it is."""
     folder = pathlib.Path(folder)
     told = f"put it back (if you changed it yourself: python launch/convert.py trust --src {folder})"
     if not (folder / FILES).is_file() and _is_recent(folder):
@@ -122,7 +124,8 @@ def check_files(folder: str | pathlib.Path) -> None:
             if MISSING in hashes:
                 continue
             raise FileNotFoundError(f"{folder} has no {name}; {told}")
-        if _changed(folder, name) and _changed(folder, name):  # once more: it may just have been written
+        # A run that starts may have written the file between reading it and reading its hash: ask twice.
+        if _changed(folder, name) and _changed(folder, name):
             raise ValueError(
                 f"{folder / name} is damaged or was changed: its sha256 is another than in {FILES}; {told}"
             )
@@ -133,18 +136,18 @@ def _changed(folder: pathlib.Path, name: str) -> bool:
 
 
 def _hash(path: pathlib.Path) -> str:
-    """That of a file of text; a byte order mark, as editors leave it, is none of it."""
+    """The SHA-256 of a file of text, without the byte order mark that some editors add."""
     return hashlib.sha256(path.read_bytes().removeprefix(codecs.BOM_UTF8)).hexdigest()
 
 
 def _is_recent(workdir: pathlib.Path) -> bool:
-    """Whether the newest step is of a version that writes hashes of the other files too."""
+    """Whether the newest step was written by a version that also writes hashes of the small files."""
     if not has_step(workdir):
         return False
     try:
         return files.read_json(newest_step(workdir) / MANIFEST, dict).get("version", 1) >= VERSION
     except (OSError, ValueError):
-        return False  # which is found where the step is read
+        return False  # a damaged manifest is reported where the step is read
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, list[str]]:
@@ -181,9 +184,10 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 def check_workdir(
     workdir: str | pathlib.Path, config: dict[str, Any], fixed: tuple[str, ...], free: tuple[str, ...] = ()
 ) -> None:
-    """Raises ValueError if the workdir is damaged, or that of another model: the top-level groups in
-    `fixed` must equal those of the run that made it, but for the keys in `free`; the others may change
-    between resumes."""
+    """Raises ValueError if the workdir is damaged, or holds another model.
+
+    The top-level groups of the configuration in `fixed` must be those of the run that made the workdir,
+    but for the keys in `free`. Other groups may change when a run is resumed."""
     path = pathlib.Path(workdir) / CONFIG
     check_files(workdir)
     if not path.is_file():
@@ -215,13 +219,13 @@ def claim_workdir(
     """Writes the config.json of a workdir, its model.json if it holds a `model`, and other files by their
     names. The first process does."""
     if jax.process_index() == 0:
-        # First what older versions lack: their config.json says it, and is written last.
+        # config.json comes last: that of older versions describes the model, until model.json is there.
         described = {MODEL: json.dumps(model, indent=1)} if model else {}
         write_files(workdir, {**described, **(texts or {}), CONFIG: json.dumps(config, indent=1)})
 
 
 def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """(path, old value, new value) of all that differs between two trees of dicts."""
+    """(path, old value, new value) for each value that differs between two trees of dicts."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(old.keys() | new.keys()):
             yield from differences(f"{path}.{key}", old.get(key), new.get(key))
@@ -233,10 +237,9 @@ def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
 
 
 def newest_step(workdir: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
-    """The folder of the newest complete step of a workdir, or of `step`; its manifest covers all that is in
-    it.
+    """The folder of the newest complete step of a workdir, or of `step`. The folder has a manifest.
 
-    Raises FileNotFoundError if there is none. Nothing is created or cleaned up.
+    Raises FileNotFoundError if there is no such step. Nothing is created or cleaned up.
     """
     folder = disk.resolved(workdir) / "checkpoints"
     if not has_step(workdir):
@@ -248,6 +251,6 @@ def newest_step(workdir: str | pathlib.Path, step: int | None = None) -> pathlib
 
 
 def has_step(workdir: str | pathlib.Path) -> bool:
-    """Whether a workdir has a complete step. Orbax writes one under another name and renames it."""
+    """Whether a workdir has a complete step. Orbax writes a step under another name and then renames it."""
     folder = pathlib.Path(workdir) / "checkpoints"
     return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
