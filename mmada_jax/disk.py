@@ -1,4 +1,5 @@
-"""Files that are written whole or not at all, and files that grow, also while the disk is full."""
+"""Writing files: whole or not at all, or growing by entries, also while the disk is full. Reading is in
+files.py, and what is written is known elsewhere."""
 
 import errno
 import os
@@ -9,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it follows from, says that the disk, a quota or a limit is full; that
-    of a library may have any type."""
+    """Whether an error, or an error that caused it, says that the disk, a quota or a limit is full. The
+    errors of libraries may have any type."""
     signs = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
     while error is not None:
         number = getattr(error, "errno", None)
@@ -21,8 +22,8 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def resolved(path: str | os.PathLike[str]) -> pathlib.Path:
-    """An absolute path without links and `..`, which TensorStore doesn't take. Raises OSError for a link
-    that leads back to itself."""
+    """The absolute path without links and `..`: TensorStore refuses paths with `..`. Raises OSError for a
+    link that leads back to itself."""
     try:
         return pathlib.Path(path).resolve()
     except RuntimeError as error:
@@ -30,8 +31,8 @@ def resolved(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def refuse_place(folder: pathlib.Path) -> None:
-    r"""Raises ValueError for a folder that arrays can't be written to: Orbax reads [...] in its path as a
-    pattern and finds no files, TensorStore reads \ as /."""
+    r"""Raises ValueError for a folder that arrays can't be written to: Orbax takes [...] in a path for a
+    pattern and then finds no files, TensorStore takes \ for /."""
     if found := re.search(r"\[[^/]+\]|\\", str(folder)):
         raise ValueError(
             f"checkpoints can't be written to {folder}: Orbax doesn't take {found[0]!r} in a path; name "
@@ -43,14 +44,14 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes | Iterable[bytes
     """Writes a file whole or not at all, text as UTF-8, and its folder where that is missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Several programs may write the same file, on machines that number their processes alike.
+    # Other programs may write the same file, on other machines too, so a process number isn't unique.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     data = data.encode() if isinstance(data, str) else data
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
         temporary.replace(path)
-    except OSError as error:  # that of a write names no file
+    except OSError as error:  # a failed write names no file
         if error.filename or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -59,18 +60,18 @@ def write_whole(path: str | os.PathLike[str], data: str | bytes | Iterable[bytes
 
 
 class Growing:
-    """A file that is begun anew and grows by whole entries, each on the disk when `add` returns.
+    """A file that is begun anew and grows by whole entries. An entry is in the file when `add` returns.
 
-    `begin` gives what it begins with. What the disk refuses is kept in memory, in `waiting`, and tried
-    again with the next entry: readers never see a part of one for longer than that.
+    `begin` gives the first bytes of the file. Entries that the disk refuses are kept in memory, in
+    `waiting`, and written with the next entry. Until then readers may see a part of an entry.
     """
 
     def __init__(self, path: str | os.PathLike[str], begin: Callable[[], Iterable[bytes]]):
         self.path, self.waiting = pathlib.Path(path), bytearray()
-        self._begin, self._size = begin, -1  # bytes on the disk that are whole entries; -1: not begun
+        self._begin, self._size = begin, -1  # bytes of whole entries in the file; -1: not begun
 
     def add(self, entry: bytes = b"") -> None:
-        """Writes what has waited, and `entry`. Raises OSError where the disk refuses."""
+        """Writes the entries that wait, and `entry`. Raises OSError if the disk refuses."""
         self.waiting += entry
         if self._size < 0:
             write_whole(self.path, self._begin())
@@ -79,8 +80,8 @@ class Growing:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 if file.tell() > self._size:
-                    file.truncate(self._size)  # a part of an entry, left when the disk refused
-                self._size = min(file.tell(), self._size)  # somebody may have emptied or removed it
+                    file.truncate(self._size)  # cuts off the part of an entry that a full disk has left
+                self._size = min(file.tell(), self._size)  # somebody may have emptied or removed the file
                 file.write(self.waiting)
             self._size += len(self.waiting)
             self.waiting.clear()

@@ -1,7 +1,7 @@
-"""Files as people have them: bytes, text and JSON, whole or refused by an error that names the file.
+"""Reading files as people have them: bytes, text and JSON, whole, or an error that names the file.
 
-Every reader refuses what would block or never end (a pipe, a device), and a pointer of git LFS, which
-lies where a file should be after a clone without git-lfs.
+Every reader refuses a pipe or a device, which could block or never end. It also refuses a pointer of git
+LFS, which lies in the place of a file after a clone without git-lfs. Writing is in disk.py.
 """
 
 import codecs
@@ -12,7 +12,8 @@ import re
 import stat
 from typing import Any
 
-# How pointers begin (github.com/git-lfs/git-lfs, docs/spec.md), the two names before today's included.
+# The first bytes of a pointer (github.com/git-lfs/git-lfs, docs/spec.md), under today's name of the
+# specification and the two earlier ones.
 _POINTERS = (
     b"version https://git-lfs.github.com/spec/",
     b"version https://hawser.github.com/spec/",
@@ -25,15 +26,16 @@ Path = str | os.PathLike[str]
 def refuse_pointer(source: bytes | Path, name: str = "") -> None:
     """Raises ValueError if `source`, the bytes of a file or its path, is a pointer of git LFS.
 
-    `name` is what the error calls it, by default the path. Nothing that isn't a regular file is opened.
+    `name` is its name in the error, by default the path. Only a regular file is opened.
     """
     if not isinstance(source, bytes):
         name = name or os.fspath(source)
         if not os.path.isfile(source):
             return
         with open(source, "rb") as file:
-            source = file.read(1024)  # a pointer is shorter, by its specification
-    source = source[:1024].removeprefix(codecs.BOM_UTF8).lstrip()  # as editors and shells save it again
+            source = file.read(1024)  # by its specification a pointer is shorter
+    # Editors and shells may have saved it again, with a byte order mark or an empty line before it.
+    source = source[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
     if source.startswith(_POINTERS):
         size = re.search(rb"^size (\d+)", source, re.MULTILINE)
         stands_for = f" that stands for {int(size[1])} bytes" if size and len(size[1]) < 20 else ""
@@ -44,14 +46,14 @@ def refuse_pointer(source: bytes | Path, name: str = "") -> None:
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
-    """All bytes of a regular file. Raises OSError if there is none, ValueError for anything else than a
-    file, for a pointer of git LFS, and for more than `limit` bytes."""
+    """All bytes of a regular file. Raises OSError if there is no such file; ValueError for anything that is
+    no regular file, for a pointer of git LFS, and for more than `limit` bytes."""
     name = os.fspath(path)
     try:
         found = os.stat(path)
-    except ValueError as error:  # a zero byte, or half of a surrogate pair
+    except ValueError as error:  # the name has a zero byte or half of a surrogate pair
         raise ValueError(f"no file can have the name {name!r:.80}: {error}") from error
-    # A pipe that nobody writes to would block where it is opened.
+    # Opening a pipe that nobody writes to would block.
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{name} is {_kind(found.st_mode)}; name a file")
     if limit is not None and found.st_size > limit:
@@ -63,8 +65,9 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
 
 
 def read_text(path: Path, limit: int | None = None) -> str:
-    r"""A file of UTF-8, with a byte order mark or without; lines end with \n as Python's own reading has
-    it. Raises like `read_bytes`, and ValueError naming the place where it is no UTF-8."""
+    r"""The text of a file of UTF-8, with a byte order mark or without. Lines end with \n, as Python's own
+    reading gives them. Raises like `read_bytes`, and ValueError naming the place of a byte that is no
+    UTF-8."""
     return decode(read_bytes(path, limit), os.fspath(path))
 
 
@@ -83,8 +86,8 @@ def decode(data: bytes, name: str) -> str:
 
 
 def read_json(path: Path, kind: type = object, limit: int | None = None, keys: tuple[str, ...] = ()) -> Any:
-    """The value that a file of JSON holds. Raises like `read_text`, and like `parse_json`; ValueError too
-    for an object that lacks one of `keys`."""
+    """The value in a file of JSON. Raises like `read_text` and like `parse_json`, and ValueError for an
+    object that lacks one of `keys`."""
     value = parse_json(read_text(path, limit), os.fspath(path), kind)
     if lacking := [key for key in keys if key not in value]:
         raise ValueError(f"{os.fspath(path)} is damaged: it lacks {', '.join(lacking)}")

@@ -1,4 +1,4 @@
-"""What numbers the fields of a dataclass may hold: declared with their types, checked whenever one is made.
+"""The numbers that the fields of a dataclass may hold: declared with the types, checked when one is made.
 
     @dataclasses.dataclass(frozen=True)
     class Config(Ranged):
@@ -6,8 +6,8 @@
         warmup: Count = 5000
         model: Annotated[dict[str, Any], FieldsOf(transformer.Config)] = ...
 
-A limit from above is far beyond what is used: it is there so that a slip of the keyboard is an error at
-once, not a run that never ends.
+An upper limit is far beyond all values in use. It makes a slip of the keyboard an error at the start,
+instead of a run that never ends. How texts and mappings become dataclasses is in config.py.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from typing import Annotated, Any
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`. With `above` not `low` itself, with `below` not `high`; `also` is a
-    number outside, which has a meaning of its own. NaN is in no range."""
+    """The numbers from `low` to `high`. `above` excludes `low`, `below` excludes `high`. `also` is a number
+    outside of the range with a meaning of its own. NaN is in no range."""
 
     low: float
     high: float
@@ -51,8 +51,8 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class FieldsOf:
-    """Marks a dict whose keys are names of fields of the dataclass `of`, all of them or `only` these, and
-    `why` not the others."""
+    """Marks a dict whose keys are names of fields of the dataclass `of`. If not all fields are allowed,
+    `only` names those that are, and `why` is the reason in errors."""
 
     of: type
     only: tuple[str, ...] = ()
@@ -60,14 +60,14 @@ class FieldsOf:
 
     @property
     def names(self) -> list[str]:
-        """The keys that there may be."""
+        """The keys that are allowed."""
         return list(self.only or (f.name for f in dataclasses.fields(self.of)))
 
 
 @dataclasses.dataclass(frozen=True)
 class OnlyWith:
-    """Marks a field that has an effect only where another has one of these `values`, by default any but 0,
-    None, an empty one or False."""
+    """Marks a field that has an effect only if another `field` has one of these `values`; by default any
+    value but 0, None, False or an empty one."""
 
     field: str
     values: tuple[Any, ...] = ()
@@ -83,8 +83,8 @@ Seed = Annotated[int, Range(0, 2**31 - 1)]
 
 
 class Ranged:
-    """A dataclass that checks its numbers when it is made; one with a __post_init__ of its own calls this
-    first."""
+    """A dataclass that checks its numbers when it is made. A subclass with a __post_init__ of its own calls
+    this one first."""
 
     def __post_init__(self):
         for name, kind in hints(type(self)).items():
@@ -94,15 +94,16 @@ class Ranged:
 
 @functools.cache
 def hints(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, with what `Annotated` adds to them."""
+    """The types of a dataclass's fields by their names, `Annotated` with its marks included."""
     found = typing.get_type_hints(cls, include_extras=True)
     return {f.name: found[f.name] for f in dataclasses.fields(cls)}
 
 
 def problems(kind: Any, value: Any, path: str) -> Iterator[str]:
-    """What is wrong with the numbers in `value`, a field of type `kind`; `path` is what it is called.
+    """A line for each number in `value` that is out of its range or of another type.
 
-    Numbers alone are looked at: of other values the types aren't checked.
+    `kind` is the type of the field, `path` its name in the lines. The types of other values aren't
+    checked.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
@@ -136,7 +137,7 @@ def problems(kind: Any, value: Any, path: str) -> Iterator[str]:
 
 
 def without_effect(config: Any, path: str = "") -> Iterator[str]:
-    """A line for every field below `config` that was changed and changes nothing (see OnlyWith)."""
+    """A line for every field below `config` that was changed and has no effect (see OnlyWith)."""
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), f"{path}{field.name}"
         for mark in getattr(hints(type(config))[field.name], "__metadata__", ()):

@@ -1,7 +1,8 @@
-"""Text tokens: training a small BPE, loading one, the chat template, and the Vocab that follows.
+"""The text tokenizer: training a small BPE, loading a tokenizer.json, the chat template, and the Vocab.
 
-Text comes in by two ways. A `str` is what people wrote: whatever it spells, it has no control token. A
-`Template` is what this project rendered: control tokens by name, and people's texts between them.
+Text comes in two types. A `str` is written by people: it never becomes a control token, whatever it
+spells. A `Template` is rendered by this project: it has control tokens by name, and texts of people
+between them. How token ids become the row of a task is in layout.py.
 """
 
 import codecs
@@ -17,8 +18,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from mmada_jax import files
 from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
 
-# The control tokens as strings of a tokenizer of our own. LLaDA's has the first group alone; of the
-# second it reserves ids under other strings, which MMaDA took over by number.
+# The strings of the control tokens in a tokenizer that was trained here. LLaDA's tokenizer has the first
+# six of them, or the first three, and HEADERS are added to it. For RESERVED it has ids under other
+# strings, which MMaDA uses by number.
 CONTROL = {
     "bos": "<|startoftext|>",
     "eos": "<|endoftext|>",
@@ -37,7 +39,7 @@ HEADERS = ("start_header", "end_header", "end_turn")
 RESERVED = ("pad", "soi", "eoi", "t2i", "mmu", "r2i")
 THINK, END_THINK = "<think>", "</think>"
 
-# The template of `chat`, for programs that render it themselves.
+# The template of `chat` as Jinja, for programs that render conversations themselves.
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first %}<|startoftext|>{% endif %}<|start_header_id|>"
     "{{ message['role'] }}<|end_header_id|>\n{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
@@ -54,8 +56,8 @@ class Control:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """A rendered conversation: control tokens, and between them texts of people, in which the strings of
-    control tokens are ordinary text. `str` of it is what other programs read."""
+    """A rendered conversation: control tokens, and texts of people between them. In these texts the string
+    of a control token is ordinary text. `str(template)` is the conversation for other programs."""
 
     parts: tuple[Control | str, ...]
 
@@ -68,11 +70,11 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        tokenizer.encode_special_tokens = True  # the library's name for reading them as ordinary text
+        tokenizer.encode_special_tokens = True  # so the library reads their strings as ordinary text
         self._controls = {i: name for name, i in self._control_ids().items() if i is not None}
 
     def __getstate__(self) -> str:
-        return self._tokenizer.to_str()  # which leaves encode_special_tokens out
+        return self._tokenizer.to_str()  # encode_special_tokens isn't in it: __init__ sets it again
 
     def __setstate__(self, state: str) -> None:
         self.__init__(Tokenizer.from_str(state))
@@ -81,8 +83,8 @@ class TextTokenizer:
     def train(cls, corpus: Iterable[str | Template], size: int) -> "TextTokenizer":
         """A byte-level BPE of at most `size` ids, the control tokens first, <think> and </think> last.
 
-        Numbers below twenty are single tokens where the corpus has them; others are digits. Raises
-        ValueError if `size` has no room for the bytes and the control tokens."""
+        Numbers below twenty that are in the corpus become single tokens; larger numbers are read digit by
+        digit. Raises ValueError if `size` has no room for the bytes and the control tokens."""
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         least = len(alphabet) + len(SPECIAL_TOKENS) + 2
         if size < least:
@@ -108,10 +110,10 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "TextTokenizer":
-        """Reads a tokenizer.json, with a byte order mark or without. Where LLaDA's lacks the three tokens
-        of the chat template they are added, as MMaDA does.
+        """Reads a tokenizer.json, with a byte order mark or without. If it is LLaDA's and lacks the three
+        tokens of the chat template (HEADERS), they are added, as MMaDA does.
 
-        Raises FileNotFoundError, or ValueError for what is no tokenizer."""
+        Raises FileNotFoundError, or ValueError for a file that holds no tokenizer."""
         if not pathlib.Path(path).exists():
             raise FileNotFoundError(f"no tokenizer at {path}")
         tokenizer = read_tokenizer(path)
@@ -132,11 +134,11 @@ class TextTokenizer:
         temporary.replace(path)
 
     def encode(self, text: str | Template) -> list[int]:
-        """Text -> ids, none added: of a `str` without control tokens, whatever it spells, of a template
-        with those that it names.
+        """Text -> ids. No id is added at the ends.
 
-        Raises ValueError for a text that is no Unicode (half of a surrogate pair), and for whatever else
-        the tokenizer can't take.
+        The ids of a `str` have no control tokens, whatever it spells; those of a template have the control
+        tokens that it names. Raises ValueError for a text that is no Unicode (half of a surrogate pair),
+        and for a text that the tokenizer refuses.
         """
         if not isinstance(text, Template):
             return self._encode(text)
@@ -152,15 +154,15 @@ class TextTokenizer:
         try:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
         except BaseException as error:
-            # The library's own panics derive from BaseException alone.
+            # A panic of the library is raised as a BaseException that isn't an Exception.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
             raise ValueError(_why_refused(text, error)) from error
         ids, controls = encoding.ids, self._controls
         if controls.keys().isdisjoint(ids):
             return ids
-        # A control token that the file doesn't mark as special, or that is a word among others. Cut behind
-        # its first character its string is no longer found.
+        # The text spells a control token that tokenizer.json doesn't mark as special, or has as a word. Its
+        # string isn't found any more if the text is cut behind the first character of that string.
         spans = [(i, *span) for i, span in zip(ids, encoding.offsets, strict=True) if i in controls]
         for i, start, end in spans:
             if end - start < 2:
@@ -178,14 +180,15 @@ class TextTokenizer:
         return found
 
     def _control_ids(self) -> dict[str, int | None]:
-        """Name of a control token -> its id. A tokenizer without those that LLaDA's lacks has LLaDA's."""
+        """Name of a control token -> its id. LLaDA's tokenizer has no strings for some of them (RESERVED);
+        their ids are those of `vocab.LLADA`."""
         ids = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}
         if len(self) == LLADA.image_offset and any(ids[name] is None for name in RESERVED):
             ids |= {name: getattr(LLADA, name) for name in RESERVED}
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Ids -> text, without control tokens; ids beyond the text tokenizer are left out."""
+        """Ids -> text. Control tokens and ids beyond the text tokenizer are left out."""
         known = [int(i) for i in ids if i < len(self)]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
@@ -193,11 +196,12 @@ class TextTokenizer:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     def vocab(self, codebook_size: int, rows: int | None = None) -> Vocab:
-        """The flat vocabulary of this tokenizer and an image codebook, in `rows` embedding rows (by
-        default as many as are needed, rounded up to a multiple of 64; of LLaDA's, as many as MMaDA has).
+        """The flat vocabulary of this tokenizer and an image codebook.
 
-        A tokenizer of our own has all control tokens. Any other must be LLaDA's: 126349 entries, its
-        control tokens at the ids of `vocab.LLADA`. Raises ValueError naming each token that isn't.
+        `rows` is the number of embedding rows. By default it is the number of ids, rounded up to a multiple
+        of 64; with LLaDA's tokenizer it is MMaDA's 134656 at least. A tokenizer that was trained here has
+        all control tokens. Any other must be LLaDA's, with 126349 entries and the control tokens at the
+        ids of `vocab.LLADA`. Raises ValueError naming each token that differs.
         """
         ids, least = {name: self._tokenizer.token_to_id(token) for name, token in CONTROL.items()}, 0
         if any(ids[name] is None for name in RESERVED):
@@ -221,15 +225,16 @@ class TextTokenizer:
         return Vocab(image_offset=len(self), codebook_size=codebook_size, rows=rows, **ids)
 
     def export(self, folder: pathlib.Path) -> None:
-        """Completes the tokenizer's files in `folder` for the users of PyTorch: the chat template of
-        MMaDA (LLaDA's has another newline), and the headers' tokens where they had to be added."""
+        """Completes the tokenizer's files in `folder` for users of PyTorch: with MMaDA's chat template,
+        which differs from LLaDA's in a newline, and with the tokens of HEADERS if `load` has added them."""
         path = folder / "tokenizer_config.json"
         values = files.read_json(path, dict) if path.is_file() else dict(_PYTORCH)
         path.write_text(json.dumps(values | {"chat_template": TEMPLATE}, indent=2) + "\n")
-        (folder / "chat_template.jinja").unlink(missing_ok=True)  # would be taken instead
+        # transformers would prefer this file to the template in tokenizer_config.json.
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
         saved = folder / "tokenizer.json"
         theirs = read_tokenizer(saved)
-        with_mark = saved.read_bytes().startswith(codecs.BOM_UTF8)  # which other readers refuse
+        with_mark = saved.read_bytes().startswith(codecs.BOM_UTF8)  # other programs refuse the mark
         if with_mark or theirs.get_vocab_size() != len(self):
             self.save(saved)
 
@@ -245,8 +250,8 @@ _PYTORCH = {
 
 
 def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes, as it is. Raises OSError, or ValueError for what is
-    no tokenizer."""
+    """The library's tokenizer in a tokenizer.json, unchanged. Raises OSError, or ValueError for a file that
+    holds no tokenizer."""
     text = files.read_text(path)
     try:
         return Tokenizer.from_str(text)
@@ -257,9 +262,9 @@ def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> Template:
     """Renders a conversation as MMaDA's template does: single newline after a header, BOS in front.
 
-    `messages` are {"role", "content"} in turns, or one question of the user. The template ends with the
-    assistant's header and its newline, ready to be continued; with `answer`, as a training text does,
-    with that answer and the end of its turn. Raises ValueError for a turn that lacks one of the two.
+    `messages` are turns {"role", "content"}, or one question of the user. The template ends with the
+    assistant's header and its newline, so that a model can continue it. With `answer`, as in training, it
+    ends with that answer and the end of its turn. Raises ValueError for a turn without role or content.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -280,8 +285,8 @@ def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None)
 def parse_chat(text: str) -> Template:
     """The template of a conversation that another program rendered, with the strings of CONTROL.
 
-    The start, the end, headers and ends of turns are control tokens in it, also where a person wrote
-    them: who renders text and keeps no more of it can't tell. Raises ValueError without a header.
+    The start, the end, headers and ends of turns become control tokens, even if a person has typed them:
+    a rendered text doesn't tell the difference. Raises ValueError for a text without a header.
     """
     names = {CONTROL[name]: Control(name) for name in ("bos", "eos", *HEADERS)}
     parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
@@ -311,8 +316,8 @@ def conversation_end(ids: Sequence[int], vocab: Vocab) -> list[int]:
 def split_thought(text: str) -> tuple[str, str]:
     """`<think>thought</think>answer` -> (thought, answer).
 
-    A text without the tags is all answer; without the first tag the thought begins with the text,
-    without the second it is never left and there is no answer.
+    A text without tags is an answer. Without the first tag the thought begins where the text begins;
+    without the second tag the thought never ends, and the answer is empty.
     """
     before, end, answer = text.partition(END_THINK)
     if not end and THINK not in text:

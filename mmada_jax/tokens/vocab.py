@@ -14,8 +14,10 @@ import numpy as np
 class Vocab:
     """Ids of one checkpoint family.
 
-    `image_offset` is the length of the text tokenizer, not the row count of the text model that a
-    checkpoint grew from; `rows` counts embedding rows, the unused ones at the end included.
+    image_offset   id of image code 0: the length of the text tokenizer, which may be less than the number
+                   of rows of the text model that a checkpoint grew from
+    codebook_size  number of image codes
+    rows           number of embedding rows, with the unused rows at the end
     """
 
     image_offset: int
