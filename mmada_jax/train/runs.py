@@ -74,10 +74,11 @@ class ModelRun(Run):
     """Training of the model.
 
     `init` is what it starts from: the workdir of an earlier stage or a checkpoint; from scratch if
-    empty. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun, or a
-    converted checkpoint. Both paths, and that of `text_tokenizer` (a tokenizer.json or its folder, by
-    default that of `init`), are relative to the run's workdir or absolute. Without a text tokenizer one
-    of `text_vocab` ids is trained on what a sample of the run's own rows says.
+    empty. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun or
+    another folder with an image tokenizer; the run's workdir gets a copy. Both paths, and the path of
+    `text_tokenizer` (a tokenizer.json or its folder, by default the one of `init`), are relative to the
+    run's workdir or absolute. Without a text tokenizer, one of `text_vocab` ids is trained on the texts of
+    a sample of the run's own rows.
 
     `mixture` shares the rows of a batch among the tasks, `data` names the sources of each task, with
     paths below `data_root` (itself relative to the workdir, or absolute), and `held_out` those of the
@@ -293,8 +294,8 @@ def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def image_tokenizer_path(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a run's image tokenizer, which needn't exist yet: the copy in the workdir of a run that
-    goes on, else the one that the configuration names."""
+    """The folder of a run's image tokenizer. A run that goes on has it in its workdir; a new run has it where
+    the configuration says, and there it needn't exist yet."""
     kept = resolved(workdir) / IMAGE_TOKENIZER
     return kept if has_step(workdir) and kept.is_dir() else relative(run.image_tokenizer, workdir)
 
@@ -309,8 +310,8 @@ def describe(run: VQRun | ModelRun, what: Plan | None) -> dict[str, Any]:
 
 
 def describe_older(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Writes what a workdir of stage 1 or 2 lacks that was made before there was a model.json: that, and
-    a copy of the image tokenizer. What was written."""
+    """Writes the model.json of a workdir of stage 1 or 2 from before there was one, and a copy of its image
+    tokenizer into it. Returns the files that were written."""
     values = read_config(workdir) if (workdir / CONFIG).is_file() else {}
     if values.get("program") != "model" or (workdir / MODEL).is_file():
         return []
