@@ -294,8 +294,8 @@ def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
 
 
 def image_tokenizer_path(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a run's image tokenizer. A run that goes on has it in its workdir; a new run has it where
-    the configuration says, and there it needn't exist yet."""
+    """The folder of a run's image tokenizer. A run that goes on has it in its workdir, a new run has it
+    where the configuration says, and there it needn't exist yet."""
     kept = resolved(workdir) / IMAGE_TOKENIZER
     return kept if has_step(workdir) and kept.is_dir() else relative(run.image_tokenizer, workdir)
 
