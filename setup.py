@@ -6,6 +6,7 @@ setup(
     description="MMaDA in JAX: one masked-diffusion transformer that reads, reasons and draws.",
     license="Apache-2.0",
     packages=find_packages(include=["mmada_jax", "mmada_jax.*"]),
+    entry_points={"console_scripts": ["mmada = mmada_jax.programs.command:main"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

@@ -8,7 +8,10 @@ before anything is computed.
 import ast
 import dataclasses
 import difflib
+import importlib.util
+import inspect
 import math
+import os
 import sys
 import types
 import typing
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from mmada_jax.ranges import FieldsOf, hints, problems
 
@@ -122,40 +126,44 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     return out
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """`app.run`'s flags_parser for programs with a --config: what is wrong with it is one line.
+def load_config(source: str, overrides: Mapping[str, str] = types.MappingProxyType({})) -> ConfigDict:
+    """The ConfigDict that `source`, FILE or FILE:ARG, describes: FILE's get_config(), or get_config(ARG).
 
-    `--config.KEY=VALUE` sets any field, listed in the config file or not: VALUE becomes a Text at that
-    place of the ConfigDict, in groups that are made where there are none. ml_collections' own reader of
-    such options takes only keys that the file lists.
+    Each of `overrides` becomes a Text at its key, listed in the file or not, in groups that are made where
+    there are none. Raises ValueError or OSError for a file that describes nothing.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
-    argv, overrides = _split(flags.FLAGS.read_flags_from_files(argv, force_gnu=False))
-    before, sys.argv = sys.argv, argv  # which ml_collections reads, whatever it is given
+    path, colon, arg = source.partition(":")
+    make = getattr(load_module(path), "get_config", None)
+    if make is None:
+        raise ValueError(f"{path} has no get_config(arg); see configs/pretrain.py for one")
+    args = [arg] if colon else []
     try:
-        left = flags.FLAGS(argv)
-        if overrides:
-            flag = flags.FLAGS["config"]
-            if flag.value is None:
-                raise ValueError(
-                    f"--config.{next(iter(overrides))} changes a configuration; name it by --config"
-                )
-            with flag.value.unlocked(), flag.value.ignore_type():
-                for key, text in overrides.items():
-                    set_key(flag.value, key, Text(text))
-            config_flags.get_override_values(flag).update(overrides)
-    except flags.Error as error:  # what a config file raises is the end of a long text
-        sys.exit("error: " + str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: "))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    finally:
-        sys.argv = before
-    return left
+        inspect.signature(make).bind(*args)
+    except TypeError:
+        takes = f"no argument; leave out :{arg}" if colon else f"an argument; name it as {path}:ARG"
+        raise ValueError(f"get_config of {path} takes {takes}") from None
+    config = make(*args)
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config of {path} returns {config!r}; it must be a ConfigDict")
+    with config.unlocked(), config.ignore_type():
+        for key, text in overrides.items():
+            set_key(config, key, Text(text))
+    return config
 
 
-def _split(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+def load_module(path: str) -> types.ModuleType:
+    """Runs a Python file; the module. Raises FileNotFoundError if there is none."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no config file {path!r}; name one like configs/pretrain.py")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None:
+        raise ValueError(f"{path} is no Python file; a config file is one like configs/pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """Arguments -> those that are no overrides of the configuration, and the overrides.
 
     As absl reads its flags: one or two dashes, a value behind = or as the next argument, no value for

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import mmada_jax
 from mmada_jax import config
@@ -312,14 +311,16 @@ def test_options_without_effect_are_named():
 
 
 @pytest.fixture
-def command_line(monkeypatch):
+def command_line(tmp_path):
     """(configuration, arguments) -> the ConfigDict with the overrides, and the arguments that are none."""
 
     def call(values, *arguments):
-        monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
-        holder = config_flags.DEFINE_config_dict("config", ConfigDict(values), flag_values=flags.FLAGS)
-        left = config.parse_flags(["program", *arguments])
-        return holder.value, left
+        path = tmp_path / "own.py"
+        path.write_text(
+            f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({values!r})"
+        )
+        left, overrides = config.split_overrides(list(arguments))
+        return config.load_config(str(path), overrides), left
 
     return call
 
@@ -401,7 +402,7 @@ def test_what_is_typed_is_read_as_the_field_has_it(command_line):
         "--config.model.n_heads=2", "--config.data.lm.more.path=b.txt", "--config.data.lm.words.text=7",
         "--config.optim.lr=1", "--config.mixture={'lm': 4}", "--config.optim.lr=2e-3", "--config.init=None",
     )  # fmt: skip
-    assert left == ["program", "other"]
+    assert left == ["other"]
     made = runs.parse(value)
     assert (made.steps, made.think_prompt, made.cut_long, made.loss_chunk) == (100, "5", True, None)
     assert made.model == {"n_layers": 3, "n_heads": 2}
@@ -410,8 +411,6 @@ def test_what_is_typed_is_read_as_the_field_has_it(command_line):
     assert not made.data_may_change
     assert json.loads(json.dumps(config.to_dict(made))) == config.to_dict(made)
     assert config.from_dict(runs.ModelRun, json.loads(json.dumps(config.to_dict(made)))) == made
-    overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    assert overrides["optim.lr"] == "2e-3" and overrides["model.n_heads"] == "2"
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def test_processes_that_disagree_end_with_one_line(other, free_port, tmp_path):
     difference = {
         "--config.seed=1": "config.seed is 0 in process 0 and 1 in process 1",
         "devices": "devices is 1 in process 0 and 2 in process 1",
-        "rl": "process 0 runs launch/train.py, process 1 launch/rl.py",
+        "rl": "process 0 runs mmada train, process 1 mmada rl",
     }[other]
     for out, status in ended:
         assert status == 1

@@ -23,9 +23,10 @@ FLOORS = {
     "model": "results inputs vision",
     "serve": "api",
     "measure": "evaluate",
-    "train": "optim board metrics runs supervised rl.rewards.quantities rl.rewards.answers "
+    "train": "optim board metrics runs sweep prepare supervised rl.rewards.quantities rl.rewards.answers "
     "rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo rl.rollout rl.loop "
     "rl.diagnose aot",
+    "programs": "process configured train rl sweep sample prepare convert aot command",
 }
 PLACES = [f"{floor}.{name}".strip(".") for floor, names in FLOORS.items() for name in names.split()]
 PLACE = {name: number for number, name in enumerate(PLACES)}

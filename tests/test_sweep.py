@@ -15,8 +15,11 @@ import pytest
 from conftest import ROOT
 
 from configs import pretrain, vq
-from launch import sweep
-from launch.sweep import Hyper as h
+from mmada_jax.config import from_dict, to_dict
+from mmada_jax.programs import configured
+from mmada_jax.train import sweep
+from mmada_jax.train.runs import VQRun
+from mmada_jax.train.sweep import Hyper as h
 
 BASE = {"program": "vq", "steps": 3, "batch_size": 8, "seed": 0, "optim": {"lr": 0.1, "name": "muon"}}
 
@@ -113,26 +116,20 @@ def test_the_sweeps_of_the_configs_fit_them(config, tmp_path):
 
 
 def test_commands_make_what_was_planned(run, tmp_path):
-    # The printed line, read by a shell and by the flags of a config, gives the planned configuration.
+    # The printed line, read by a shell and as the options of a program, gives the planned configuration.
     flags = ("--commands", "--config.batch_size=16")
     trials = "h.product([h.sweep('optim.lr', [1e-5, 0.1 + 0.2, 3]), h.sweep('optim.name', ['adamw'])])"
     lines, code = run(trials, *flags)
     assert code == 0
     assert not (tmp_path / "sweep").exists()
-    show = (
-        "import json, sys; from absl import flags; from ml_collections import config_flags\n"
-        "c, w = config_flags.DEFINE_config_file('config'), flags.DEFINE_string('workdir', '', '')\n"
-        "flags.FLAGS(sys.argv); print(c.value.to_json(), w.value, sep='\\n')"
-    )
     for line, lr in zip(lines, (1e-5, 0.1 + 0.2, 3), strict=True):
         python, program, *words = shlex.split(line)
         assert (python, program) == ("python", str(tmp_path / "fake.py"))
-        out = subprocess.run(
-            [sys.executable, "-c", show, *words], capture_output=True, text=True, check=True
-        )
-        config, workdir = out.stdout.splitlines()
-        assert json.loads(config) == BASE | {"batch_size": 16, "optim": {"lr": lr, "name": "adamw"}}
-        assert workdir.startswith(str(tmp_path / "sweep/trial-00"))
+        args = configured.parse(configured.config_parser("", "train", ""), words)
+        read = to_dict(from_dict(VQRun, args.config))
+        want = BASE | {"batch_size": 16, "optim": {"lr": lr, "name": "adamw"}}
+        assert read == to_dict(from_dict(VQRun, want))
+        assert args.workdir.startswith(str(tmp_path / "sweep/trial-00"))
 
 
 def test_folders_are_named_after_what_is_varied(tmp_path):

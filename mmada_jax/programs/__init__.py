@@ -1,0 +1,1 @@
+"""The programs: options, and what is printed. What they do lives on the floors below."""

@@ -1,0 +1,68 @@
+"""Prepares data for training: any source -> shards of ArrayRecord, with its images as codes if wanted.
+
+mmada prepare --format webdataset --path 'cc12m/{00000..01242}.tar' --out data/cc12m
+mmada prepare --format llava --path mix.json --image_root images --out data/mix_512 \
+        --image_tokenizer checkpoints/magvitv2 --image_size 512 --resize squash
+
+A shard is written under another name, counted, and renamed; one that is finished is kept when the
+command is given again, so that a run which was killed goes on. Records that can't be used are left out,
+counted and named. dataset.json says what there is when all is done.
+"""
+
+import pathlib
+
+from mmada_jax.programs.process import Parser, quiet
+
+FORMATS = ("tfds", "webdataset", "parquet", "jsonl", "llava", "imagefolder")
+RESIZE = ("crop", "squash", "pad")
+# Options that name fields of a source, and what each says.
+FIELDS = {
+    "text": "column, key or feature of the text",
+    "turns": "the same of a conversation",
+    "short": "the same of a short caption (r2i)",
+    "image": "the same of the image",
+    "captions": "a side file of captions",
+    "image_root": "folder that the paths of images are relative to",
+    "labels": "names of the classes of an image folder",
+}
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(__doc__, prog="mmada prepare")
+    top.add_argument("--format", required=True, choices=FORMATS, help="that of the source")
+    top.add_argument("--path", required=True, help="file, folder, glob, or pattern as {00000..00099}.tar")
+    top.add_argument("--out", required=True, help="folder to write: new, empty, or one to go on with")
+    for name, what in FIELDS.items():
+        top.add_argument(f"--{name}", default="", help=f"{what} (default: the format's usual)")
+    top.add_argument("--split", default="train", help="split of a TFDS data set (default: train)")
+    top.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle once (default: source's order)")
+    top.add_argument("--records_per_shard", type=int, default=10_000, metavar="N", help="default: 10000")
+    top.add_argument("--image_tokenizer", metavar="FOLDER", help="store the codes of images, not files")
+    top.add_argument("--image_size", type=int, metavar="PIXELS", help="of the sides of what is encoded")
+    top.add_argument(
+        "--resize", choices=RESIZE, default="crop", help="how it comes to that (default: crop)"
+    )
+    top.add_argument("--keep_images", action="store_true", help="store the files beside the codes")
+    top.add_argument(
+        "--max_skipped", type=float, default=0.01, metavar="SHARE",
+        help="give up if more of the records than this can't be used (default: 0.01)",
+    )  # fmt: skip
+    return top
+
+
+def main(argv: list[str]) -> None:
+    """Prepares, and says what came of it."""
+    options = vars(parser().parse_args(argv))
+    quiet()
+    from mmada_jax.data import sources
+    from mmada_jax.train.prepare import prepare
+
+    of_source = {name: options.pop(name) for name in ("format", "path", "split", *FIELDS)}
+    out = options.pop("out")
+    report, skips = prepare(sources.Config(**of_source), out, **options)
+    print(f"{report['records']:,} records in {len(report['shards'])} shards")
+    if report["skipped"]:
+        counts = ", ".join(f"{reason} {n:,}" for reason, n in report["skipped"].items())
+        print(f"left out: {counts}" + (f"; as {skips.examples()}" if skips.all else ""))
+    print(pathlib.Path(out).absolute())

@@ -1,0 +1,141 @@
+"""What all programs share: reading options, and how a process starts and ends.
+
+Only the standard library is imported in the head: jax only where it is used.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import hashlib
+import os
+import pathlib
+import platform
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with the docstring of the program as its help, and one line for what is wrong."""
+
+    def __init__(self, description: str | None = None, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **settings)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        """Ends for an unknown option, naming the one that looks most like it, before argparse misses
+        others. Raises ValueError for a word that means nothing."""
+        known = self.known_options()
+        for word in sys.argv[1:] if args is None else args:
+            name = word.partition("=")[0]
+            if word == "--":
+                break
+            if name.startswith("--") and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+        parsed, left = self.parse_known_args(args, namespace)
+        if left:
+            raise ValueError(f"unexpected argument {left[0]!r}; options begin with --")
+        return parsed
+
+    def known_options(self) -> list[str]:
+        """All options, those of its commands too."""
+        found = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [option for sub in action.choices.values() for option in sub.known_options()]
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with one line and status 2."""
+        print(f"error: {message} ({self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Ends the process as `fail` does for an error of the block, with one line for Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        os.write(2, b"stopped by Ctrl-C before there was anything to save\n")
+        os._exit(128 + signal.SIGINT)
+    except Exception as error:
+        fail(error)
+
+
+def fail(error: Exception) -> NoReturn:
+    """Ends with one line for errors that users can mend, with a traceback for others."""
+    expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
+    in_short = expected and not os.environ.get("MMADA_TRACEBACK")
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        try:
+            if in_short:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                traceback.print_exception(error)
+        finally:
+            # Python's own exit waits minutes for the other processes, which wait for this one.
+            os._exit(1)
+    if in_short:
+        sys.exit(f"error: {error}")
+    raise error
+
+
+def quiet() -> None:
+    """Silences what libraries log of an error: it stands in the error that is raised."""
+    from absl import flags, logging
+
+    flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, which have their defaults here
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.FATAL)
+
+
+def keep_memory(pad: int = 2**28) -> None:
+    """Makes glibc keep what this process frees, where jax computes on CPUs, and ask the kernel for `pad`
+    bytes more than it needs.
+
+    XLA asks for its buffers anew in every step, conversion for each array. Handed back to the kernel each
+    time, their pages, which the kernel clears, cost about a sixth of a training step of the digits and a
+    third of a conversion (system time; mallopt(3) names the settings)."""
+    import jax
+
+    if jax.default_backend() == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8
+        for setting, value in (
+            (mmap_max, 0),
+            (trim_threshold, 2**31 - 1),
+            (top_pad, pad),
+            (arena_max, 1),
+        ):
+            libc.mallopt(setting, value)
+
+
+def keep_programs() -> None:
+    """Makes jax keep the programs that it compiles: a later stage or run need not compile them again.
+
+    They lie in ~/.cache/mmada_jax, in a folder for each kind of processor. A folder has at most 256 MiB;
+    the programs that were not used for longest go first. JAX_COMPILATION_CACHE_DIR names another place.
+    Where nothing can be written, nothing is kept. Call it before anything is compiled."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    # A program has the instructions of the processor that it was compiled on, and homes are shared.
+    known = pathlib.Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.is_file() else []
+    kind = [platform.machine(), platform.processor(), *sorted({x for x in lines if "flags" in x})]
+    name = hashlib.sha256("".join(kind).encode()).hexdigest()[:16]
+    try:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = cache / "mmada_jax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", 2**28)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
