@@ -1,12 +1,17 @@
 """Pages for users: links lead somewhere; commands name programs, options, configurations that exist."""
 
 import ast
+import contextlib
+import functools
 import importlib
+import io
 import pathlib
 import re
 import shlex
 
 import pytest
+
+from mmada_jax.programs import command
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch/tpu/README.md",
@@ -20,24 +25,28 @@ def blocks(page, language):
 
 
 def commands(page):
-    """The calls of Python programs on a page, as lists of words without comments."""
+    """The calls of our programs on a page, as lists of words without comments: first the name of a
+    program of `mmada`, or the path of a file."""
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["python"]:
+            if words[:1] in (["python"], ["mmada"]):
                 yield words[1:]
 
 
+@functools.cache
 def options(program):
-    """The options that a program, or a program that it imports, declares in its text."""
-    text = (ROOT / program).read_text()
-    for name in re.findall(r"^from launch\.(\w+) import", text, re.M):
-        text += (ROOT / "launch" / f"{name}.py").read_text()
-    return {
-        name.replace("_", "-")
-        for pattern in (r'"--([\w-]+)"', r'DEFINE_\w+\(\s*"(\w+)"')
-        for name in re.findall(pattern, text)
-    }
+    """The options that the help of a program of `mmada` lists, or that a file declares in its text."""
+    name = pathlib.Path(program).stem
+    module, _ = command.PROGRAMS.get(name, (program.removesuffix(".py"), ""))
+    if module.startswith("launch"):
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        found = re.findall(r'"--([\w-]+)"', path.read_text())
+    else:
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            command.main([name, "--help"])
+        found = re.findall(r"--([\w-]+)", shown.getvalue())
+    return {name.replace("_", "-") for name in found}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -61,7 +70,7 @@ def test_links_lead_somewhere(page):
 def test_commands_name_what_exists(page):
     wrong = []
     for program, *words in commands(page):
-        if not (ROOT / program).is_file():
+        if program not in command.PROGRAMS and not (ROOT / program).is_file():
             wrong.append(program)
             continue
         known = options(program) | {"help"}
