@@ -6,6 +6,7 @@ setup(
     description="MMaDA in JAX: one masked-diffusion transformer that reads, reasons and draws.",
     license="Apache-2.0",
     packages=find_packages(include=["mmada_jax", "mmada_jax.*"]),
+    package_data={"mmada_jax.measure": ["*.html"]},
     entry_points={"console_scripts": ["mmada = mmada_jax.programs.command:main"]},
     python_requires=">=3.11",
     install_requires=[
@@ -25,8 +26,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        # The quickstart: real scans and their judge (scikit-learn), curves in the report.
-        "digits": ["scikit-learn", "matplotlib"],
+        # The quickstart: real scans and their judge (scikit-learn), its report.
+        "digits": ["scikit-learn", "matplotlib", "jinja2"],
         # Rewards: comparison of mathematical answers.
         "rl": ["math-verify"],
         # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).

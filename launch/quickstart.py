@@ -5,11 +5,8 @@ already done.
 """
 
 import argparse
-import base64
 import contextlib
 import dataclasses
-import html
-import io
 import json
 import os
 import pathlib
@@ -20,19 +17,15 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from configs import cot, pretrain, unigrpo, vq
 from launch import benchmark_rl, fail, keep_memory, keep_programs
-from mmada_jax.data import digits
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import evaluate
-from mmada_jax.nets.vq import to_uint8
+from mmada_jax.measure.report import curves, denoising, page, results
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.tokens.tokenizer import split_thought
 from mmada_jax.train import metrics
 from mmada_jax.train.rl import loop as rl
 from mmada_jax.train.supervised import train
@@ -143,14 +136,11 @@ def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
         )
         model = MMaDA.load(workdir / "unigrpo")
         of_stages["unigrpo"], pictures["rl_after"] = benchmark_rl.measure(model, config, n_sampled, few=n)
-        rows = metrics.read(workdir / "unigrpo" / "metrics.jsonl")
-        benchmark_rl.curves({config.objective.masking: [rows]}).savefig(
-            workdir / "rewards.png", dpi=90, bbox_inches="tight"
-        )
     result["seconds"] = read_json(workdir / "seconds.json", dict)
     result["data_wait"] = max(map(data_wait, (workdir / run for run in ("pretrain", "cot"))))
+    histories = {name: metrics.read(workdir / name / "metrics.jsonl") for name in STAGES}
     results(pictures).save(workdir / "results.png")
-    write_whole(workdir / "report.html", page(workdir, result, pictures))
+    write_whole(workdir / "report.html", page(result, pictures, curves(histories)))
     write_whole(report, json.dumps(result, indent=1))
     return result
 
@@ -212,7 +202,7 @@ def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
     note("inpaint", count)
     count, pictures["arithmetic"] = evaluate.arithmetic(model, n)
     note("text_arithmetic", count)
-    pictures["image_steps"], pictures["text_steps"] = strips(model, canvases)
+    pictures["image_steps"], pictures["text_steps"] = denoising(model)
     tokenizer = {"reconstructed_digit": dataclasses.asdict(rebuilt), "psnr_db": round(psnr, 2)}
     judged = dataclasses.asdict(judge.held_out())
     return {"judge": judged, "stages": {"tokenizer": tokenizer, "pretrain": stage}}, pictures
@@ -248,16 +238,7 @@ def data_wait(workdir: pathlib.Path) -> float:
     return sum(row["data_wait"] for row in rows) / len(rows)
 
 
-def strips(model: MMaDA, canvases: np.ndarray) -> tuple[list, list]:
-    """Denoising step by step: one image (hidden tokens grey), one text (hidden tokens as blanks)."""
-    drawings = model.watch(model.draw_job(digits.caption(3, 5), evaluate.DRAW))
-    images = [model.pixels(drawing.image) for drawing in drawings]
-    scans = digits.load("test")
-    texts = model.watch(model.answer_job(digits.canvas(*scans.pixels[:2]), digits.ASK_TWO))
-    return images, [text.text for text in texts]
-
-
-# ---- The report ------------------------------------------------------------------------------------
+# ---- The end ----------------------------------------------------------------------------------------
 
 
 def finish(workdir: pathlib.Path, result: dict, floors: Mapping[str, Mapping[str, float]]) -> None:
@@ -298,149 +279,6 @@ def table(result: dict) -> list[tuple[str, str]]:
 def change(before: dict, after: dict, name: str) -> str:
     """The count of a metric, behind the one before where that is known."""
     return " -> ".join(str(evaluate.Count(**stage[name])) for stage in (before, after) if name in stage)
-
-
-def page(workdir: pathlib.Path, result: dict, pictures: dict) -> str:
-    """report.html, self-contained."""
-    scans = digits.load("test")
-    cells = "".join(f"<tr><td>{name}<td>{html.escape(value)}" for name, value in table(result))
-    real = [digits.canvas(scan) for scan in scans.pixels[:12]]
-    one, wanted_one = pictures["drawn_one"]
-    two, wanted_two = pictures["drawn_two"]
-    hole = pictures["inpaint"]
-    holes = [np.where(m[..., None], 0, c) for m, c in zip(hole["masks"], hole["canvases"], strict=True)]
-    columns = [
-        figure(holes[i], "") + figure(hole["pixels"][i], "")
-        + figure(hole["canvases"][i], digits.caption(*hole["labels"][i]))
-        for i in range(8)
-    ]  # fmt: skip
-    read = pictures["read_one"][:6] + pictures["read_two"][:10]
-    sums = "".join(
-        f"<li>{html.escape(q)}: {html.escape(a)}" + ("" if a == w else f" <i>(is {w})</i>")
-        for q, a, w in pictures["arithmetic"][:12]
-    )
-    after = pictures["after"]
-    thoughts = "".join(
-        f"<li>{html.escape(q)}: {html.escape(said)}"
-        + ("" if split_thought(said)[1] == want else f" <i>(is {want})</i>")
-        for q, said, want in after["text_cot"][:12]
-    )
-    before_thoughts = "".join(
-        f"<li>{html.escape(q)}: {html.escape(said)}" for q, said, _ in pictures["before"]["text_cot"][:3]
-    )
-    looked = [
-        figure(canvas, said + ("" if split_thought(said)[1] == want else f" (is {want})"))
-        for canvas, said, want in after["vqa_sum"][:16]
-    ]
-    thought_drawn, asked = after["r2i"]
-    beside = zip(real, pictures["rebuilt"][:12], strict=True)
-    drawn_one = zip(one[:20], wanted_one[:20], strict=True)
-    drawn_two = zip(two[3:100:5], wanted_two[3:100:5], strict=True)
-    rewarded = [
-        f"<li>{html.escape(question)}: {html.escape(before)} before, {html.escape(after)} after"
-        + ("" if split_thought(after)[1] == want else f" <i>(is {want})</i>")
-        for (question, before, want), (_, after, _) in zip(
-            pictures["rl_before"]["sums"], pictures["rl_after"]["sums"], strict=True
-        )
-        if before != after
-    ][:20]
-    undrawn = [
-        "".join(
-            figure(p, digits.caption(*d))
-            for p, d in zip(*(x[:20] for x in pictures[when]["drawn"]), strict=True)
-        )
-        for when in ("rl_before", "rl_after")
-    ]
-    sections = [
-        ("Results on held-out scans", f"<table>{cells}</table>"),
-        ("Loss", curves(workdir)),
-        ("Reconstructions: scan, decoded", row(figure(a, "") + figure(b, "") for a, b in beside)),
-        ("Drawn, one digit", row(figure(p, digits.caption(*d)) for p, d in drawn_one)),
-        ("Drawn, two digits", row(figure(p, digits.caption(*d)) for p, d in drawn_two)),
-        ("Inpainted: what is given, what was redrawn, the scan", row(columns)),
-        ("Read", row(figure(c, a + ("" if a == w else f" (is {w})")) for c, a, w in read)),
-        ("Arithmetic", f"<ul>{sums}</ul>"),
-        ("Stage 2: sums in steps", f"<ul>{thoughts}</ul>Before it: <ul>{before_thoughts}</ul>"),
-        ("Stage 2: the sum of two digits", row(looked)),
-        (
-            "Stage 2: thought, then drawn",
-            row(figure(p, f"{q}: {t}") for p, (q, t) in zip(thought_drawn[:20], asked[:20], strict=True)),
-        ),
-        ("Stage 3: rewards", inline(Image.open(workdir / "rewards.png"))),
-        ("Stage 3: sums at temperature 1 that changed", f"<ul>{''.join(rewarded)}</ul>"),
-        ("Stage 3: drawn without guidance, before and after", "<br>".join(undrawn)),
-        (f"Drawing {digits.caption(3, 5)!r}", row(figure(p, "") for p in pictures["image_steps"])),
-        ("Reading, step by step", f"<pre>{html.escape(chr(10).join(pictures['text_steps']))}</pre>"),
-    ]
-    body = "".join(f"<h2>{html.escape(title)}</h2>{content}" for title, content in sections)
-    style = (
-        "body{font:15px sans-serif;max-width:1000px;margin:2em auto}figure{display:inline-block;margin:4px;"
-        "vertical-align:top}img{display:block}figcaption{font-size:11px;max-width:128px}"
-        "td{padding:2px 12px;border-bottom:1px solid #ddd}"
-    )
-    title = "mmada_jax: handwritten digits"
-    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style>"
-    return f"{head}<h1>{title}</h1>{body}"
-
-
-def results(pictures: dict) -> Image.Image:
-    """The report in one picture: drawn ones, drawn twos, inpaintings (given above redrawn), steps."""
-    hole = pictures["inpaint"]
-    given = [np.where(m[..., None], 0, c) for m, c in zip(hole["masks"], hole["canvases"], strict=True)]
-    steps = pictures["image_steps"]
-    rows = [
-        pictures["drawn_one"][0][:10],
-        [
-            pictures["drawn_two"][0][i]
-            for i in np.linspace(3, len(pictures["drawn_two"][0]) - 1, 10).astype(int)
-        ],
-        given[:10],
-        hole["pixels"][:10],
-        [steps[i * (len(steps) - 1) // 9] for i in range(10)],
-    ]
-    tiles = [np.concatenate([np.pad(p[..., 0], 1, constant_values=-0.5) for p in r], axis=1) for r in rows]
-    image = Image.fromarray(to_uint8(np.concatenate(tiles)))
-    return image.resize((5 * image.width, 5 * image.height), Image.Resampling.NEAREST)
-
-
-def row(figures) -> str:
-    """Figures side by side."""
-    return "<div>" + "".join(f"<span style='display:inline-block'>{f}</span>" for f in figures) + "</div>"
-
-
-def figure(pixels: np.ndarray, label: str) -> str:
-    """A canvas as an inline PNG, eight times enlarged."""
-    image = Image.fromarray(to_uint8(pixels)[..., 0])
-    image = image.resize((8 * image.width, 8 * image.height), Image.Resampling.NEAREST)
-    return f"<figure>{inline(image)}<figcaption>{html.escape(label)}</figcaption></figure>"
-
-
-def curves(workdir: pathlib.Path) -> str:
-    """The losses of the runs over the steps."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3))
-    for axis, run in zip(axes, ("image_tokenizer", "pretrain", "cot"), strict=True):
-        rows = metrics.read(workdir / run / "metrics.jsonl")
-        names = [n for n in rows[0] if n == "reconstruction" or n.startswith("loss_")]
-        for name in names:
-            axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-        axis.set(title=run, xlabel="step", yscale="log")
-        axis.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=90, bbox_inches="tight")
-    pyplot.close(figure)
-    return inline(Image.open(buffer))
-
-
-def inline(image: Image.Image) -> str:
-    """An <img> that holds its own bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f"<img src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 
 if __name__ == "__main__":

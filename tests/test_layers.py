@@ -22,7 +22,7 @@ FLOORS = {
     "folder inspect convert",
     "model": "results inputs vision",
     "serve": "api",
-    "measure": "evaluate",
+    "measure": "evaluate report",
     "train": "optim board metrics runs sweep prepare supervised rl.rewards.quantities rl.rewards.answers "
     "rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo rl.rollout rl.loop "
     "rl.diagnose aot",
