@@ -1,6 +1,6 @@
 """How far the results of the quickstart differ from run to run: it is run with several seeds.
 
-    python launch/benchmark_quickstart.py --workdir runs/seeds --seeds 0 1 2 3 4
+    mmada bench seeds --workdir runs/seeds --seeds 0 1 2 3 4
 
 Writes WORKDIR/seeds.md: of every metric the mean, the least share, the deviation among the seeds, and the
 least share less three standard errors, which is what a floor of launch/quickstart.py is. The runs are in
@@ -14,6 +14,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -23,7 +24,7 @@ from launch import fail, quickstart
 from mmada_jax.disk import write_whole
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run what isn't done yet, then the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--workdir", default="runs/seeds", help="default: %(default)s")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--form", choices=quickstart.FORMS, default="default", help="default: %(default)s")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     workdir, form = pathlib.Path(args.workdir), quickstart.FORMS[args.form]
     results = {}
     for seed in args.seeds:

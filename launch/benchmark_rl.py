@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -50,7 +50,7 @@ CAVEAT = (
 COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_one")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train and measure what isn't yet, then the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--split", choices=digits.SPLITS, default="test", help="default: %(default)s")
     parser.add_argument("--n", type=int, default=1200, help="cases of each sampled metric (%(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.n < 1:
         parser.error(f"--n is {args.n}; it must be at least 1")
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)

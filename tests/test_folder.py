@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, golden_weights, load_golden
 from safetensors.numpy import load_file, save_file
 
+from launch import bench
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion.denoise import ImageRule, TextRule
 from mmada_jax.model.inputs import Defaults
@@ -1015,13 +1016,12 @@ def test_each_process_reads_only_its_own_shards(tmp_path, free_port):
 def test_memory_does_not_grow_with_the_model(capfd):
     # The 8B-shaped run (README) may take 4 GB. 1/16 of it may take a 16th of that, beyond what a process
     # holds that has only imported everything.
-    spec = runpy.run_path(str(ROOT / "launch" / "benchmark_convert.py"))
     idle = subprocess.run(
         [sys.executable, "-c", "import mmada_jax.weights.convert; print(open('/proc/self/status').read())"],
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     idle_gb = int(idle.stdout.split("RssAnon:")[1].split()[0]) * 1024 / 1e9
-    report = spec["main"](["--shrink", "4"])
+    report = bench.main(["convert", "--shrink", "4"])
     assert report["equal"]
     assert report["gigabytes"] == pytest.approx(16.17 / 16, rel=0.01)
     for way in ("from-torch", "to-torch"):

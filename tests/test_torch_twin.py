@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import pathlib
 import sys
@@ -17,6 +16,8 @@ torch = pytest.importorskip("torch", reason="needs torch: bash launch/test.sh --
 import torch_twin as twin  # noqa: E402
 
 import mmada_jax  # noqa: E402
+from launch import bench  # noqa: E402
+from launch.benchmarks import twin as benchmark  # noqa: E402
 from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
 from mmada_jax.kernels.attention import attention  # noqa: E402
 from mmada_jax.nets import transformer  # noqa: E402
@@ -24,9 +25,6 @@ from mmada_jax.tokens import layout  # noqa: E402
 from mmada_jax.weights import llada_keys  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("benchmark", ROOT / "launch" / "benchmark.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
 modeling = benchmark.module("mmada_jax/weights/modeling_mmada.py")
 
 VOCAB, MAX_TEXT, N_IMAGE = benchmark.VOCAB, benchmark.MAX_TEXT, benchmark.N_IMAGE
@@ -244,7 +242,7 @@ def test_argmax_image(params, model, data, steps):
 
 def test_benchmark_writes_its_numbers(tmp_path, capsys):
     arguments = ["--preset", "tiny", "--rows", "4", "--repeats", "1"]
-    benchmark.main([*arguments, "--json", str(tmp_path / "out.json")])
+    bench.main(["twin", *arguments, "--json", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["logits_difference"] < 1e-4
     assert report["twin"] == "timed"
@@ -258,10 +256,9 @@ def test_benchmark_writes_its_numbers(tmp_path, capsys):
 def test_benchmark_without_torch_and_optax(params, data, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert benchmark.load_twin(params, CONFIG) == (None, "torch is missing, ours is timed alone")
-    for name in ("optim", "train"):
-        monkeypatch.setitem(sys.modules, f"mmada_jax.{name}", None)
-        monkeypatch.delattr(mmada_jax, name, raising=False)
+    monkeypatch.setitem(sys.modules, "mmada_jax.train", None)
+    monkeypatch.delattr(mmada_jax, "train", raising=False)
     tasks = {"training step": benchmark.training_step(CONFIG, data["train"])}
-    result = benchmark.time_in_turns({"ours": tasks}, repeats=2)["training step"]
+    result = benchmark.time_tasks({"ours": tasks}, repeats=2)["training step"]
     assert result.keys() == {"ours"}
     assert "our training step is gradient descent" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 Written from the description of the published system, as one writes PyTorch today (fused attention,
 guidance as one batch of twice the rows, inference mode, no compilation). The model is the one that
 travels with exported checkpoints, mmada_jax/weights/modeling_mmada.py. The tests compare ours with
-these two files, and launch/benchmark.py times them.
+these two files, and launch/benchmarks/twin.py times them.
 """
 
 import math

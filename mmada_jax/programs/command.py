@@ -20,6 +20,7 @@ PROGRAMS = {
     "sample": ("mmada_jax.programs.sample", "write texts, draw, inpaint, extend and read pictures"),
     "prepare": ("mmada_jax.programs.prepare", "make shards of your data, with images as codes if wanted"),
     "convert": ("mmada_jax.programs.convert", "carry checkpoints between PyTorch and JAX"),
+    "bench": ("launch.bench", "time training, decoding, attention, conversion or data"),
     "aot": ("mmada_jax.programs.aot", "compile a step for a TPU that isn't there, and say if it fits"),
 }
 HELP = (

@@ -1,7 +1,7 @@
 """Times attention: what is chosen against what else there is, forward and backward, at the model's shapes.
 
-    python launch/benchmark_attention.py                        on the devices of this machine
-    python launch/benchmark_attention.py --schedule v5p:2x2x1   for a TPU that isn't there
+    mmada bench attention                        on the devices of this machine
+    mmada bench attention --schedule v5p:2x2x1   for a TPU that isn't there
 
 On a TPU our kernel against splash attention, on a GPU cuDNN's against XLA's products.
 
@@ -14,22 +14,17 @@ arithmetic and not a time. Needs jax, flax and numpy; --schedule also libtpu (th
 import argparse
 import functools
 import glob
-import json
 import os
-import pathlib
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
 import jax.numpy as jnp
 
+from launch.benchmarks import timing
 from mmada_jax.kernels.attention import attention
 
 # Rows, queries, keys, query heads, key heads: the three lengths of pretraining, grouped queries, and a
@@ -46,23 +41,15 @@ SMALL = {"small": (2, 129, 129, 4, 2), "small block": (2, 32, 256, 4, 4)}
 D_HEAD = 128
 
 
-def main(argv=None):
-    """Prints one line per shape and direction, and JSON if asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser):
+    """Those beside --json."""
     parser.add_argument("--repeats", type=repeats, default=20)
     parser.add_argument("--schedule", metavar="TOPOLOGY", help="as v5e:2x2, v5p:2x2x1 or v6e:2x2")
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures there")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)  # a process of --schedule
-    args = parser.parse_args(argv)
-    if args.one:
-        name, implementation, topology = args.one
-        return compile_one(SHAPES[name], implementation, topology)
-    rows = schedules(args.schedule) if args.schedule else times(args.repeats)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
-    return rows
+
+
+def measure(args):
+    """A row for each shape and direction: times in ms, or bundles."""
+    return schedules(args.schedule) if args.schedule else times(args.repeats)
 
 
 def repeats(text):
@@ -70,6 +57,29 @@ def repeats(text):
     if int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text} is too few; at least 2")
     return int(text)
+
+
+def as_text(rows):
+    """A line for each row."""
+    if "bundles" in rows[0]:
+        lines = [f"{rows[0]['topology']}: instruction bundles of one head in the compiler's final schedule"]
+        for row in rows:
+            for direction in ("forward", "backward"):
+                ours, theirs = (row["bundles"][side][direction] for side in ("tpu", "splash"))
+                lines.append(
+                    f"{row['name']:18} {direction:8} ours {ours}  splash {theirs}  "
+                    f"splash / ours {theirs / ours:.2f}"
+                )
+        return "\n".join(lines)
+    lines = [
+        f"{rows[0]['device']}, bfloat16, heads of {D_HEAD}, medians of {rows[0]['repeats']} (quartiles) "
+        "in ms"
+    ]
+    for row in rows:
+        shown = "  ".join(f"{name} {timing.as_text(ms, 3)}" for name, ms in row["ms"].items())
+        compared = f"{' / '.join(row['compared'])} {row['ratio']:.2f}"
+        lines.append(f"{row['name']:18} {row['direction']:8} {shown}  {compared}")
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------ times
@@ -81,22 +91,19 @@ def times(n):
     chosen, other = {"tpu": ("tpu", "splash"), "gpu": ("cudnn", "xla")}.get(
         device.platform, ("plain", "xla")
     )
-    print(f"{device.device_kind}, bfloat16, heads of {D_HEAD}, medians of {n} (quartiles) in ms")
     rows = []
     for name, shape in (SMALL if device.platform == "cpu" else SHAPES).items():
         for direction in ("forward", "backward") if shape[1] == shape[2] else ("forward",):
             runs = {}
             for implementation in dict.fromkeys((chosen, other, "xla")):
                 runs[implementation] = prepare(implementation, shape, direction)
-            sides = time_in_turns(runs, n)
-            row = {"device": device.device_kind, "name": name, "shape": shape, "direction": direction}
-            rows.append(row | {"ms": sides, "ratio": sides[other]["median"] / sides[chosen]["median"]})
-            shown = "  ".join(
-                f"{k} {s['median']:.3f} ({s['low']:.3f} - {s['high']:.3f})" for k, s in sides.items()
-            )
-            print(
-                f"{name:18} {direction:8} {shown}  {other} / {chosen} {rows[-1]['ratio']:.2f}", flush=True
-            )
+            sides = timing.in_ms(timing.take_turns(runs, n))
+            row = {
+                "device": device.device_kind, "name": name, "shape": shape, "direction": direction,
+                "repeats": n, "ms": sides, "compared": (other, chosen),
+                "ratio": sides[other]["median"] / sides[chosen]["median"],
+            }  # fmt: skip
+            rows.append(row)
     return rows
 
 
@@ -168,29 +175,11 @@ def splash(q_BHSK, k_BGTK, v_BTM, valid_BT, q_valid_BS):
     return jnp.moveaxis(out_BHSK, 1, 2).reshape(len(out_BHSK), S, -1)
 
 
-def time_in_turns(runs, n):
-    """Name -> {"median", "low", "high"} in ms, quartiles; the runs take turns."""
-    for run in runs.values():
-        run()
-    spent = {name: [] for name in runs}
-    for _ in range(n):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            spent[name].append(1e3 * (time.perf_counter() - start))
-    out = {}
-    for name, values in spent.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        out[name] = {"median": median, "low": low, "high": high}
-    return out
-
-
 # -------------------------------------------------------------------------------------- schedules
 
 
 def schedules(topology):
     """Bundles of one head, forward and backward, of our kernel and of splash."""
-    print(f"{topology}: instruction bundles of one head in the compiler's final schedule")
     rows = []
     for name, shape in SHAPES.items():
         if shape[1] != shape[2] or shape[3] != shape[4]:
@@ -199,20 +188,15 @@ def schedules(topology):
         for implementation in ("tpu", "splash"):
             with tempfile.TemporaryDirectory() as folder:
                 dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_debug_level=2"
-                command = [sys.executable, __file__, "--one", name, implementation, topology]
+                command = [sys.executable, __file__, name, implementation, topology]
                 environment = os.environ | {"LIBTPU_INIT_ARGS": dump, "JAX_PLATFORMS": "cpu"}
+                environment["PYTHONPATH"] = os.pathsep.join(sys.path)  # as this process has it
                 run = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
                 if run.returncode:
                     sys.exit(f"error: {run.stderr.strip().splitlines()[-1]}")
                 sides[implementation] = count_bundles(folder, implementation, shape[1])
         row = {"topology": topology, "name": name, "shape": shape, "bundles": sides}
         rows.append(row)
-        for direction in ("forward", "backward"):
-            ours, theirs = (sides[side][direction] for side in ("tpu", "splash"))
-            print(
-                f"{name:18} {direction:8} ours {ours}  splash {theirs}  splash / ours {theirs / ours:.2f}",
-                flush=True,
-            )
     return rows
 
 
@@ -263,5 +247,5 @@ def count_bundles(folder, implementation, S):
     return dict(totals)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a process of `schedules`
+    compile_one(SHAPES[sys.argv[1]], *sys.argv[2:])

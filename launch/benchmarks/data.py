@@ -1,11 +1,11 @@
 """What the input of training delivers on this machine, without a model: images per second.
 
-    python launch/benchmark_data.py                       # 1, 2 and 4 threads
-    python launch/benchmark_data.py --threads 8 --side 512 --image_size 512
+    mmada bench data                       # 1, 2 and 4 threads
+    mmada bench data --threads 8 --side 512 --image_size 512
 
 Makes pictures with captions and has them as training does, half of the rows to draw and half to read:
 `tars` are JPEG files in webdataset tars, decoded and resized, rows with their pixels; `codes` are
-records of launch/prepare.py that hold the codes of the image, so that no picture is decoded. All of it
+records of `mmada prepare` that hold the codes of the image, so that no picture is decoded. All of it
 is in the page cache. Everything is deleted at the end.
 """
 
@@ -19,29 +19,22 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image, ImageDraw
 
-import numpy as np  # noqa: E402
-from array_record.python.array_record_module import ArrayRecordWriter  # noqa: E402
-from PIL import Image, ImageDraw  # noqa: E402
-
-from mmada_jax.data import pipeline, sources  # noqa: E402
-from mmada_jax.data.records import Record, pack  # noqa: E402
-from mmada_jax.tokens.tokenizer import TextTokenizer, chat  # noqa: E402
+from mmada_jax.data import pipeline, sources
+from mmada_jax.data.records import Record, pack
+from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 
 CODEBOOK, DOWN, MAX_TEXT = 8192, 16, 128
 ROWS = {"t2i": 8, "mmu": 8}
 N_ROWS = sum(ROWS.values())
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    """Prints the table, and returns what it shows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those beside --json."""
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
     parser.add_argument("--workers", type=int, default=0, help="processes with that many threads each")
     parser.add_argument("--images", type=int, default=1000, help="how many there are (default: 1000)")
@@ -49,26 +42,34 @@ def main(argv: Sequence[str] | None = None) -> dict:
     parser.add_argument("--image_size", type=int, default=256, help="pixels of a row (default: 256)")
     parser.add_argument("--seconds", type=float, default=5, help="of each measurement (default: 5)")
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    args = parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All numbers of a run."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        report = measure(pathlib.Path(folder), args)
-    print(
-        f"\n{args.images} images, shorter side {args.side}, {report['kilobytes']:.0f} kB each, to "
-        f"{args.image_size} px; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-    )
-    print("images/s" + "".join(f"{f'{n} threads':>12}" for n in args.threads))
+        return deliver(pathlib.Path(folder), args)
+
+
+def as_text(report: dict) -> str:
+    """The table."""
+    lines = [
+        f"\n{report['images']} images, shorter side {report['side']}, {report['kilobytes']:.0f} kB each, "
+        f"to {report['image_size']} px; {os.cpu_count()} cores, load {report['load']:.1f}",
+        "images/s" + "".join(f"{f'{n} threads':>12}" for n in report["threads"]),
+    ]
     for name, rates in report["images_per_second"].items():
-        print(f"{name:8}" + "".join(f"{rate:12.0f}" for rate in rates.values()))
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1))
-    return report
+        lines.append(f"{name:8}" + "".join(f"{rate:12.0f}" for rate in rates.values()))
+    return "\n".join(lines)
 
 
-def measure(folder: pathlib.Path, args: argparse.Namespace) -> dict:
-    """All numbers of one run in `folder`."""
+def deliver(folder: pathlib.Path, args: argparse.Namespace) -> dict:
+    """All numbers of a run in `folder`."""
     n_bytes, n_codes = make(folder, args.images, args.side, args.image_size)
-    report = vars(args) | {"kilobytes": n_bytes / args.images / 1e3, "load": os.getloadavg()[0]}
+    report = {
+        "threads": args.threads, "workers": args.workers, "images": args.images, "side": args.side,
+        "image_size": args.image_size, "seconds": args.seconds,
+        "kilobytes": n_bytes / args.images / 1e3, "load": os.getloadavg()[0],
+    }  # fmt: skip
     report["images_per_second"] = {
         name: {threads: rate(load, threads, args.workers, args.seconds) for threads in args.threads}
         for name, load in (
@@ -152,7 +153,3 @@ def caption(i: int) -> str:
         f"The image shows picture number {i}, in which ellipses and rectangles of many colours lie over "
         "soft light and shade. It has the grain of a photograph."
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Conversion against `cp` of the same bytes, and the memory that it takes.
 
-    python launch/benchmark_convert.py                # 8B-shaped: 16 GB of random bfloat16, 50 GB of disk
-    python launch/benchmark_convert.py --shrink 4     # widths and vocabulary a quarter: 1/16 of it
+    mmada bench convert                # 8B-shaped: 16 GB of random bfloat16, 50 GB of disk
+    mmada bench convert --shrink 4     # widths and vocabulary a quarter: 1/16 of it
 
 Makes a checkpoint as Hugging Face shards it, copies it, converts it there and back, and compares the
 hashes. Each conversion is a process of its own, beside which its anonymous memory (RssAnon) is
@@ -18,47 +18,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import ml_dtypes
+import numpy as np
 
-import ml_dtypes  # noqa: E402
-import numpy as np  # noqa: E402
+from mmada_jax.weights import hub, lazy, llada_keys
 
-from mmada_jax.weights import (  # noqa: E402
-    hub,
-    lazy,
-    llada_keys,
-)
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
-def main(argv: Sequence[str] | None = None) -> dict:
-    """Prints the table, and returns what it shows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those beside --json."""
     parser.add_argument("--shrink", type=int, default=1, help="divides the widths and the vocabulary")
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    args = parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All numbers of a run."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        report = measure(pathlib.Path(folder), args.shrink)
-    print(f"\n{report['gigabytes']:.2f} GB in {report['files']} files, hashes equal: {report['equal']}")
-    print(f"{'':12}{'seconds':>9}{'MB/s':>8}{'cp, MB/s':>10}{'RATIO':>8}{'peak anonymous, GB':>20}")
+        return there_and_back(pathlib.Path(folder), args.shrink)
+
+
+def as_text(report: dict) -> str:
+    """The table."""
+    lines = [
+        f"\n{report['gigabytes']:.2f} GB in {report['files']} files, hashes equal: {report['equal']}",
+        f"{'':12}{'seconds':>9}{'MB/s':>8}{'cp, MB/s':>10}{'RATIO':>8}{'peak anonymous, GB':>20}",
+    ]
     for way in ("from-torch", "to-torch"):
         row = report[way]
-        print(
+        lines.append(
             f"{way:12}{row['seconds']:9.1f}{row['rate']:8.0f}{row['cp_rate']:10.0f}{row['ratio']:8.2f}"
             f"{row['peak_anonymous_gb']:20.2f}"
         )
-    if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(report, indent=1))
-    return report
+    return "\n".join(lines)
 
 
-def measure(folder: pathlib.Path, shrink: int) -> dict:
-    """All numbers of one run in `folder`."""
+def there_and_back(folder: pathlib.Path, shrink: int) -> dict:
+    """All numbers of a run in `folder`."""
     src = folder / "published"
     n_bytes = make(src, shrink)
     ours, back = folder / "ours", folder / "back"
@@ -108,7 +105,7 @@ def copy(src: pathlib.Path, dst: pathlib.Path) -> float:
 
 
 def convert_in_process(way: str, src: pathlib.Path, dst: pathlib.Path) -> dict:
-    """Seconds and peak anonymous memory of launch/convert.py."""
+    """Seconds and peak anonymous memory of `mmada convert`."""
     subprocess.run(["sync"], check=True)
     start = time.perf_counter()
     command = [sys.executable, ROOT / "launch" / "convert.py", way, "--src", src, "--dst", dst]
@@ -137,7 +134,3 @@ def fingerprint(folder: pathlib.Path) -> str:
         for key, tensor in state.items()
     }
     return lazy.sha256(tensors)
-
-
-if __name__ == "__main__":
-    main()

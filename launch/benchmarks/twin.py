@@ -1,7 +1,7 @@
 """Times ours against the same model in plain PyTorch: same weights, same machine, same run.
 
-    python launch/benchmark.py                       # the digits preset; about a minute on a CPU
-    python launch/benchmark.py --repeats 51 --json out.json
+    mmada bench twin                       # the digits preset; about a minute on a CPU
+    mmada bench twin --repeats 51 --json out.json
 
 The logits of the two sides must agree before anything is timed. Then a training step, text
 generation and image generation are timed in turns (ours, the twin's, ours, ...), so that whatever
@@ -19,31 +19,24 @@ import copy
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
-import platform
-import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping
-from statistics import median
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a bare checkout will do
+from launch.benchmarks import timing
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import corrupt, denoise, loss
+from mmada_jax.nets import transformer
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import Vocab
+from mmada_jax.weights import llada_keys
 
-from mmada_jax.devices import sharding  # noqa: E402
-from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
-from mmada_jax.nets import transformer  # noqa: E402
-from mmada_jax.tokens import layout  # noqa: E402
-from mmada_jax.tokens.vocab import Vocab  # noqa: E402
-from mmada_jax.weights import llada_keys  # noqa: E402
-
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 VOCAB = Vocab(
     image_offset=128, codebook_size=128, rows=256, bos=1, eos=2, mask=3, pad=4, soi=5, eoi=6, t2i=7,
     mmu=8, r2i=9, start_header=10, end_header=11, end_turn=12,
@@ -60,21 +53,19 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 Tasks = dict[str, Callable[[], Any]]
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Runs the benchmark, prints the table, returns what `--json` writes."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those beside --json."""
     parser.add_argument("--preset", choices=("digits", "tiny"), default="digits")
     parser.add_argument("--repeats", type=int, default=31, help="timed calls of each task per side")
     parser.add_argument(
         "--rows", type=int, default=32, help="training batch; generation takes a quarter of it"
     )
-    parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers here")
-    args = parser.parse_args(argv)
-    if args.rows < 4 or args.repeats < 1:
-        parser.error(f"--rows is {args.rows}, at least 4; --repeats is {args.repeats}, at least 1")
 
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """All numbers of a run. Raises ValueError for options out of their range."""
+    if args.rows < 4 or args.repeats < 1:
+        raise ValueError(f"--rows is {args.rows}, at least 4; --repeats is {args.repeats}, at least 1")
     config = dataclasses.replace(transformer.PRESETS[args.preset], vocab=VOCAB.rows)
     data = make_data(args.rows, args.rows // 4)
     params = transformer.init_params(jax.random.key(0), config)
@@ -84,25 +75,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     sides = {"ours": our_tasks(params, config, data)}
     if model is not None:
         sides["twin"] = twin_tasks(model, data)
-
     load_before = os.getloadavg()[0]
-    tasks = time_in_turns(sides, args.repeats)
-    report = {
+    tasks = time_tasks(sides, args.repeats)
+    return {
         "preset": args.preset,
         "params": transformer.param_count(config),
         "rows": args.rows,
         "row_length": data["train"].tokens.shape[1],
         "repeats": args.repeats,
-        "machine": machine(),
+        "machine": timing.machine(),
         "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],
         "twin": why_not or "timed",
         "logits_difference": difference,
         "tasks": tasks,
     }
-    print_report(report)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return report
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -357,75 +343,47 @@ def to_torch(batch: layout.Batch, model: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------ measuring
 
 
-def time_in_turns(sides: Mapping[str, Tasks], repeats: int, warm_up: int = 3) -> dict[str, dict[str, Any]]:
+def time_tasks(sides: Mapping[str, Tasks], repeats: int, warm_up: int = 3) -> dict[str, dict[str, Any]]:
     """Task -> seconds of each side, of the clock and of all cores together, and twin / ours."""
     report = {}
     for task in sides["ours"]:
-        for tasks in sides.values():
-            for _ in range(warm_up):
-                tasks[task]()
-        clock, cpu = {side: [] for side in sides}, {side: [] for side in sides}
-        for repeat in range(repeats):
-            for side in list(sides) if repeat % 2 else reversed(sides):
-                # PyTorch's worker threads spin for a while after a call: not on our account.
-                time.sleep(0.02)
-                begin, cpu_begin = time.perf_counter(), time.process_time()
-                sides[side][task]()
-                clock[side].append(time.perf_counter() - begin)
-                cpu[side].append(time.process_time() - cpu_begin)
-        report[task] = {side: quartiles(clock[side]) | {"cpu": median(cpu[side])} for side in sides}
+        runs = {side: tasks[task] for side, tasks in sides.items()}
+        # PyTorch's worker threads spin for a while after a call: not on our account.
+        times = report[task] = timing.take_turns(runs, repeats, warm_up, pause=0.02)
         if "twin" in sides:
-            report[task]["ratio"] = median(clock["twin"]) / median(clock["ours"])
-            report[task]["cpu_ratio"] = median(cpu["twin"]) / median(cpu["ours"])
+            ours, twin = times["ours"], times["twin"]
+            report[task] = times | {
+                "ratio": twin["median"] / ours["median"], "cpu_ratio": twin["cpu"] / ours["cpu"]
+            }  # fmt: skip
     return report
 
 
-def quartiles(seconds: list[float]) -> dict[str, float]:
-    """The three quartiles, by name."""
-    low, middle, high = statistics.quantiles(seconds, n=4) if seconds[1:] else seconds * 3
-    return {"low": low, "median": middle, "high": high}
-
-
-def machine() -> dict[str, Any]:
-    """Versions, cores and threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    device = jax.devices()[0]
-    facts = {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {device.device_kind}",
-        "cores": cores,
-    }
-    if (torch := sys.modules.get("torch")) is not None:
-        facts |= {"torch": torch.__version__, "torch_threads": torch.get_num_threads()}
-    return facts
-
-
-def print_report(report: Mapping[str, Any]) -> None:
+def as_text(report: Mapping[str, Any]) -> str:
     """The table, and what it takes to read it."""
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in report["machine"].items()),
         f"preset {report['preset']}: {report['params']:,} parameters, training batch of "
         f"{report['rows']} rows of {report['row_length']} tokens; {report['repeats']} repeats; "
-        f"load {report['load'][0]} before, {report['load'][1]} after"
-    )
+        f"load {report['load'][0]} before, {report['load'][1]} after",
+    ]
     if report["logits_difference"] is None:
-        print(report["twin"])
+        lines.append(report["twin"])
     else:
-        print(f"logits agree: largest difference {report['logits_difference']:.1e} of the largest")
-    print(f"\n{'median (quartiles), ms':<22}{'ours':>26}{'PyTorch twin':>26}{'RATIO':>8}{'CPU ratio':>11}")
+        lines.append(f"logits agree: largest difference {report['logits_difference']:.1e} of the largest")
+    lines += [
+        "",
+        f"{'median (quartiles), ms':<22}{'ours':>26}{'PyTorch twin':>26}{'RATIO':>8}{'CPU ratio':>11}",
+    ]
     for task, result in report["tasks"].items():
         row = f"{task:<22}"
+        ms = timing.in_ms({side: result[side] for side in ("ours", "twin") if side in result})
         for side in ("ours", "twin"):
-            ms = {name: 1e3 * value for name, value in result.get(side, {}).items()}
-            cell = "{median:.1f} ({low:.1f} - {high:.1f})".format(**ms) if ms else "-"
-            row += f"{cell:>26}"
+            row += f"{timing.as_text(ms[side]) if side in ms else '-':>26}"
         if "ratio" in result:
             row += f"{result['ratio']:>8.2f}{result['cpu_ratio']:>11.2f}"
-        print(row)
+        lines.append(row)
     if report["logits_difference"] is not None:
-        print("RATIO is twin / ours by the clock; CPU ratio the same in seconds of all cores together.")
-
-
-if __name__ == "__main__":
-    main()
+        lines.append(
+            "RATIO is twin / ours by the clock; CPU ratio the same in seconds of all cores together."
+        )
+    return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Times a training step at the 8B's width: layers, loss and gradients, with our attention and others.
 
-    python launch/benchmark_step.py              4 layers, rows of 1539 tokens, on this machine's device
-    python launch/benchmark_step.py --layers 2 --rows 1 --length 387
+    mmada bench step              4 layers, rows of 1539 tokens, on this machine's device
+    mmada bench step --layers 2 --rows 1 --length 387
 
 One device, bfloat16 compute, float32 params, gradient descent (no optimizer library is needed: only jax,
 flax and numpy). The implementations of attention take turns within one run. An MFU is printed where the
@@ -9,37 +9,30 @@ peak of the device is known, of this few layers and not of the 8B. On a CPU a ti
 it does.
 """
 
-import argparse
 import functools
-import json
-import os
-import pathlib
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark_attention import repeats, time_in_turns
 
+from launch.benchmarks import timing
+from launch.benchmarks.attention import repeats
 from mmada_jax.devices import chips
 from mmada_jax.diffusion import loss
 from mmada_jax.nets import transformer
 
 
-def main(argv=None):
-    """Prints one line per implementation, and JSON if asked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(parser):
+    """Those beside --json."""
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=1539)
     parser.add_argument("--remat", default="attention+middle+qkv+mlp")
     parser.add_argument("--repeats", type=repeats, default=10)
-    parser.add_argument("--json", type=pathlib.Path, help="also write the figures there")
-    args = parser.parse_args(argv)
+
+
+def measure(args):
+    """Times in ms, tokens per second and MFU of each implementation of attention."""
     device = jax.devices()[0]
     config = transformer.Config(n_layers=args.layers, remat=args.remat)
     B, L = args.rows, args.length
@@ -47,26 +40,33 @@ def main(argv=None):
         config, B, L = transformer.Config(128, 2, 4, 2, 256, 512, remat=args.remat), 2, 33
     names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "xla")}.get(device.platform, ("plain", "xla"))
     runs = {name: step(config, name, B, L) for name in names}
-    times = time_in_turns(runs, args.repeats)
+    ms = timing.in_ms(timing.take_turns(runs, args.repeats))
     # The head is multiplied with masked positions only.
     n_masked = round(float(jnp.sum(weights(B, L) > 0)))
     flops = 3 * transformer.forward_flops(config, B, L, n_masked * config.vocab)
     peak = chips.peak_tflops(device.device_kind)
-    print(
-        f"{device.device_kind}, {config.n_layers} layers of {config.d_model}, {B} rows of {L} tokens, "
-        f"remat {config.remat}, medians of {args.repeats} (quartiles)"
-    )
-    for name, t in times.items():
-        mfu = f", MFU {flops / (t['median'] * 1e9 * peak):.1%}" if peak else ""
-        speed, ratio = 1e3 * B * L / t["median"], times["xla"]["median"] / t["median"]
-        print(
-            f"attention {name:6} {t['median']:.1f} ms ({t['low']:.1f} - {t['high']:.1f}), "
-            f"{speed:,.0f} tokens/s{mfu}, {ratio:.2f} times xla's speed"
+    return {
+        "device": device.device_kind, "layers": config.n_layers, "width": config.d_model, "rows": B,
+        "length": L, "remat": config.remat, "repeats": args.repeats, "ms": ms,
+        "mfu": {name: flops / (t["median"] * 1e9 * peak) for name, t in ms.items()} if peak else {},
+    }  # fmt: skip
+
+
+def as_text(report):
+    """A line for each implementation."""
+    B, L, ms = report["rows"], report["length"], report["ms"]
+    lines = [
+        f"{report['device']}, {report['layers']} layers of {report['width']}, {B} rows of {L} tokens, "
+        f"remat {report['remat']}, medians of {report['repeats']} (quartiles)"
+    ]
+    for name, t in ms.items():
+        mfu = f", MFU {report['mfu'][name]:.1%}" if report["mfu"] else ""
+        speed, ratio = 1e3 * B * L / t["median"], ms["xla"]["median"] / t["median"]
+        lines.append(
+            f"attention {name:6} {timing.as_text(t).replace(' (', ' ms (')}, {speed:,.0f} tokens/s{mfu}, "
+            f"{ratio:.2f} times xla's speed"
         )
-    report = {"device": device.device_kind, "layers": config.n_layers, "rows": B, "length": L, "ms": times}
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-    return report
+    return "\n".join(lines)
 
 
 def step(config, implementation, B, L):
@@ -95,7 +95,3 @@ def step(config, implementation, B, L):
 def weights(B, L):
     """[B, L], zero where a position isn't masked."""
     return jnp.asarray(np.random.default_rng(1).random((B, L)) < 0.5, jnp.float32) / (B * L)
-
-
-if __name__ == "__main__":
-    main()
