@@ -1,8 +1,8 @@
 r"""Stage 2: mixed long chain of thought, one format for text, image understanding and image generation.
 
-    python launch/train.py --config configs/cot.py:digits --workdir runs/cot --config.init=../digits \
+    mmada train --config configs/cot.py:digits --workdir runs/cot --config.init=../digits \
         --config.image_tokenizer=../digits/image_tokenizer
-    python launch/train.py --config configs/cot.py:8b,phase=1 --workdir runs/cot1
+    mmada train --config configs/cot.py:8b,phase=1 --workdir runs/cot1
 
 `digits`: sums in steps, the sum of the two digits in an image, and an image of what a sum comes to, each
 thought first, between <think> and </think>; it starts from the run of configs/pretrain.py:digits.
@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def get_hyper(h) -> list[dict]:
-    """The learning rate against the share of rows masked by prefix, for launch/sweep.py."""
+    """The learning rate against the share of rows masked by prefix, for `mmada sweep`."""
     return h.product([h.sweep("optim.lr", [1e-3, 2e-3]), h.sweep("loss.prefix_rows", [0.0, 0.3, 0.6])])
 
 

@@ -1,17 +1,17 @@
 r"""Stage 1: one model on text, image understanding and image generation together.
 
-    python launch/train.py --config configs/pretrain.py:digits --workdir runs/digits
+    mmada train --config configs/pretrain.py:digits --workdir runs/digits
 
-    python launch/train.py --config configs/pretrain.py:8b,phase=1 --workdir runs/phase1
-    python launch/aot.py --config configs/pretrain.py:8b,phase=3 --topology v5p:4x4x4
+    mmada train --config configs/pretrain.py:8b,phase=1 --workdir runs/phase1
+    mmada aot --config configs/pretrain.py:8b,phase=3 --topology v5p:4x4x4
 
 `digits`: scans of handwritten digits; the image tokenizer is trained first if there is none.
 `,full`: a layer more, twice the steps; docs/results.md quotes it. `,fast`: a layer less, half of the steps.
 
 `8b,phase=1` (2, 3): the published phases of MMaDA-8B. What they read lies beside the workdir: in data/
-folders that launch/prepare.py made, named as below, each with one of held-out records, NAME_held_out;
+folders that `mmada prepare` made, named as below, each with one of held-out records, NAME_held_out;
 the phase before (runs/phase1 for runs/phase2), or for the first start/ (LLaDA with an image vocabulary);
-and magvitv2/, the last two by launch/convert.py.
+and magvitv2/, the last two by `mmada convert`.
 
 `,smoke` with any of them: a few steps of few rows of digits, to see that it runs.
 """
@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def get_hyper(h) -> list[dict]:
-    """The learning rate against the share of reading, for launch/sweep.py."""
+    """The learning rate against the share of reading, for `mmada sweep`."""
     return h.product([h.sweep("optim.lr", [1e-3, 2e-3, 4e-3]), h.sweep("mixture.mmu", [8, 17])])
 
 

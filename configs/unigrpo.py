@@ -1,8 +1,8 @@
 r"""Stage 3: UniGRPO, reinforcement learning on text and images.
 
-    python launch/rl.py --config configs/unigrpo.py:digits --workdir runs/rl \
+    mmada rl --config configs/unigrpo.py:digits --workdir runs/rl \
         --config.init=../quickstart/cot  # and to measure only: --diagnose
-    python launch/aot.py --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
+    mmada aot --config configs/unigrpo.py:8b --topology v5p:4x4x8 --step rollout
 
 `digits`: two turns of sums of four digits in text, thought first, then one of drawing a digit without
 guidance in four steps; it starts from the run of configs/cot.py:digits. Its masks are those of the

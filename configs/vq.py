@@ -1,6 +1,6 @@
 """Training the image tokenizer (MAGVIT-v2 with lookup-free quantisation).
 
-    python launch/train.py --config configs/vq.py:digits --workdir runs/vq
+    mmada train --config configs/vq.py:digits --workdir runs/vq
 
 `digits`: canvases of scanned digits, 8x16 pixels -> 32 codes of 6 bits.
 `,full` and `,fast`: more and fewer steps. `,smoke`: a few, to see that it runs.
@@ -30,5 +30,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def get_hyper(h) -> list[dict]:
-    """The learning rate against the weight of the entropy, for launch/sweep.py."""
+    """The learning rate against the weight of the entropy, for `mmada sweep`."""
     return h.product([h.sweep("optim.lr", [1e-3, 3e-3]), h.sweep("entropy", [0.05, 0.1, 0.2])])

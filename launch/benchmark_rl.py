@@ -1,7 +1,7 @@
 """What UniGRPO does to a model of the digits: trained with several seeds and maskings, measured before and
 after on held-out cases.
 
-    python launch/benchmark_rl.py --init runs/quickstart/cot --workdir runs/benchmark_rl
+    mmada bench rl --init runs/quickstart/cot --workdir runs/benchmark_rl
 
 Trains configs/unigrpo.py:digits,full as it is, but for the masking and the seed, and writes the table
 (report.md), all counts (report.json) and the rewards over the iterations (rewards.png). What is done

@@ -105,3 +105,13 @@ def test_python_names_what_exists(page):
 
 def test_readme_is_read_in_ten_minutes():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_what_a_contributor_is_sent_to_exists():
+    page = (ROOT / "docs/contributing.md").read_text()
+    paths = re.findall(r"`((?:mmada_jax|launch|tests|configs|docs)/[\w./]*)`", page)
+    assert len(paths) > 25
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    # A name in capitals or a function belongs to the file before it.
+    for path, name in re.findall(r"`(\S+\.py)`[^`]*?`([A-Z]{4,}|choose)`", page):
+        assert re.search(rf"^(?:def )?{name}\b", (ROOT / path).read_text(), re.M), f"{path} has no {name}"

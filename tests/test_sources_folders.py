@@ -60,7 +60,7 @@ def test_a_dataset_json_must_fit(tmp_path):
     with pytest.raises(ValueError, match="is a folder among several paths"):
         open_source(Config(f"{folder} {folder}/00000.array_record"))
     (folder / "dataset.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"dataset.json doesn't exist; launch/prepare.py writes it"):
+    with pytest.raises(FileNotFoundError, match=r"dataset.json doesn't exist; mmada prepare writes it"):
         open_source(Config(str(folder)))
 
 

@@ -163,7 +163,7 @@ def plan(
     if not run.data:
         raise ValueError(
             "config.data is empty: this configuration describes a step without saying where its rows "
-            "come from; launch/aot.py compiles it, training needs a source for every task"
+            "come from; mmada aot compiles it, training needs a source for every task"
         )
     vq_config = vq_config or open_image_tokenizer(image_tokenizer_path(run, workdir), weights=False).config
     grid = grid_of(run, vq_config)
@@ -185,7 +185,7 @@ def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
     published = run.preset == "llada-8b"
     folder, init = image_tokenizer_path(run, workdir), relative(run.init, workdir)
     if not run.image_tokenizer:
-        codec = vq.PRESETS["digits"]  # launch/train.py trains it
+        codec = vq.PRESETS["digits"]  # mmada train trains it
     elif published and not folder.exists():
         codec = vq.PRESETS["magvitv2"]
     else:
@@ -252,7 +252,7 @@ def open_start(path: pathlib.Path, weights: bool = True) -> Source:
     if not ours:
         raise FileNotFoundError(
             f"config.init: {path} is no workdir of a model and no checkpoint of one; a Hugging Face folder "
-            "becomes one by launch/convert.py from-torch"
+            "becomes one by mmada convert from-torch"
         )
     return source
 

@@ -71,7 +71,7 @@ def find_damage(folder: str | pathlib.Path, part: str = "") -> list[str]:
     except FileNotFoundError:
         wrong = [
             f"{MANIFEST} is missing, without which nothing can be verified (if you know that the files are "
-            f"as they should be: python launch/convert.py trust --src {_home(folder)})"
+            f"as they should be: mmada convert trust --src {_home(folder)})"
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = [f"{MANIFEST} can't be read: {error!r}"]

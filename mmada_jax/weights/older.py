@@ -32,7 +32,7 @@ def describe(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]
         }
     raise ValueError(
         f"{workdir} has no {MODEL}, which says what model it holds: it was made by an older version. "
-        f"python launch/convert.py trust --src {workdir} writes it, and so does resuming the run"
+        f"mmada convert trust --src {workdir} writes it, and so does resuming the run"
     )
 
 

@@ -116,7 +116,7 @@ def check_files(folder: str | pathlib.Path) -> None:
     """Raises FileNotFoundError or ValueError, naming it, if a small file of a workdir or a checkpoint is
     missing or has changed. A folder of an older version has no hashes, and is taken as it is."""
     folder = pathlib.Path(folder)
-    told = f"put it back (if you changed it yourself: python launch/convert.py trust --src {folder})"
+    told = f"put it back (if you changed it yourself: mmada convert trust --src {folder})"
     if not (folder / FILES).is_file() and _is_recent(folder):
         raise FileNotFoundError(f"{folder} has no {FILES}; {told}")
     for name, hashes in _hashes(folder).items():
@@ -160,8 +160,7 @@ def _hashes(folder: pathlib.Path) -> dict[str, list[str]]:
             raise ValueError(f"{path} is damaged: it holds other values than lists of hashes")
     except ValueError as error:
         raise ValueError(
-            f"{error}; put back what was there, or write it anew: python launch/convert.py trust "
-            f"--src {folder}"
+            f"{error}; put back what was there, or write it anew: mmada convert trust --src {folder}"
         ) from error
     return hashes
 

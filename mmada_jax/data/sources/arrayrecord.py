@@ -1,4 +1,4 @@
-"""Our own records: shards of ArrayRecord that launch/prepare.py wrote."""
+"""Our own records: shards of ArrayRecord that mmada prepare wrote."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class ArrayRecords(Records):
             folder = paths[0]
             info = read_json(
                 os.path.join(folder, "dataset.json"),
-                "launch/prepare.py writes it at its end; name shards that lack one by a glob",
+                "mmada prepare writes it at its end; name shards that lack one by a glob",
             )
             counts = info.get("shards")
             if (
@@ -31,7 +31,7 @@ class ArrayRecords(Records):
             ):
                 raise ValueError(f"{folder}/dataset.json doesn't add up; prepare the records again")
             paths = [below(folder, name) for name in counts]
-            remedy = "delete it and run launch/prepare.py again"
+            remedy = "delete it and run mmada prepare again"
         for path in paths:
             if os.path.isdir(path):
                 raise ValueError(f"{path} is a folder among several paths; make it a source of its own")
