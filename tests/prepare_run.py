@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from conftest import ROOT
 from PIL import Image
@@ -55,8 +54,7 @@ def texts(n):
     return [Record(f"k{i}", texts=(f"text {i}",)) for i in range(n)]
 
 
-@pytest.fixture
-def prepare(monkeypatch, capfd, tmp_path):
+def preparer(monkeypatch, capfd, tmp_path):
     """Runs the program, on `source` if one is given; (what it printed, the error it ended with)."""
 
     def call(*args, source=None, out=tmp_path / "out"):
@@ -116,8 +114,7 @@ def publish(folder, config):
     return folder
 
 
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory):
+def published(tmp_path_factory):
     return publish(tmp_path_factory.mktemp("tokenizer") / "rgb", VQ)
 
 

@@ -17,7 +17,9 @@ from prepare_run import (
     everything,
     keys,
     picture,
+    preparer,
     publish,
+    published,
     run,
     texts,
 )
@@ -31,7 +33,8 @@ from mmada_jax.serve.api import MMaDA
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.inspect import inspect
 
-pytest_plugins = ("prepare_run",)
+prepare = pytest.fixture(preparer)
+tokenizer = pytest.fixture(scope="module")(published)
 
 # ---- What is written -------------------------------------------------------------------------------
 

@@ -6,19 +6,13 @@ import os
 
 import numpy as np
 import pytest
-from prepare_run import (
-    Source,
-    dataset,
-    everything,
-    keys,
-    run,
-    texts,
-)
+from prepare_run import Source, dataset, everything, keys, preparer, published, run, texts
 
 from mmada_jax.data.records import LeftOut
 from mmada_jax.weights.inspect import inspect
 
-pytest_plugins = ("prepare_run",)
+prepare = pytest.fixture(preparer)
+tokenizer = pytest.fixture(scope="module")(published)
 
 # ---- Going on --------------------------------------------------------------------------------------
 
