@@ -20,10 +20,10 @@ FLOORS = {
     "diffusion": "schedule loss corrupt denoise decode",
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
     "folder inspect convert",
-    "model": "results inputs vision",
+    "model": "results inputs vision prepare",
     "serve": "api",
     "measure": "evaluate report",
-    "train": "optim board metrics runs sweep prepare supervised rl.rewards.quantities rl.rewards.answers "
+    "train": "optim board metrics runs sweep supervised rl.rewards.quantities rl.rewards.answers "
     "rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo rl.rollout rl.loop "
     "rl.diagnose aot",
     "programs": "process configured train rl sweep sample prepare convert aot command",

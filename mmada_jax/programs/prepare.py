@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     options = vars(parser().parse_args(argv))
     quiet()
     from mmada_jax.data import sources
-    from mmada_jax.train.prepare import prepare
+    from mmada_jax.model.prepare import prepare
 
     of_source = {name: options.pop(name) for name in ("format", "path", "split", *FIELDS)}
     out = options.pop("out")
