@@ -13,7 +13,7 @@ from mmada_jax import config
 from mmada_jax.devices import chips
 from mmada_jax.tokens import vocab
 from mmada_jax.train import aot, runs
-from mmada_jax.train.rl.loop import RLRun
+from mmada_jax.train.rl.run import RLRun
 
 ROOT = pathlib.Path(__file__).parent.parent
 # An 8B step in small: the same program, heads as wide, in seconds instead of minutes.

@@ -17,7 +17,7 @@ from mmada_jax import config
 from mmada_jax.diffusion.denoise import ImageRule, TextRule
 from mmada_jax.ranges import FieldsOf, OnlyWith, Range, Ranged, hints, without_effect
 from mmada_jax.train import runs
-from mmada_jax.train.rl.loop import RLRun
+from mmada_jax.train.rl.run import RLRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +168,8 @@ NEEDED = {
     "train.runs.Run": {"program": "model", "steps": 1, "batch_size": 1},
     "train.runs.VQRun": {"program": "vq", "steps": 1, "batch_size": 1},
     "train.runs.ModelRun": {"program": "model", "steps": 1, "batch_size": 1},
-    "train.rl.prompts.Config": {"path": "x"},
-    "train.rl.rollout.Task": {
+    "train.rl.prompts.PromptsConfig": {"path": "x"},
+    "train.rl.run.Task": {
         "layout": "t2i",
         "data": {"path": "x"},
         "rewards": {"digit": 1.0},
@@ -177,8 +177,8 @@ NEEDED = {
     },
     "nets.clip.Tower": {"d_model": 8, "n_layers": 1, "n_heads": 2, "d_mlp": 8},
 }
-NEEDED["train.rl.loop.RLRun"] = {
-    "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["train.rl.rollout.Task"]},
+NEEDED["train.rl.run.RLRun"] = {
+    "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["train.rl.run.Task"]},
 }  # fmt: skip
 NEEDED["nets.clip.Config"] = {
     "vision": NEEDED["nets.clip.Tower"], "text": NEEDED["nets.clip.Tower"], "d_features": 8,
@@ -282,9 +282,9 @@ def test_ranges_say_what_they_take():
 
 
 def test_what_fields_mean_together_is_named_with_its_path():
-    task = NEEDED["train.rl.rollout.Task"] | {"update_groups": 3}
+    task = NEEDED["train.rl.run.Task"] | {"update_groups": 3}
     with pytest.raises(ValueError, match=r"^tasks\.drawing: groups is 2 and update_groups 3"):
-        config.from_dict(RLRun, NEEDED["train.rl.loop.RLRun"] | {"tasks": {"drawing": task}})
+        config.from_dict(RLRun, NEEDED["train.rl.run.RLRun"] | {"tasks": {"drawing": task}})
 
 
 def test_options_without_effect_are_named():
@@ -296,7 +296,7 @@ def test_options_without_effect_are_named():
     ]
     values |= {"eval_every": 1, "optim": {"spike_window": 9, "spike": 2.0}}
     assert not list(without_effect(config.from_dict(runs.ModelRun, values)))
-    deep = config.from_dict(RLRun, NEEDED["train.rl.loop.RLRun"] | {"objective": {"trace_next": 9}})
+    deep = config.from_dict(RLRun, NEEDED["train.rl.run.RLRun"] | {"objective": {"trace_next": 9}})
     assert list(without_effect(deep)) == [
         "objective.trace_next is 9, which has no effect: objective.masking is 'unigrpo', not 'trace'"
     ]
@@ -373,7 +373,7 @@ def example(kind, limits=None):
     [
         (runs.ModelRun, SHORT),
         (runs.VQRun, {"program": "vq", "steps": 1, "batch_size": 1}),
-        (RLRun, NEEDED["train.rl.loop.RLRun"]),
+        (RLRun, NEEDED["train.rl.run.RLRun"]),
     ],
 )
 def test_every_field_can_be_typed(cls, base):

@@ -24,7 +24,7 @@ def folder(tmp_path):
 def opened(folder, *rows, encoding="utf-8"):
     text = "\n".join(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "rows.jsonl").write_text(text, encoding=encoding)
-    return prompts_lib.open_prompts(prompts_lib.Config("rows.jsonl"), folder)
+    return prompts_lib.open_prompts(prompts_lib.PromptsConfig("rows.jsonl"), folder)
 
 
 def ask(prompt="What?", **fields):
@@ -76,4 +76,25 @@ def test_rows_that_are_refused_by_one_line_that_names_theirs(folder, row, messag
 
 def test_a_pipe_of_prompts_does_not_block(folder):
     with pytest.raises(ValueError, match="is a pipe; name a file"):
-        prompts_lib.open_prompts(prompts_lib.Config("pipe.png"), folder)
+        prompts_lib.open_prompts(prompts_lib.PromptsConfig("pipe.png"), folder)
+
+
+def test_a_line_of_prompts_ends_where_json_says_so(tmp_path):
+    rows = [{"prompt": "a\u2028b\x0c", "answer": "\u0085c"}, {"prompt": "d", "answer": "e"}]
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode())
+    found = prompts_lib.open_prompts(prompts_lib.PromptsConfig("rows.jsonl"), tmp_path)
+    assert [(p.text, p.answer) for p in found] == [(r["prompt"], r["answer"]) for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"path": "t2i_one", "format": "digits", "split": "prompts"}, "unknown split 'prompts'"),
+        ({"path": "text_cot", "format": "digits", "split": "luck"}, "unknown split 'luck'"),
+        ({"path": "chain_sum", "format": "reasoning_gym", "count": 0}, "count is 0"),
+    ],
+)
+def test_prompts_that_are_not_there(values, message):
+    with pytest.raises(ValueError, match=message):
+        prompts_lib.open_prompts(prompts_lib.PromptsConfig(**values))

@@ -10,12 +10,12 @@ import pytest
 
 from mmada_jax.diffusion import loss
 from mmada_jax.train.rl import unigrpo
-from mmada_jax.train.rl.unigrpo import MASKINGS, Config, Rollout, hide
+from mmada_jax.train.rl.unigrpo import MASKINGS, Rollout, UniGRPOConfig, hide
 
 R, L, START, MASK = 64, 24, 10, 99
 SIZES = 1 + np.arange(R) % (L - START)  # tokens up to the end of text
 RNG = np.random.default_rng(0)
-CONFIG = Config(mu=4)
+CONFIG = UniGRPOConfig(mu=4)
 
 
 def rollout():

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     from mmada_jax.config import from_dict
     from mmada_jax.devices import chips
     from mmada_jax.train import aot
-    from mmada_jax.train.rl.loop import RLRun
+    from mmada_jax.train.rl.run import RLRun
     from mmada_jax.train.runs import ModelRun
     from mmada_jax.train.runs import parse as parse_run
 

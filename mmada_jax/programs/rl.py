@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
 
     from mmada_jax.config import from_dict
     from mmada_jax.train.rl.diagnose import diagnose
-    from mmada_jax.train.rl.loop import RLRun, train
+    from mmada_jax.train.rl.loop import train
+    from mmada_jax.train.rl.run import RLRun
     from mmada_jax.train.rl.unigrpo import MASKINGS
 
     program = "mmada rl --diagnose" if args.diagnose else "mmada rl"

@@ -27,9 +27,11 @@ from mmada_jax.serve import api
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA
 from mmada_jax.train import optim, supervised
-from mmada_jax.train.rl import loop as rl_train
-from mmada_jax.train.rl.loop import RLRun
-from mmada_jax.train.rl.rollout import Task, make_generate, span
+from mmada_jax.train.rl.resume import frozen_reference, state_shapes
+from mmada_jax.train.rl.rollout import make_generate, response_span
+from mmada_jax.train.rl.run import RLRun, Task
+from mmada_jax.train.rl.start import check_rollout_rows
+from mmada_jax.train.rl.update import Chosen, UpdateBatch, make_objective, make_score
 from mmada_jax.train.runs import ModelRun, Plan, foresee, relative
 from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 from mmada_jax.weights.state import state_shardings
@@ -101,11 +103,11 @@ def lower_rl(
 ) -> jax.stages.Lowered:
     """One of the three functions of reinforcement learning for a task, not yet compiled."""
     model = dataclasses.replace(model, mesh=mesh)
-    at = span(task, model.vocab, model.n_image, model.max_text)
+    at = response_span(task, model.vocab, model.n_image, model.max_text)
     optimizer = optim.make(run.optim, run.iterations * run.objective.mu)
-    rl_train.check_rows(run, mesh)
+    check_rollout_rows(run, mesh)
     with jax.set_mesh(mesh):
-        shapes, shardings = rl_train.shapes_of(model, optimizer, mesh)
+        shapes, shardings = state_shapes(model, optimizer, mesh)
         R, S = (n * run.objective.responses for n in (task.groups, task.kept))
         rows = [jax.ShapeDtypeStruct((R, at.row), kind) for kind in (np.int32, bool)]
         generate = make_generate(mesh, model.config, model.vocab, at, shardings.params)
@@ -114,16 +116,16 @@ def lower_rl(
         if step == "rollout":
             return generate.lower(*given)
         rollout = jax.eval_shape(generate, *given)
-        reference = jax.eval_shape(functools.partial(rl_train.frozen, run=run), shapes.params)
-        score = rl_train.make_score(run, model, at, mesh, shardings.params)
+        reference = jax.eval_shape(functools.partial(frozen_reference, run=run), shapes.params)
+        score = make_score(run, model, at, mesh, shardings.params)
         scored = shapes.params, reference, rollout, _key(), 0
         if step == "score":
             return score.lower(*scored)
-        objective = rl_train.make_objective(run, model, at)
+        objective = make_objective(run, model, at)
         update = supervised.make_step(objective, optimizer, mesh, shardings, run.accumulate)
         kinds = (np.int32, np.float32, np.float32, bool)
         *chosen, fresh_S = (jax.ShapeDtypeStruct((S,), kind) for kind in kinds)
-        batch = rl_train.Batch(jax.eval_shape(score, *scored), *rows, rl_train.Chosen(*chosen), fresh_S)
+        batch = UpdateBatch(jax.eval_shape(score, *scored), *rows, Chosen(*chosen), fresh_S)
         return update.lower(shapes, _key(), batch)
 
 
@@ -181,7 +183,8 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.P
     if isinstance(run, RLRun):
         model = rl_model(run, workdir)
         spans = {
-            n: span(t, model.vocab, model.n_image, model.max_text) for n, t in sorted(run.tasks.items())
+            n: response_span(t, model.vocab, model.n_image, model.max_text)
+            for n, t in sorted(run.tasks.items())
         }
         task = task or max(spans, key=lambda name: spans[name].row)
         if task not in spans:

@@ -1,4 +1,4 @@
-"""How well the gradients under the maskings of UniGRPO agree: a measurement, nothing is trained."""
+"""How well gradients under the maskings of UniGRPO agree: a measurement. Nothing is trained or written."""
 
 import contextlib
 import dataclasses
@@ -13,36 +13,31 @@ import numpy as np
 import optax
 
 from mmada_jax.devices import sharding
+from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import optim
 from mmada_jax.train.rl import unigrpo
-from mmada_jax.train.rl.loop import (
-    Batch,
-    check,
-    check_model,
-    choose,
-    inputs,
-    judge,
-    load,
-    make_objective,
-    make_program,
-    make_score,
-    shapes_of,
-)
-from mmada_jax.train.rl.rollout import read
+from mmada_jax.train.rl.resume import state_shapes
+from mmada_jax.train.rl.rollout import read_responses
+from mmada_jax.train.rl.run import RLRun
+from mmada_jax.train.rl.start import check_tasks, load_policy, open_run
+from mmada_jax.train.rl.tasks import OpenTask, judge, open_task, rollout_inputs
+from mmada_jax.train.rl.unigrpo import Rollout
+from mmada_jax.train.rl.update import Chosen, UpdateBatch, choose, make_objective, make_score
 
 
 def diagnose(
     config: Mapping[str, Any], workdir: str | pathlib.Path, maskings: Sequence[str], batches: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Task -> masking -> how its gradient behaves at the model in `config.init`, which stays as it is.
+    """Task -> masking -> measures of its gradient at the model in `config.init`, which isn't changed.
 
     between_batches   mean cosine between the gradients of two rollouts
-    with_every        cosine of their mean with that over every reveal of every rollout ("every")
+    with_every        cosine between the mean gradient and the mean gradient under "every", which takes
+                      every reveal of every rollout
     norm              mean norm of the gradient of a rollout
 
-    A gradient is the mean over the masks of `mu` inner updates, none of which is made. Holds one for each
-    of `batches` rollouts and maskings. Raises ValueError for unknown maskings, less than two batches, and
-    in more than one process.
+    The gradient of a rollout is the mean over the masks of `mu` inner updates, at the same params. Memory
+    holds one gradient for each of `batches` rollouts and each masking. Raises ValueError for unknown
+    maskings, less than two batches, and in more than one process.
     """
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes; gradients are compared in one, start one alone")
@@ -52,77 +47,92 @@ def diagnose(
             f"maskings {', '.join(sorted(unknown)) or 'are known'}, batches {batches}; known are "
             f"{', '.join(unigrpo.MASKINGS)}, and two batches are needed"
         )
-    run, mesh, prompts, rewards = check(config, workdir)
+    run, mesh, prompts, rewards = open_run(config, workdir)
     for masking in maskings:  # raises for a mu that doesn't fit
         dataclasses.replace(run.objective, masking=masking)
-    model = load(run, pathlib.Path(workdir), mesh)
-    check_model(run, model, prompts, rewards)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    model, params = load_policy(run, pathlib.Path(workdir), mesh)
+    check_tasks(run, model, prompts, rewards)
+    found = {}
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):
         for combined in rewards.values():
             stack.enter_context(combined)
         optimizer = optim.make(run.optim, 1)
-        _, shardings = shapes_of(model, optimizer, mesh)
+        _, shardings = state_shapes(model, optimizer, mesh)
         for name in sorted(run.tasks):
-            program = make_program(
-                run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings
-            )
-            rolled = []
-            turns = (i for i in itertools.count() if run.turn(i)[0] == name)
-            for iteration in itertools.islice(turns, batches):
-                asked, given = inputs(run, model, program, iteration)
-                rollout = program.generate(model.params, *given)
-                responses = read(model, program.task, program.at, np.asarray(rollout.tokens_RL))
-                total_R, _ = judge(program, asked, responses)
-                rolled.append((rollout, choose(run, program.task, total_R)[0]))
-            if not any(chosen.advantage_S.any() for _, chosen in rolled):
-                raise ValueError(
-                    f"task {name}: no group of {batches} rollouts has rewards that differ, so all "
-                    "gradients are 0; take more batches, or a model that is neither perfect nor hopeless"
-                )
+            opened = open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
+            rolled = _roll(run, name, model, params, opened, batches)
             gradients = {
-                masking: gradients_of(run, model, program, masking, rolled, mesh, shardings.params)
+                masking: _gradients(run, model, params, opened, masking, rolled, shardings.params)
                 for masking in ("every", *maskings)
             }
-            mean = {masking: _mean(of_batches) for masking, of_batches in gradients.items()}
+            every = _mean(gradients["every"])
             found[name] = {
                 masking: {
-                    "between_batches": np.mean(
-                        [_cosine(of_batches[i], of_batches[j]) for i in range(batches) for j in range(i)]
-                    ),
-                    "with_every": _cosine(mean[masking], mean["every"]),
-                    "norm": np.mean([float(optax.tree.norm(g)) for g in of_batches]),
+                    "between_batches": np.mean([_cosine(a, b) for a, b in itertools.combinations(g, 2)]),
+                    "with_every": _cosine(_mean(g), every),
+                    "norm": np.mean([float(optax.tree.norm(of_rollout)) for of_rollout in g]),
                 }
-                for masking, of_batches in gradients.items()
+                for masking, g in gradients.items()
             }
     return found
 
 
-def gradients_of(run, model, program, masking, rolled, mesh, shardings) -> list[Any]:
+def _roll(
+    run: RLRun, name: str, model: MMaDA, params: Any, opened: OpenTask, batches: int
+) -> list[tuple[Rollout, Chosen]]:
+    """The first rollouts of a task and the rows that updates would take. Raises ValueError if no rewards
+    differ."""
+    rolled = []
+    turns = (i for i in itertools.count() if run.turn(i)[0] == name)
+    for iteration in itertools.islice(turns, batches):
+        asked, given = rollout_inputs(run, model, opened, iteration)
+        rollout = opened.generate(params, *given)
+        responses = read_responses(model, opened.task, opened.at, np.asarray(rollout.tokens_RL))
+        total_R, _ = judge(opened, asked, responses)
+        rolled.append((rollout, choose(run, opened.task, total_R)[0]))
+    if not any(chosen.advantage_S.any() for _, chosen in rolled):
+        raise ValueError(
+            f"task {name}: no group of {batches} rollouts has rewards that differ, so all "
+            "gradients are 0; take more batches, or a model that is neither perfect nor hopeless"
+        )
+    return rolled
+
+
+def _gradients(
+    run: RLRun,
+    model: MMaDA,
+    params: Any,
+    opened: OpenTask,
+    masking: str,
+    rolled: Sequence[tuple[Rollout, Chosen]],
+    shardings: Any,
+) -> list[Any]:
     """The gradient of each rollout under a masking, the mean over its inner updates."""
-    mu = program.at.length if masking == "every" else run.objective.mu
+    # "every" has one inner update for each token of the longest response that there can be.
+    mu = opened.at.length if masking == "every" else run.objective.mu
     settings = dataclasses.replace(run.objective, masking=masking, mu=mu, beta=0.0, kl="old")
     run = dataclasses.replace(run, objective=settings)
-    score = make_score(run, model, program.at, mesh, shardings)
-    objective = make_objective(run, model, program.at)
+    score = make_score(run, model, opened.at, model.mesh, shardings)
+    objective = make_objective(run, model, opened.at)
 
     def add(sums, params, batch):
         grads = jax.grad(lambda params: objective.loss(params, objective.prepare(None, batch))[0])(params)
         return jax.tree.map(lambda a, b: a + b / mu, sums, grads)
 
-    rows = sharding.batch_sharding(mesh)
+    rows = sharding.batch_sharding(model.mesh)
     add = jax.jit(add, in_shardings=(shardings, shardings, rows), out_shardings=shardings)
 
     out = []
     for i, (rollout, chosen) in enumerate(rolled):
-        sums = jax.tree.map(jnp.zeros_like, model.params)
+        sums = jax.tree.map(jnp.zeros_like, params)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 3), i)
         fresh_S = np.ones(len(chosen.which_S), bool)
+        # Beyond the longest response every weight of "every" is 0.
         longest = int(jnp.max(jnp.sum(rollout.response_RL, axis=1))) if masking == "every" else mu
         for n in range(longest):
-            scored = score(model.params, None, rollout, key, n)
-            batch = Batch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
-            sums = add(sums, model.params, batch)
+            scored = score(params, None, rollout, key, n)
+            batch = UpdateBatch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
+            sums = add(sums, params, batch)
         out.append(sums)
     return out
 

@@ -28,7 +28,7 @@ DIGITS = ("text_cot", "vqa_sum", "t2i_one")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class PromptsConfig(Ranged):
     """Where prompts come from: `path` is a file, the name of a task, or what is asked about the digits of
     `split` (train, validation or test; of text_cot also prompts, sums that nothing explains)."""
 
@@ -49,7 +49,7 @@ class Prompt(NamedTuple):
     image: np.ndarray | Image.Image | pathlib.Path | None = None
 
 
-def open_prompts(config: Config, root: str | pathlib.Path = "") -> Sequence[Prompt]:
+def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequence[Prompt]:
     """All prompts of a source; a relative path is below `root`.
 
     Raises FileNotFoundError or ValueError naming the row that lacks a prompt or an answer.
@@ -104,7 +104,7 @@ def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
     return Prompt(text, row["answer"], image)
 
 
-def _of_digits(config: Config) -> list[Prompt]:
+def _of_digits(config: PromptsConfig) -> list[Prompt]:
     if config.path == "text_cot":
         chains = digits.chains(config.split)
         return [Prompt(digits.addition(*chain), str(sum(chain))) for chain in chains]

@@ -20,7 +20,7 @@ UNIFORM = 0.1  # share of `exact`'s cuts that are uniform: no importance weight 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class UniGRPOConfig(Ranged):
     """How rollouts become updates.
 
     `mu` inner updates follow each rollout, of `responses` (G) to each prompt, with ratios clipped to
@@ -86,7 +86,7 @@ def spaced(key: jax.Array, rows: int, n: jax.Array | int, mu: int) -> jax.Array:
 
 
 def hide(
-    key: jax.Array, rollout: Rollout, n: jax.Array | int, mask: int, masking: str, config: Config
+    key: jax.Array, rollout: Rollout, n: jax.Array | int, mask: int, masking: str, config: UniGRPOConfig
 ) -> Masked:
     """The rows of inner update n of `config.mu`, the same for all who score them.
 

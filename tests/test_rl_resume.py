@@ -1,0 +1,201 @@
+"""Runs that are stopped, killed or damaged go on to the bit, and their workdirs stand by themselves."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.train.rl import loop
+from mmada_jax.train.rl.loop import train
+from mmada_jax.weights import lazy
+from mmada_jax.weights.checkpoint import Checkpoints
+from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.inspect import inspect
+from mmada_jax.weights.workdir import claim_workdir, newest_step, read_config
+from tests.rl_toys import change, history, one_device, params, rl_config, toy_rewards  # noqa: F401
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("ahead", "kl", "dtype"),
+    [(0, "old", "float32"), (0, "reference", "bfloat16"), (1, "reference", "float32")],
+)
+def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
+    objective = config["objective"] | {"kl": kl, "beta": 0.1}
+    config = config | {
+        "iterations": 4, "ahead": ahead, "objective": objective, "reference_dtype": dtype,
+        "init": str(shutil.copytree(config["init"], tmp_path / "init")),
+    }  # fmt: skip
+    train(config, tmp_path / "whole")
+    steps, watch = [], loop.watch_signals
+    # SIGTERM arrives during the second iteration; then the run goes on.
+    with pytest.MonkeyPatch.context() as patch:
+
+        @contextlib.contextmanager
+        def after_two(mesh):
+            with watch(mesh):
+                yield lambda: steps.append(1) or signal.SIGTERM * (len(steps) == 1)
+
+        patch.setattr(loop, "watch_signals", after_two)
+        state = train(config, tmp_path / "broken")
+        assert int(state.step) == 2  # one iteration of mu 2
+    # The model that it began with has gone away, and a workdir needs nothing of it.
+    (tmp_path / "init").rename(tmp_path / "moved")
+    train(config, tmp_path / "broken")
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
+    for metric in ("text/reward", "draw/reward", "text/kl", "draw/entropy"):
+        assert history(tmp_path / "whole", metric) == history(tmp_path / "broken", metric)
+
+
+def test_a_run_stands_by_itself(config, tmp_path, image_tokenizer):
+    init = shutil.copytree(config["init"], tmp_path / "init")
+    config = config | {"init": str(init), "iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, tmp_path / "run")
+    old = shutil.copytree(tmp_path / "run", tmp_path / "old")
+    init.rename(tmp_path / "moved")
+    model, source = MMaDA.load(tmp_path / "run"), open_folder(image_tokenizer)
+    jax.tree.map(np.testing.assert_array_equal, model.vision.params, lazy.in_memory(source.params))
+    assert inspect(tmp_path / "run")["image_tokenizer"] == str(tmp_path / "run/image_tokenizer")
+    with pytest.raises(ValueError, match="image_tokenizer is '' there and 'x' now"):
+        train(config | {"image_tokenizer": "x"}, tmp_path / "run")
+
+    # A workdir of an older version needs the image tokenizer of `init`, and nothing else.
+    shutil.rmtree(old / "image_tokenizer")
+    values = read_config(old)
+    del values["computed"]
+    claim_workdir(old, values)
+    with pytest.raises(FileNotFoundError, match=f"image tokenizer of the model in {old} .* name"):
+        MMaDA.load(old)
+    MMaDA.load(old, image_tokenizer=image_tokenizer)
+    (tmp_path / "moved").rename(init)
+    (init / "checkpoints").rename(tmp_path / "params_of_init")
+    MMaDA.load(old)
+
+
+def test_a_broken_policy_is_not_resumed_for_ever(config, tmp_path):
+    config = config | {
+        "tasks": {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}},
+        "save_every": 1,
+    }
+    config["optim"] = config["optim"] | {"lr": 1e36, "max_skipped": 2}
+    with pytest.raises(FloatingPointError, match="in a row were skipped"):
+        train(config | {"iterations": 9}, tmp_path / "run")
+    config["optim"] |= {"lr": 1e-3}
+    assert int(train(config | {"iterations": 2}, tmp_path / "run").step) == 4
+
+
+def test_a_disk_that_is_full_costs_the_saves_alone(config, tmp_path, monkeypatch, capsys):
+    config = config | {"iterations": 3, "save_every": 1, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, tmp_path / "whole")
+    save, full = Checkpoints.save, [2, 4]  # steps, two of an iteration
+
+    def save_little(self, state):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with contextlib.ExitStack() as stack:
+            if int(state.step) in full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+                stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+            save(self, state)
+            self.latest()
+
+    monkeypatch.setattr(Checkpoints, "save", save_little)
+    train(config, tmp_path / "broken")
+    assert capsys.readouterr().err.count("could not be saved") == 2
+    assert newest_step(tmp_path / "broken").name == "6"
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
+    full.append(6)
+    with pytest.raises(OSError, match="the checkpoint of step 6 could not be saved"):
+        train(config, tmp_path / "last")
+    full.clear()
+    assert int(train(config, tmp_path / "last").step) == 6
+
+
+def test_the_next_rollout_survives_a_damaged_checkpoint_of_another_task(config, tmp_path):
+    config = config | {"iterations": 2, "ahead": 1, "save_every": 1}
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "broken")
+    newest = newest_step(tmp_path / "broken")
+    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1] + b"!")
+    train(config, tmp_path / "broken")
+    assert newest.with_name(f"{newest.name}.damaged").is_dir()
+    jax.tree.map(np.testing.assert_array_equal, params(tmp_path / "whole"), params(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("changed", ["seed", "prompts"])
+def test_the_next_rollout_is_judged_by_its_own_prompts(config, tmp_path, changed):
+    config = config | {"iterations": 1, "ahead": 1, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, tmp_path)
+    other = {"path": "vqa_sum", "format": "digits"}
+    new, name = {
+        "seed": (config | {"seed": 5}, "seed is 0 there and 5 now"),
+        "prompts": (change(config, data=other), "tasks.text.data"),
+    }[changed]
+    with pytest.raises(ValueError, match=name):
+        train(new | {"iterations": 2}, tmp_path)
+
+
+def test_a_trained_run_is_where_another_stage_can_start(config, tmp_path):
+    from mmada_jax.train.runs import open_start
+
+    tasks = {"text": config["tasks"]["text"]}
+    train(config | {"iterations": 1, "samples_every": 0, "tasks": tasks}, tmp_path / "run")
+    begin = open_start(tmp_path / "run")
+    model = MMaDA.load(tmp_path / "run")
+    assert dataclasses.replace(begin.config, dtype=model.config.dtype) == model.config
+    assert begin.tokenizer().to_json() == model.tokenizer.to_json()
+
+
+def test_a_workdir_holds_one_run(config, tmp_path):
+    workdir = tmp_path / "run"
+    config = config | {"iterations": 1, "samples_every": 0, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, workdir)
+    with pytest.raises(ValueError, match=r"objective\.mu is 2 there and 3 now"):
+        train(config | {"objective": config["objective"] | {"mu": 3}}, workdir)
+    with pytest.raises(ValueError, match="ahead is 0 there and 1 now"):
+        train(config | {"ahead": 1}, workdir)
+    with pytest.raises(ValueError, match=r"objective\.kl is 'old' there and 'reference' now"):
+        train(config | {"objective": config["objective"] | {"kl": "reference"}}, workdir)
+    train(config | {"seed": 5}, workdir)  # from here on
+
+
+def test_launch_goes_on_after_a_kill_and_ctrl_c(model_workdir, tmp_path):
+    def launch(workdir, number=None, step=0):
+        """Runs until a step is shown, where the process gets a signal; what it printed."""
+        command = [
+            sys.executable, ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
+            "--workdir", workdir, f"--config.init={model_workdir}", "--config.iterations=12",
+            "--config.save_every=1",
+        ]  # fmt: skip
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        ) as process:  # fmt: skip
+            out = []
+            for line in process.stdout:
+                out.append(line)
+                if number and line.startswith(f"step {step}/"):
+                    os.killpg(process.pid, number)  # as a terminal does, to all processes of a program
+            assert process.wait() == (-number if number == signal.SIGKILL else 0), "".join(out)
+        return out
+
+    launch(tmp_path / "whole")
+    launch(tmp_path / "run", signal.SIGKILL, 3)
+    assert "stopped by SIGINT after iteration" in launch(tmp_path / "run", signal.SIGINT, 6)[-1]
+    stopped = int(newest_step(tmp_path / "run").name) // 2
+    assert 6 <= stopped < 12
+    assert f"resuming at iteration {stopped}\n" in "".join(launch(tmp_path / "run"))
+    one, other = (inspect(tmp_path / name)["state_sha256"] for name in ("whole", "run"))
+    assert one == other

@@ -1,0 +1,111 @@
+"""Updates: the first one is the policy gradient, what isn't scored has none, and gradients measured."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmada_jax.diffusion import loss
+from mmada_jax.nets import transformer
+from mmada_jax.train.rl import update
+from mmada_jax.train.rl.diagnose import diagnose
+from tests.rl_toys import one_device, rl_config, rolled_out, toy_rewards  # noqa: F401
+
+
+def batch_of(run, opened, rollout, scored, advantage, fresh):
+    R = len(rollout.tokens_RL)
+    chosen = update.Chosen(np.arange(R), np.asarray(advantage, np.float32), np.full(R, 1 / R, np.float32))
+    return update.UpdateBatch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, np.full(R, fresh))
+
+
+@pytest.mark.parametrize(("name", "masking"), [("text", "unigrpo"), ("text", "exact"), ("draw", "full")])
+def test_the_first_inner_update_is_the_policy_gradient(config, name, masking):
+    run, model, params, opened, rollout = rolled_out(config, name, masking, beta=0.1, kl="reference")
+    advantage = np.random.default_rng(0).normal(size=len(rollout.tokens_RL)).astype(np.float32)
+    with jax.set_mesh(model.mesh):
+        scored = opened.score(params, params, rollout, jax.random.key(5), 0)
+        values, gradients = {}, {}
+        for fresh in (True, False):
+            batch = batch_of(run, opened, rollout, scored, advantage, fresh)
+
+            @jax.jit
+            def of(params, batch):
+                return opened.objective.loss(params, opened.objective.prepare(None, batch))
+
+            (_, values[fresh]), gradients[fresh] = jax.value_and_grad(of, has_aux=True)(params, batch)
+
+        @jax.jit
+        def policy(params):
+            h = transformer.hidden_states(params, model.config, scored.seen_RL, rollout.valid_RL)
+            head, targets = update.response_head(params, rollout.tokens_RL, opened.at, model.vocab)
+            weight = jnp.asarray(advantage)[:, None] * jnp.where(scored.scored_RL, 1.0, 0.0)
+            count = jnp.maximum(1, scored.scored_RL.sum(axis=1, keepdims=True)).astype(jnp.float32)
+            return loss.weighted_nll(
+                h, head, targets, weight / count * scored.weight_R[:, None] / len(advantage)
+            )[0]
+
+        want = jax.grad(policy)(params)
+    assert float(values[True]["ratio_error"]) == 0
+    assert float(values[True]["clip_fraction"]) == 0
+    assert float(values[False]["ratio_error"]) < 1e-4  # by the scores of another opened
+    assert float(values[False]["kl"]) < 1e-8
+    for fresh in (True, False):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients[fresh], want
+        )
+
+
+def test_padding_and_what_follows_the_end_have_no_gradient(config):
+    config["tasks"]["text"] |= {"groups": 2, "update_groups": 2}
+    run, model, params, opened, rollout = rolled_out(config, "text")
+    with jax.set_mesh(model.mesh):
+        scored = opened.score(params, None, rollout, jax.random.key(5), 0)
+        advantage = np.ones(len(rollout.tokens_RL))
+        batch = batch_of(run, opened, rollout, scored, advantage, True)
+        rows, _, _ = opened.objective.prepare(None, batch)
+        table = params["embed_VD"]
+
+        def of(x_RLD):
+            # Rows of embeddings of their own: position i of all rows looks up id i of another table.
+            R, L, D = x_RLD.shape
+            unused_D = jnp.zeros((len(table) - R * L, D))
+            moved_params = params | {"embed_VD": jnp.concatenate([x_RLD.reshape(R * L, D), unused_D])}
+            ids = jnp.arange(R * L, dtype=jnp.int32).reshape(R, L)
+            moved = rows[0]._replace(seen_RL=ids), *rows[1:]
+            return opened.objective.loss(moved_params, (moved, batch.chosen, batch.fresh_S))[0]
+
+        grad = np.asarray(jax.jit(jax.grad(of))(table[scored.seen_RL]))
+        assert np.abs(grad[np.asarray(rollout.valid_RL)]).sum() > 0
+        assert not grad[~np.asarray(rollout.valid_RL)].any()
+
+        # A token after the end counts for nothing: another one there changes no gradient.
+        @jax.jit
+        def gradients(targets_RL):
+            prepared = ((rows[0], targets_RL, rows[2]), batch.chosen, batch.fresh_S)
+            return jax.grad(lambda params: opened.objective.loss(params, prepared)[0])(params)
+
+        other = jnp.where(rollout.response_RL, rollout.tokens_RL, (rollout.tokens_RL + 1) % 50)
+        assert (other != rollout.tokens_RL).any()
+        jax.tree.map(np.testing.assert_array_equal, gradients(rollout.tokens_RL), gradients(other))
+
+
+def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that_of_ratios(
+    config, tmp_path
+):
+    text = config["tasks"]["text"] | {"groups": 8, "update_groups": None, "rewards": {"long": 1.0}}
+    config = config | {
+        "tasks": {"text": text},
+        "objective": config["objective"] | {"mu": 8, "responses": 8},
+    }
+    found = diagnose(config, tmp_path, ["unigrpo", "exact"], 2)["text"]
+    assert list(found) == ["every", "unigrpo", "exact"]
+    np.testing.assert_allclose(found["every"]["with_every"], 1, rtol=1e-5)
+    assert 1 > found["exact"]["with_every"] > found["unigrpo"]["with_every"]
+    assert all(values["norm"] > 0 for values in found.values())
+    assert not (tmp_path / "checkpoints").exists()
+    with pytest.raises(ValueError, match="maskings luck"):
+        diagnose(config, tmp_path, ["luck"], 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "process_count", lambda: 4)
+        with pytest.raises(ValueError, match="4 processes; gradients"):
+            diagnose(config, tmp_path, ["exact"], 2)
