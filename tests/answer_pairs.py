@@ -195,6 +195,19 @@ RIGHT = [
     ("x=1,y=2", "(1,2)"), ("x=1, y=2", "y=2, x=1"), ("x=1,y=2", "x = 1 and y = 2"),
     ("2024-01-05", "2024-01-05"), ("2024-01-05", "It is 2024-01-05."), ("12/25/2020", "12/25/2020"),
     ("incorrect", "The claim is incorrect."), ("5", "4 is wrong. The answer is 5."),
+    # dollars and cents, numbers with an article, times of the day, unions with "or", falling chains
+    ("$5", "5 dollars and 0 cents"), ("5", "5 dollars and 0 cents"), ("$5.25", "$5 and 25 cents"),
+    ("$5.25", "It costs 5 dollars and 25 cents."), ("12", "a dozen"), ("12", "a dozen eggs"),
+    ("105", "a hundred and five"), ("1200", "a thousand two hundred"), ("1000000", "a million"),
+    ("10:00 AM", "10 AM"), ("10 AM", "10:00 a.m."), ("10:00 AM", "It is 10 a.m."),
+    (r"(-\infty,-8)\cup (8,\infty)", "x<-8 or x>8"),
+    (r"(-\infty,-8)\cup (8,\infty)", r"(-\infty,-8) or (8,\infty)"),
+    (r"(-\infty,-8)\cup (8,\infty)", r"x \in (-\infty,-8) or x \in (8,\infty)"),
+    (r"x<-8 \text{ or } x>8", r"(-\infty,-8)\cup (8,\infty)"),
+    (r"(-\infty,-8]\cup [8,\infty)", "x <= -8 or 8 ≤ x"), (r"(1,2)\cup(3,4)", "1<x<2 or 4>x>3"),
+    (r"(-\infty, \frac{1}{2}) \cup (3,\infty)", r"$x < \frac{1}{2}$ or $x > 3$"),
+    ("1<x<2", "2>x>1"), ("2>x>1", "1<x<2"), (r"1\le x<2", r"2>x\ge 1"), ("CO_2", "CO2"), ("CO2", "CO_2"),
+    (r"\text{H}_2\text{O}", "H2O"), ("CO_2", "The gas is CO2."), ("C_{6}H_{12}O_{6}", "C6H12O6"),
 ]  # fmt: skip
 
 WRONG = [
@@ -346,4 +359,14 @@ WRONG = [
     ("5", "5 is wrong"), ("5", "5 is not the answer"), ("5", "I don't think it's 5"),
     ("yes", "yes is wrong"),
     ("5", "The answer 5 is wrong."), ("5", "5 or more"), ("5", "5 isn't right"),
+    # dollars and cents, numbers with an article, times of the day, unions with "or", falling chains
+    ("$5", "5 dollars and 5 cents"), ("25 cents", "It costs 5 dollars and 25 cents."),
+    ("$5.25", "-5 dollars and 25 cents"), ("12", "a dozen or more"), ("24", "a dozen"),
+    ("24", "$2 a dozen"), ("100", "a hundred thousand"), ("1000", "a million"), ("1", "a hundred"),
+    ("10:00 AM", "10 PM"), ("10:00 AM", "10:30 AM"), ("10:30 AM", "10 AM"),
+    ("10:00 AM", "It is not 10 AM"), (r"(-\infty,-8)\cup (8,\infty)", r"x\le-8 or x>8"),
+    (r"(-\infty,-8)\cup (8,\infty)", "x<-8 or y>8"), (r"(-\infty,-8)\cup (8,\infty)", "x>-8 or x<8"),
+    (r"(1,2)\cup(3,4)", r"1<x<2 or 4>x\ge 3"), (r"(1,2)\cup(3,4)", "(1,2) or (3,5)"),
+    (r"(1,2)\cup(3,4)", "(1,2)"), ("1<x<2", "2>y>1"), ("1<x<2", "2<x<1"), ("1<x<2", r"2\ge x>1"),
+    ("CO_2", "CO_3"), ("CO_2", "Co2"), ("CO2", "C2O"), ("H_2O", "H_2O_2"), ("CO_2", "It is not CO2"),
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmada_jax.train.rl.rewards import answers, functions
-from mmada_jax.train.rl.rewards.answers import answer_of
+from mmada_jax.train.rl.rewards.extract import answer_of
 from tests.answer_pairs import RIGHT, WRONG
 from tests.reward_toys import correct_reward, math_verify, score, scores_of, seconds  # noqa: F401
 

@@ -188,7 +188,7 @@ def test_two_processes_show_samples_of_every_kind(smoke_config, image_tokenizer,
         assert (tmp_path / workdir / "samples/00000001.png").is_file()
         assert (tmp_path / workdir / "samples/00000001.md").read_text().count("\n") >= 3
     samples = {path.name for path in (tmp_path / "rl/samples").iterdir()}
-    assert {"000000-drawing.png", "000001-reading.md"} <= samples
+    assert {"00000001-drawing.png", "00000002-reading.md"} <= samples
 
 
 def test_processes_that_do_not_meet_end_with_one_line(free_port, tmp_path):

@@ -254,6 +254,23 @@ def test_tensorboard_and_the_rows_are_the_same_after_a_kill(tmp_path):
     assert times[-1] == pytest.approx(time.time(), abs=5)
 
 
+def test_samples_of_tasks_have_names_of_their_own_on_the_board(tmp_path):
+    png = metrics.png_of(Image.new("L", (2, 2)))
+    with metrics.Metrics(tmp_path, 9) as m:
+        m.save_samples(1, b"drawn", png, "draw")
+        m.save_samples(2, b"said", b"", "text")
+        m.write(2, {}, 100)
+    tags = [(1, "draw/samples"), (1, "draw/samples/text_summary"), (2, "text/samples/text_summary")]
+    assert on_board(tmp_path)[1] == tags
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "00000001-draw.md", "00000001-draw.png", "00000002-text.md",
+    ]  # fmt: skip
+    # A start after the first iteration makes the board anew, from the files.
+    with metrics.Metrics(tmp_path, 9, resume_step=1) as m:
+        m.write(2, {}, 100)
+    assert on_board(tmp_path)[1] == tags[:2]
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     with metrics.Metrics(tmp_path, 9) as m:
         m.write(1, {"loss": math.nan, "a": math.inf, "b": -math.inf, "c": 2.0}, 100)

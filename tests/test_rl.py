@@ -75,7 +75,7 @@ def test_each_function_compiles_once(config, tmp_path, monkeypatch):
     ):  # fmt: skip
         assert np.isfinite(row[f"text/{metric}"]), metric
     assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == [
-        "000000-draw.md", "000000-draw.png", "000001-text.md"
+        "00000001-draw.md", "00000001-draw.png", "00000002-text.md"
     ]  # fmt: skip
     # What was trained is a model like any other.
     trained = MMaDA.load(tmp_path / "run")

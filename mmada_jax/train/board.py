@@ -6,6 +6,7 @@ error, and blocks the program once its queue of ten is full.
 
 import math
 import pathlib
+import re
 import socket
 import struct
 import time
@@ -13,6 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmada_jax.disk import Growing
+
+# The names of files with samples: the step and, of a run with several tasks, the task.
+_SAMPLES = re.compile(r"([0-9]{8,})(?:-(.+))?\.md")
 
 
 class Board:
@@ -38,10 +42,12 @@ class Board:
             yield from map(self._row, rows)
             seconds = {row["step"]: row.get("wall_seconds", 0.0) for row in rows}
             for text in sorted((workdir / "samples").glob("*.md")):
-                if text.is_file() and text.stem.isdecimal() and (step := int(text.stem)) <= last:
+                name = _SAMPLES.fullmatch(text.name)
+                if name and text.is_file() and (step := int(name[1])) <= last:
                     picture = text.with_suffix(".png")
                     png = picture.read_bytes() if picture.is_file() else b""
-                    yield self._samples(step, seconds.get(step, 0.0), text.read_bytes(), png)
+                    at = seconds.get(step, 0.0)
+                    yield self._samples(step, at, text.read_bytes(), png, name[2] or "")
 
         self._file = Growing(folder / name, begin)
 
@@ -54,9 +60,10 @@ class Board:
         """Writes the finite values of a row."""
         self._write(self._row(row))
 
-    def show(self, step: int, seconds: float, text: bytes, png: bytes) -> None:
-        """Writes samples, `seconds` after the run began: Markdown and, unless it is empty, a picture."""
-        self._write(self._samples(step, seconds, text, png))
+    def show(self, step: int, seconds: float, text: bytes, png: bytes, task: str = "") -> None:
+        """Writes samples, `seconds` after the run began: Markdown and, unless it is empty, a picture. Their
+        tag is `samples`, or of a task TASK/samples."""
+        self._write(self._samples(step, seconds, text, png, task))
 
     def _write(self, entry: bytes) -> None:
         self._file.add(entry)
@@ -75,16 +82,17 @@ class Board:
         ]
         return self._event(row["step"], row.get("wall_seconds", 0.0), values)
 
-    def _samples(self, step: int, seconds: float, text: bytes, png: bytes) -> bytes:
+    def _samples(self, step: int, seconds: float, text: bytes, png: bytes, task: str) -> bytes:
         from tensorboardX import summary
 
-        values = list(summary.text("samples", text.decode(errors="replace")).value)
+        tag = f"{task}/samples" if task else "samples"
+        values = list(summary.text(tag, text.decode(errors="replace")).value)
         width, height = struct.unpack(">ii", png[16:24]) if len(png) >= 24 else (0, 0)
         if width > 0 and height > 0:  # else the file has lost what it held
             image = summary.Summary.Image(
                 height=height, width=width, colorspace=3, encoded_image_string=png
             )
-            values.append(summary.Summary.Value(tag="samples", image=image))
+            values.append(summary.Summary.Value(tag=tag, image=image))
         return self._event(step, seconds, values)
 
     def _event(self, step: int, seconds: float, values: list[Any]) -> bytes:

@@ -159,21 +159,24 @@ class Metrics:
         self.restart_clock(step)
 
     def show(self, step: int, picture: Image.Image | None, lines: Sequence[str]) -> None:
-        """Saves samples: WORKDIR/samples/STEP.png and STEP.md, and both for TensorBoard."""
+        """Saves samples: a list of lines, and a picture."""
         if self._silent:
             return
         text = "".join(f"- {line}\n" for line in lines).encode()
-        png = b"" if picture is None else png_of(picture)
-        with self.surviving():
-            self._board.show(step, self._seconds(), text, png)
-        self.save_samples(f"{step:08}", text, png)
+        self.save_samples(step, text, b"" if picture is None else png_of(picture))
 
-    def save_samples(self, name: str, text: bytes, png: bytes = b"") -> None:
-        """Writes WORKDIR/samples/NAME.md and, unless it is empty, NAME.png."""
+    def save_samples(self, step: int, text: bytes, png: bytes = b"", task: str = "") -> None:
+        """Saves Markdown and, unless it is empty, a PNG: WORKDIR/samples/STEP.md and STEP.png, or of a task
+        STEP-TASK.md and STEP-TASK.png, and both for TensorBoard."""
+        if self._silent:
+            return
+        with self.surviving():
+            self._board.show(step, self._seconds(), text, png, task)
         for suffix, data in ((".md", text), (".png", png)):
-            if data and not self._silent:
+            if data:
+                name = f"{step:08}{'-' * bool(task)}{task}{suffix}"
                 with self.surviving():
-                    write_whole(self._workdir / "samples" / f"{name}{suffix}", data)
+                    write_whole(self._workdir / "samples" / name, data)
 
     @contextlib.contextmanager
     def surviving(self) -> Iterator[None]:

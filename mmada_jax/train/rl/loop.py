@@ -170,7 +170,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 # One iteration of every task is shown: the first ones of a round of `samples_every`.
                 if run.samples_every and iteration % run.samples_every < len(run.cycle) and first_process:
                     text, png = transcripts(asked, responses, total_R, each, run.objective.responses)
-                    metrics.save_samples(f"{iteration:06}-{name}", text, png)
+                    metrics.save_samples(done, text, png, name)
 
                 # ---- Checkpoint -----------------------------------------------------------------
                 if log or save:

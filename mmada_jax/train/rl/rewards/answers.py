@@ -1,154 +1,15 @@
-r"""Answers as models write them and data sets hold them: which part of a text is the answer, and whether
-it means the same as the expected one, as far as that needs no algebra.
+r"""Whether an answer means the same as the expected one, as far as that needs no algebra.
 
-All of it takes time linear in a text's length, and of a long answer the last LONGEST characters count.
+Both are texts as models write them and data sets hold them. All of it takes time linear in a text's length,
+and of a long answer the last LONGEST characters count. What needs algebra is left to `verifier`.
 """
 
-import functools
 import re
-import unicodedata
 
 from mmada_jax.train.rl.rewards import quantities
+from mmada_jax.train.rl.rewards.extract import answer_of, ascii_of, plain
 
 LONGEST = 2000
-
-# ---- Which part of a text ------------------------------------------------------------------------
-
-
-def answer_of(completion: str) -> str:
-    r"""The answer in a completion: of what follows the last </think> (of all, if there is none) the
-    content of the last <answer>; in it that of the last balanced \boxed{}, or a last line after ####."""
-    text = completion.rpartition("</think>")[2]
-    text = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    box = _last_box(text)
-    if box is not None:
-        return box.strip()
-    last = text.rpartition("\n")[2].strip()
-    return last.lstrip("#").strip() if last.startswith("####") else text
-
-
-def _last_box(text: str) -> str | None:
-    r"""The content of the box that begins last, of those that end; \boxed5 is one too. Boxes that only a
-    comma or "and" parts are a list."""
-    opened: list[tuple[int, int, bool]] = []
-    boxes: list[tuple[int, int, int, int]] = []  # begin and end, those of the content
-    for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?|\\.|[{}]", text, re.DOTALL):
-        if token[0] == "}" and opened:
-            begun, inside, is_box = opened.pop()
-            if is_box:
-                boxes.append((begun, token.end(), inside, token.start()))
-        elif token[0] == "{" or token[1]:
-            opened.append((token.start(), token.end(), token[0] != "{"))
-        elif token[0].startswith((r"\boxed", r"\fbox")):
-            bare = re.compile(r"[^\s{}$]+").match(text, token.end())
-            if bare:
-                end = bare.start() + len(bare[0].rstrip(".,"))
-                boxes.append((token.start(), end, bare.start(), end))
-    if not boxes:
-        return None
-    boxes.sort()
-    start, _, inside, end = boxes.pop()
-    found = [text[inside:end].strip()]
-    while boxes and _JOINS.fullmatch(text[boxes[-1][1] : start].replace("$", " ").strip()):
-        start, _, inside, end = boxes.pop()
-        found.append(text[inside:end].strip())
-    return ", ".join(reversed(found))
-
-
-_JOINS = re.compile(r",|,?\s*(?:and|\\text\s*\{\s*and\s*\})")
-
-
-# ---- Without marks -------------------------------------------------------------------------------
-
-_SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
-_SYMBOLS = {
-    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/", "∞": r"\infty ",
-    "≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ",
-    "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "≈": r"\approx ", "−": "-", "‒": "-", "–": "-",
-    "—": "-", "‐": "-", "‑": "-", "。": ".", "、": ",", "٫": ".", "٬": ",", "،": ",", "؛": ";", "।": ".",
-    "۔": ".", "…": "...", "∶": ":", "㎡": "m^2", "㎠": "cm^2", "㎢": "km^2", "㎥": "m^3", "㎤": "cm^3",
-    "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℚ": r"\mathbb{Q}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
-    "٪": "%", "′": "'", "’": "'", "‘": "'", "°": "°", "℃": "°C", "℉": "°F", "∙": r"\cdot ",
-}  # fmt: skip
-_QUOTES = '"“”„«»「」『』〈〉《》'
-_GREEK = "GREEK SMALL LETTER "
-_ROOT = re.compile(r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|(\w+))")
-
-_TAGS = re.compile(
-    r"</?(?:answer|final|result|b|i|u|p|em|strong|code|pre|span|div|br)\s*/?>", re.IGNORECASE
-)
-_DOLLARS = re.compile(r"\$\$([^$]+)\$\$|(?<![\\\d])\$(?!\s)((?:[^$\n\\]|\\.)+?)(?<!\s)\$(?!\d)")
-_MARKDOWN = (
-    (re.compile(r"```[a-z]*\n?([^`]*)```"), r"\1"),
-    (re.compile(r"`([^`\n]*)`"), r"\1"),
-    (re.compile(r"(?<![\w)*])(\*{1,3}|__?|~~)(?=[^\s*_])([^*\n]{0,300}?[^\s*])\1(?![\w(*])"), r"\2"),
-    (re.compile(r"^\s*(?:#{1,6}|>|[*•])\s+", re.MULTILINE), ""),
-)
-_LATEX = (
-    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?"), ""),
-    (re.compile(r"\\(?:displaystyle|textstyle|limits|tiny|large)(?![A-Za-z])"), ""),
-    (re.compile(r"\\[dtc]frac(?![A-Za-z])"), r"\\frac"),
-    (re.compile(r"(?<!\\)\\!\s*"), ""),
-    (re.compile(r"\\\\\s*\[[\d.]+\s*(?:pt|em|ex|mm|cm)\]"), r"\\\\"),
-    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
-    (re.compile(r"\\langle(?![A-Za-z])"), "("),
-    (re.compile(r"\\rangle(?![A-Za-z])"), ")"),
-    (re.compile(r"(?<=[\w)])\s?\*\*\s?(?=[\w({-])"), "^"),
-    (re.compile(r"(?<![\\A-Za-z])pi(?![A-Za-z])"), r"\\pi "),
-    (re.compile(r"(?<!\\)\\[,;:() \[\]](?!\[)|\\q?quad(?![A-Za-z])|\\thinspace|~"), " "),
-    (re.compile(r"\{\s*([,.])\s*\}"), r"\1"),
-    (re.compile(r"\\([%&#])"), r"\1"),
-    (re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degrees?|\\textdegree|(?<=\d)\s*\\circ"), "°"),
-)
-# What only says how words look.
-_LOOKS = re.compile(
-    r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol|bold|emph|"
-    r"underline|boxed|fbox)\s*\{([^{}]*)\}"
-)
-
-
-def plain(text: str) -> str:
-    """A text without markdown, quotes, emoji and the commands of LaTeX that only say how it looks; the
-    digits and the punctuation of all scripts as ASCII has them. Lines stay lines."""
-    text = _TAGS.sub(" ", _ascii(text))
-    for pattern, replacement in _MARKDOWN:
-        text = pattern.sub(replacement, text)
-    text = _DOLLARS.sub(lambda found: f" {found[1] or found[2]} ", text)
-    for pattern, replacement in _LATEX:
-        text = pattern.sub(replacement, text)
-    for _ in range(4):  # as deep as they are nested
-        text = _LOOKS.sub(r" \1 ", text)
-    text = re.sub(r"[^\S\n]+", " ", text.replace(r"\$", "$")).replace(" ^", "^")
-    text = re.sub(r"\s*\n\s*", "\n", text).strip()
-    text = re.sub(r"(?<=[\w)}%°])\s+!+$|(?<=[A-Za-z])!+$", "", text)
-    text = re.sub(r"[\s.;,:\\]+$", "", text)
-    quoted = re.fullmatch(r"'([^']*)'", text)
-    return quoted[1].strip() if quoted else text
-
-
-@functools.lru_cache(4096)
-def _symbol(char: str) -> str:
-    if char in _SYMBOLS:
-        return _SYMBOLS[char]
-    name, category = unicodedata.name(char, ""), unicodedata.category(char)
-    folded = unicodedata.normalize("NFKC", char)
-    if category == "Nd":
-        return str(unicodedata.decimal(char))
-    if category == "No" and "⁄" in folded:
-        return " " + folded.replace("⁄", "/")
-    if name.startswith(_GREEK) and char not in "µμ":
-        return f"\\{name.removeprefix(_GREEK).lower()} "
-    if char in _QUOTES or category in ("Cf", "Mn", "Sk") or (category == "So" and folded == char):
-        return ""
-    return "".join(_SYMBOLS.get(c, c) for c in folded)
-
-
-def _ascii(text: str) -> str:
-    raised = rf"[{''.join(_SUPERSCRIPTS)}]+"
-    text = re.sub(raised, lambda m: f"^{{{''.join(_SUPERSCRIPTS[c] for c in m[0])}}}", text)
-    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2] or m[3] or ''}}}", text)
-    return "".join(c if c.isascii() else _symbol(c) for c in text).replace('"', "")
-
 
 # ---- Whether it is right -------------------------------------------------------------------------
 
@@ -225,6 +86,10 @@ def verdict(wanted: str, completion: str) -> float | tuple[str, str]:
         return 0.0
     if want == answer or (want.lower() == answer.lower() and not re.search(r"\d", want)):
         return 1.0
+    if (time := _clock_time(want)) and time in map(_clock_time, _stated(answer)):
+        return 1.0
+    if formula := _formula(want):  # algebra would take it for a product
+        return float(formula in map(_formula, _stated(answer)))
     if _CHOICE.fullmatch(want) and want.upper() == want:
         return float(_chosen(answer) == _CHOICE.fullmatch(want)[1])
     if labelled := _LABELLED.fullmatch(want):
@@ -283,6 +148,19 @@ def _ratio(text: str) -> str:
     return re.sub(r"(?<=\d)\s*(?:to|/|:)\s*(?=\d)", ":", text)
 
 
+def _clock_time(text: str) -> str:
+    """10 AM and 10:00 a.m. as 10:00 am; empty for other texts."""
+    found = re.fullmatch(r"(\d{1,2})(?::(\d{2}))?\s*([ap])\.?\s?m\.?", text, re.IGNORECASE)
+    return f"{int(found[1])}:{found[2] or '00'} {found[3].lower()}m" if found else ""
+
+
+def _formula(text: str) -> str:
+    """CO_2 and CO2 as CO2; empty for what isn't a chemical formula of two symbols or more with a number."""
+    text = text.replace(" ", "")
+    symbols = re.fullmatch(r"(?:[A-Z][a-z]?(?:_?\d+|_\{\d+\})?){2,}", text)
+    return re.sub(r"[_{}]", "", text) if symbols and re.search(r"\d", text) else ""
+
+
 def _same_quantity(quantity: quantities.Quantity, answer: str, found: str) -> float | tuple[str, str]:
     answer = re.sub(r"^A:\s+", "", answer)  # question and answer
     if re.match(r"\\(?:ne|neq|le|ge|leq|geq|lt|gt)(?![A-Za-z])|[<>]|\d+(?:\s*:\s*\d+)+$", answer):
@@ -316,9 +194,11 @@ def _last_number(text: str) -> quantities.Quantity | None:
     starts = quantities.numbers_in(text)
     if not starts or (len(starts) > 1 and not _STATES.search(text)):
         return None
-    last = re.split(r"[!?;\n]|\.(?=\s|$)", text[starts[-1] :], maxsplit=1)[0]
-    before = text[: starts[-1]].rstrip()
-    if _BOUNDS.search(before):
+    for start in starts[-2:]:  # 5 dollars and 25 cents are one quantity, else the last number counts
+        last = re.split(r"[!?;\n]|\.(?=\s|$)", text[start:], maxsplit=1)[0]
+        if start < starts[-1] and quantities.read(last) is not None:
+            break
+    if _BOUNDS.search(text[:start].rstrip()):
         return None
     return quantities.read(last) or quantities.read(re.split(r"[,()]", last, maxsplit=1)[0])
 
@@ -393,7 +273,53 @@ def _algebra(want: str, answer: str, unit: frozenset[str] = frozenset()) -> floa
     want, answer = point or want, found_point or answer
     if wanted_unit and found_unit and not wanted_unit & found_unit:
         return 0.0
+    want, answer = _rising(want), _rising(answer)
+    if (r"\cup" in want) != (r"\cup" in answer):
+        want, answer = _union(want), _union(answer)
     return _boxed(want), _boxed(answer)
+
+
+_RELATION = re.compile(r"(<=|>=|<|>|\\[lg]eq?(?![A-Za-z]))")
+_TURNED = {"<": ">", "<=": ">=", r"\le": r"\ge", r"\leq": r"\geq"}
+_TURNED |= {more: less for less, more in _TURNED.items()}
+
+
+def _rising(text: str) -> str:
+    """2>x>1 as 1<x<2; other texts as they are."""
+    parts = [part.strip() for part in _RELATION.split(text)]
+    if len(parts) != 5 or not all(part.startswith((">", r"\g")) for part in parts[1::2]):
+        return text
+    return " ".join(_TURNED.get(part, part) for part in reversed(parts))
+
+
+def _union(text: str) -> str:
+    """Intervals or inequalities in one variable that "or" parts as a union of intervals; other texts as
+    they are."""
+    intervals, variables = [], set()
+    for part in re.split(r"\s+or\s+", text):
+        within = re.fullmatch(r"(?:([A-Za-z])\s*\\in\s*)?([(\[][^()\[\]]+,[^()\[\]]+[)\]])", part.strip())
+        parts = [side.strip() for side in _RELATION.split(_rising(part))]
+        if within:
+            name, interval = within[1] or "", within[2]
+        elif len(parts) == 3:
+            low, relation, high = parts
+            if re.fullmatch("[A-Za-z]", high):
+                low, relation, high = high, _TURNED[relation], low
+            name, end = low, "" if relation in "<>" else "="
+            if relation.startswith(("<", r"\l")):
+                interval = rf"(-\infty,{high}{']' if end else ')'}"
+            else:
+                interval = rf"{'[' if end else '('}{high},\infty)"
+        elif len(parts) == 5 and all(one.startswith(("<", r"\l")) for one in parts[1::2]):
+            low, first, name, second, high = parts
+            interval = f"{'(' if first == '<' else '['}{low},{high}{')' if second == '<' else ']'}"
+        else:
+            return text
+        if name and not re.fullmatch("[A-Za-z]", name):
+            return text
+        variables.add(name)
+        intervals.append(interval)
+    return r" \cup ".join(intervals) if len(intervals) > 1 and len(variables - {""}) <= 1 else text
 
 
 def _point(text: str) -> tuple[list[str], str]:
@@ -422,7 +348,7 @@ def _tex(answer: str, found: str) -> str:
     """An answer as a library reads it best: the mathematics in a sentence, else the whole."""
     if not _is_prose(_split(answer)[0]):
         return answer.replace("\n", " ")
-    marked = _ascii(found)
+    marked = ascii_of(found)
     if re.search(r"(?<!\\)(?:\$|\\[(\[])", marked):
         return marked
     last = conclusions(answer)[-1]

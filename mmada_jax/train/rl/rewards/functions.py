@@ -24,7 +24,7 @@ import numpy as np
 from mmada_jax.data import digits
 from mmada_jax.nets import clip
 from mmada_jax.train.rl.rewards import answers as answers_lib
-from mmada_jax.train.rl.rewards.answers import answer_of
+from mmada_jax.train.rl.rewards.extract import answer_of
 from mmada_jax.train.rl.rewards.workers import Unscored, Workers
 from mmada_jax.weights import clip_keys
 

@@ -1,7 +1,7 @@
 r"""Numbers with their units, as people write them: exact, so that two of them can be compared.
 
 `1,234`, `1 234`, `3 1/2`, `\frac{7}{2}`, `1.2 x 10^3`, `50%`, `$18`, `18 square feet`, `three million`.
-Texts are those that `answers.plain` makes. A text that is anything more is no quantity.
+Texts are as `extract.plain` makes them. A text that says anything more is no quantity.
 """
 
 import dataclasses
@@ -68,6 +68,10 @@ def read(text: str) -> Quantity | None:
         value, places, rest = value * _SCALES[scale[1].lower()], None, rest[scale.end() :].strip()
     if _BOUND.match(rest):
         return None
+    cents = _CENTS.fullmatch(rest)
+    if cents and (cents[1] or lead["money"]) and value.denominator == 1:  # 5 dollars and 25 cents
+        part = Fraction(int(cents[2]), 100)
+        value, places, rest = value - part if value < 0 else value + part, 2, cents[1] or ""
     percent = _PERCENT.match(rest)
     if percent:
         value, places = value / 100, None if places is None else places + 2
@@ -130,6 +134,9 @@ _START = re.compile(
 _SCALE = re.compile(r"-?(hundred|thousand|million|billion|trillion|dozen)s?\b", re.IGNORECASE)
 _BOUND = re.compile(
     r"(?:or|and)\s+(?:more|less|fewer|above|below|over|under|higher|lower)\b", re.IGNORECASE
+)
+_CENTS = re.compile(
+    r"(dollars?|bucks?|euros?)?\s*(?:,\s*|,?\s*and\s+)(\d{1,2})\s+cents?[\s.]*", re.IGNORECASE
 )
 _PERCENT = re.compile(r"%|per ?cent(?:age)?\b|pct\b", re.IGNORECASE)
 
@@ -197,8 +204,8 @@ def _divided(found: re.Match) -> Fraction | None:
 def _spelled(text: str, at: int) -> Number | None:
     """A number in English: `twenty-one`, `two hundred and one`, `two thirds`, `three and a half`."""
     total, current, end = Fraction(0), None, at
-    while word := re.compile(r"[\s-]*(and\s+)?(?:an?[\s-]+)?([A-Za-z]+)").match(text, end):
-        name, joined = word[2].lower(), word[1]
+    while word := re.compile(r"[\s-]*(and\s+)?(an?[\s-]+)?([A-Za-z]+)").match(text, end):
+        joined, article, name = word[1], word[2], word[3].lower()
         part = _PARTS.get(name.removesuffix("s"))
         if name in _WORDS and (not joined or (current or 0) >= 100 or total):
             current = (current or 0) + _WORDS[name]
@@ -210,6 +217,10 @@ def _spelled(text: str, at: int) -> Number | None:
             current *= _SCALES[name]
             if name != "hundred":
                 total, current = total + current, Fraction(0)
+        elif name in _SCALES and article and current is None:  # a dozen, a hundred and five
+            current = Fraction(_SCALES[name])
+            if name not in ("hundred", "dozen"):
+                total, current = current, Fraction(0)
         else:
             break
         end = word.end()
