@@ -1,8 +1,8 @@
 """Processes that run verifier.py: a call recovers from hangs and crashes of the libraries there.
 
-A library's process pool (multiprocessing, pebble) isn't used: its workers import the program's main module and
-with it JAX, 220 MB and twice the time to start instead of 68 MB, and it unpickles what a worker sends, while
-JSON from a worker that an answer has taken over can do nothing.
+A process pool of a library (multiprocessing, pebble) isn't used. Its workers import the program's main module
+and JAX with it, so a worker takes 220 MB instead of 68 and twice the time to start. And it unpickles what a
+worker sends, which could run code here if an answer had taken that worker over; JSON can't.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Workers:
         self._stopped.set()
 
     def scores(self, rows: Sequence[float | tuple]) -> np.ndarray:
-        """The scores float32 [N] of N rows: a number is its own score, a tuple is the name and the arguments
+        """The scores float32 [N] of N rows. A number is its own score; a tuple is the name and the arguments
         of a call whose value is the score. Raises Unscored if a call fails."""
         requests = list(dict.fromkeys(json.dumps(row) for row in rows if isinstance(row, tuple)))
         stopped = self._stopped = threading.Event()
@@ -84,8 +84,8 @@ class Workers:
         return scores
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """The value of one call. Raises TimeoutError beyond the limit, RuntimeError with the text of an error
-        in the process, and ImportError if the library isn't installed."""
+        """The value of one call. Raises TimeoutError beyond the limit, RuntimeError with the text of an
+        error in the process, and ImportError if the library isn't installed."""
         child = self._free.get()
         try:
             if child is not None and child.poll() is not None:
