@@ -1,8 +1,8 @@
 """Processes that run verifier.py: a call recovers from hangs and crashes of the libraries there.
 
-A process pool of a library (multiprocessing, pebble) isn't used. Its workers import the program's main module
-and JAX with it, so a worker takes 220 MB instead of 68 and twice the time to start. And it unpickles what a
-worker sends, which could run code here if an answer had taken that worker over; JSON can't.
+A process pool of a library (multiprocessing, pebble) isn't used. Its workers import the program's main
+module and JAX with it, so a worker takes 220 MB instead of 68 and twice the time to start. And it unpickles
+what a worker sends, which could run code here if an answer had taken that worker over; JSON can't.
 """
 
 import contextlib
@@ -57,8 +57,8 @@ class Workers:
         self._stopped.set()
 
     def scores(self, rows: Sequence[float | tuple]) -> np.ndarray:
-        """The scores float32 [N] of N rows. A number is its own score; a tuple is the name and the arguments
-        of a call whose value is the score. Raises Unscored if a call fails."""
+        """The scores float32 [N] of N rows. A number is its own score; a tuple is the name and the
+        arguments of a call whose value is the score. Raises Unscored if a call fails."""
         requests = list(dict.fromkeys(json.dumps(row) for row in rows if isinstance(row, tuple)))
         stopped = self._stopped = threading.Event()
 
