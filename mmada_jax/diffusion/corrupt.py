@@ -1,23 +1,28 @@
-"""The forward process: clean rows -> rows with hidden tokens, and what each token weighs in the loss.
+"""The forward process: clean rows become rows with hidden tokens and a weight per token in the loss.
 
-Every task loss of MMaDA is linear in the per-token negative log-likelihood, so a task is nothing but
-a way of hiding (by exact number for images, independently for text) and a weight per token:
+Every task loss of MMaDA (arXiv 2505.15809) is linear in the negative log-likelihood of each token. So a
+task is nothing but a way of hiding tokens (an exact number of image tokens, each text token independently)
+and a weight per token:
 
-    t2i            c / (labelled positions over all t2i rows: the hidden ones, soi and eoi)
-    lm, per token  c / (p * rows * L)        the form of the first two pretraining phases
+    t2i            c / (labelled positions over all t2i rows: hidden tokens, soi and eoi)
+    lm, per token  c / (p * rows * L)        as in the first two pretraining phases
     lm, lm_chat, mmu, r2i
                    c / (p * rows * answer_length)
 
-with c the task's coefficient, p the row's hiding probability, rows the global count of the task.
+Here c is the task's coefficient, p the row's hiding probability, L the length of a row, and rows the
+number of rows of the task in the whole batch.
 
-Decoding block by block never meets answers with holes all over. Rows of lm_chat, mmu and r2i can be
-hidden as it meets them (`answer_mask`): what stands before a cut is clean, everything after it is
-hidden, and the next n tokens are scored. The cut is uniform over the text of the answer, up to its
-first EOS. Half of such r2i rows have it in the thought, the whole image hidden; in the other half the
-thought is clean and the image hidden as that of t2i, by exact number. Then
+Random hiding leaves holes all over an answer, and block-by-block decoding never meets such an answer. So
+rows of lm_chat, mmu and r2i can also be hidden as decoding meets them (`answer_mask`): tokens before a cut
+are clean, all tokens after the cut are hidden, and the next n tokens are scored. The cut is uniform over
+the text of the answer, up to its first EOS. Half of these r2i rows have the cut in the thought, and their
+whole image is hidden. In the other half the thought is clean, and an exact number of image tokens is hidden,
+as in t2i. The weight of a scored token is then
 
     lm_chat, mmu, r2i
-                   c / (rows * scored)
+                   c / (rows * scored tokens of the row)
+
+Nothing here knows the model; `loss` takes the hidden rows and the weights.
 """
 
 import dataclasses
@@ -35,10 +40,11 @@ from mmada_jax.tokens.vocab import Vocab
 
 @dataclasses.dataclass(frozen=True)
 class Config(Ranged):
-    """Coefficients of the losses and what is hidden.
+    """The coefficient of each task's loss, and how tokens are hidden.
 
-    `answer_mask` is how the answers of lm_chat, mmu and r2i are hidden: each token on its own, as the
-    reference does; all that follows a cut; or the latter in a share `prefix_rows` of the rows.
+    `answer_mask` says how the answers of lm_chat, mmu and r2i are hidden. "random" hides each token
+    independently, as the reference does. "prefix" hides all tokens after a cut. "mixture" hides a share
+    `prefix_rows` of the rows like "prefix" and the other rows like "random".
     """
 
     t2i: Weight = 1.0
@@ -48,8 +54,8 @@ class Config(Ranged):
     r2i: Weight = 1.0
     lm_per: Literal["token", "answer"] = "token"
     schedule: str = "cosine"
-    min_ratio: Share = 0.0  # least share of an image that is hidden
-    eps: Share = 1e-3  # least probability of hiding a text token
+    min_ratio: Share = 0.0  # smallest share of an image's tokens that is hidden
+    eps: Share = 1e-3  # smallest probability of hiding a text token
     answer_mask: Literal["random", "prefix", "mixture"] = "random"
     prefix_rows: Annotated[Share, OnlyWith("answer_mask", ("mixture",))] = 0.6
     prefix_next: Annotated[Positive, OnlyWith("answer_mask", ("prefix", "mixture"))] = (
@@ -62,7 +68,7 @@ class Config(Ranged):
 
 
 class Corrupted(NamedTuple):
-    """What the model sees, what it should say, and what each position counts."""
+    """Rows as the model sees them, the clean tokens as targets, and the weight of each position."""
 
     tokens_BL: jax.Array
     targets_BL: jax.Array
@@ -72,15 +78,17 @@ class Corrupted(NamedTuple):
 def corrupt(
     key: jax.Array, batch: Batch, vocab: Vocab, config: Config, ratio: jax.Array | None = None
 ) -> Corrupted:
-    """Hides targets of a batch. Each row draws its own t; nothing but targets is ever hidden.
+    """Hides targets of a batch and weighs them. No token but a target is ever hidden.
 
-    With `ratio`, a scalar in (0, 1], that share is hidden in every row instead.
+    Each row draws its own time t, uniform in [0, 1). With `ratio`, a scalar in (0, 1], every row hides
+    this share instead.
     """
     t_B = jax.random.uniform(jax.random.fold_in(key, 0), batch.task.shape)
     noise_BL = jax.random.uniform(jax.random.fold_in(key, 1), batch.tokens.shape)
     is_t2i_B1 = (batch.task == TASKS.index("t2i"))[:, None]
 
-    # Images: exactly round(N * schedule(t)) of the targets, those that rank first in the noise.
+    # Images: exactly round(N * schedule(t)) of N targets are hidden, the targets with the smallest noise
+    # (MaskGIT, arXiv 2202.04200). A draw per token would make the number itself random.
     image_BL = batch.target & (is_t2i_B1 | (batch.tokens >= vocab.image_offset))
     ratio_B = jnp.maximum(schedule.named(config.schedule)(t_B), np.float32(config.min_ratio))
     if ratio is not None:
@@ -91,7 +99,8 @@ def corrupt(
     rank_BL = jnp.argsort(order_BL, axis=1).astype(jnp.float32)
     by_number_BL = image_BL & (rank_BL < n_hidden_B[:, None])
 
-    # Text: each target on its own with probability p.
+    # Text: each target is hidden independently with p = (1 - eps) t + eps (LLaDA, arXiv 2502.09992); eps
+    # keeps the weight 1 / p finite.
     p_B = (1 - np.float32(config.eps)) * t_B + np.float32(config.eps)
     if ratio is not None:
         p_B = jnp.full_like(t_B, ratio)
@@ -122,14 +131,16 @@ def _by_prefix(
     vocab: Vocab,
     config: Config,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Which rows are cut [B]; if they are: what is hidden, and what of it is scored [B, L]."""
+    """Whether a row is cut, bool [B]; and as if all rows were cut: the tokens that are hidden and the
+    hidden tokens that are scored, bool [B, L]."""
     of_row_B, cut_B = jax.random.uniform(key, (2, *batch.task.shape))
     share = np.float32(1 if config.answer_mask == "prefix" else config.prefix_rows)
     answers_T = np.array([task in ("lm_chat", "mmu", "r2i") for task in TASKS])
     by_prefix_B = jnp.asarray(answers_T)[batch.task] & (of_row_B < share)
 
     text_BL = batch.target & ~image_BL
-    index_BL = jnp.cumsum(text_BL, axis=1) - 1  # of a text target among those of its row
+    index_BL = jnp.cumsum(text_BL, axis=1) - 1  # number of a text target within its row, from 0
+    # A cut after the first EOS would score nothing but the padding that follows an answer.
     eos_BL = text_BL & (batch.tokens == vocab.eos)
     n_eos_BL = jnp.cumsum(eos_BL, axis=1)
     n_B = jnp.sum(text_BL & ((n_eos_BL == 0) | (eos_BL & (n_eos_BL == 1))), axis=1)

@@ -1,7 +1,7 @@
 """Masking schedules: time t in [0, 1] -> share of tokens that are hidden, 1 at t=0 and 0 at t=1.
 
-Training draws t and hides that share of an image; decoding walks t from 0 to 1 and keeps that share
-hidden. Each schedule is a frozen dataclass called with a float32 array of numpy or jax.
+Training draws t and hides the share schedule(t) of an image. Decoding goes from t=0 to t=1 and keeps the
+share schedule(t) hidden. A schedule is a frozen dataclass, called with a float32 array of numpy or jax.
 """
 
 import dataclasses
@@ -23,21 +23,22 @@ class Schedule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """cos(pi t / 2), the schedule of MaskGIT and of MMaDA. Not clipped at t=1 (-4.4e-8)."""
+    """cos(pi t / 2), the schedule of MaskGIT (arXiv 2202.04200) and MMaDA. At t=1 float32 gives -4.4e-8,
+    which isn't clipped."""
 
     def __call__(self, t):
         """t -> ratio."""
         angle = t * np.float32(math.pi) * np.float32(0.5)
         if isinstance(t, np.ndarray):
-            # Correctly rounded, so that the decoding quotas are the same on every machine: at
-            # t=2/3 of 1024 tokens one ulp decides between 511 and 512.
+            # Correct rounding makes the numbers of hidden tokens the same on every machine: at t=2/3 of
+            # 1024 tokens the last bit of float32 decides between 511 and 512.
             return np.cos(angle.astype(np.float64)).astype(np.float32)
         return t.__array_namespace__().cos(angle)
 
 
 @dataclasses.dataclass(frozen=True)
 class Power(Ranged):
-    """1 - t^exponent, clipped to [1e-6, 1]; exponent 1 is the linear schedule."""
+    """1 - t^exponent, clipped to [1e-6, 1]. Exponent 1 is the linear schedule."""
 
     exponent: Annotated[float, Range(0, 1000, above=True)] = 1.0
 
@@ -49,7 +50,8 @@ class Power(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid(Ranged):
-    """A sigmoid read from `start` to `end`, rescaled to run from 1 to 0, clipped to [1e-6, 1]."""
+    """(s(end) - s(start + t (end - start))) / (s(end) - s(start)) with s(x) = sigmoid(x / tau), clipped to
+    [1e-6, 1]: a sigmoid between `start` and `end`, rescaled so that it falls from 1 to 0."""
 
     start: Annotated[float, Range(-20, 20)] = -3.0
     end: Annotated[float, Range(-20, 20)] = 3.0
@@ -85,9 +87,7 @@ def named(name: str) -> Schedule:
 
 
 def hidden_counts(schedule: Schedule, total: int, steps: int) -> np.ndarray:
-    """How many of `total` tokens stay hidden after each of `steps` decoding steps, int32 [steps].
-
-    floor(total * schedule((k+1)/steps)) in float32, before the clamps of the decoding rule.
-    """
+    """The number of tokens, of `total`, that are still hidden after each of `steps` decoding steps, int32
+    [steps]: floor(total * schedule((k + 1) / steps)) in float32. The decoding rule clamps these numbers."""
     t = (np.arange(1, steps + 1) / steps).astype(np.float32)
     return np.floor(np.float32(total) * schedule(t)).astype(np.int32)

@@ -1,8 +1,9 @@
-"""CLIP (arXiv 2103.00020): a vision and a text transformer whose features meet in one space.
+"""CLIP (arXiv 2103.00020): a vision and a text transformer whose features lie in one space.
 
 Shape letters: B rows, I and J pixels, C channels, S positions, D width, H heads, K width of a head, F
-width of the MLP, P width of the shared features. Params are a plain nested dict, blocks stacked in
-front; all is computed in float32.
+width of the MLP, P width of the shared features. Params are a plain nested dict, and the first axis of a
+block's params counts the blocks. Everything is computed in float32. Reading a checkpoint is the task of
+`weights.clip`, scoring images of the reward `clip`.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from PIL import Image
 from mmada_jax.data.images import to_image
 from mmada_jax.ranges import Positive, Range, Ranged
 
-# Of the pixels that CLIP was trained on, in [0, 1].
+# Mean and standard deviation of each channel of the pixels, in [0, 1], that CLIP was trained on.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
@@ -43,7 +44,8 @@ class Tower(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Ranged):
-    """Architecture. `eos` is the token whose state stands for a text; None takes the largest id."""
+    """Architecture. The state at the first token `eos` gives the features of a text; with None it is the
+    state at the largest id."""
 
     vision: Tower
     text: Tower
@@ -66,8 +68,9 @@ class Config(Ranged):
 
 
 def preprocess(images: Sequence[Any], size: int) -> np.ndarray:
-    """Pictures -> float32 [B, size, size, 3] as CLIPProcessor makes them: the shorter side brought to
-    `size` (bicubic), the middle cut out, normalised. A picture has any form that `to_image` takes."""
+    """Pictures -> float32 [B, size, size, 3], like CLIPProcessor of the library transformers: the shorter
+    side is resized to `size` (bicubic), the middle is cropped, channels are normalised. A picture has any
+    form that `to_image` takes."""
     out = np.empty((len(images), size, size, 3), np.float32)
     for i, image in enumerate(images):
         image = to_image(image)
@@ -80,7 +83,7 @@ def preprocess(images: Sequence[Any], size: int) -> np.ndarray:
 
 
 def image_features(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
-    """Preprocessed pixels [B, size, size, 3] -> features [B, P], not normalised."""
+    """Preprocessed pixels [B, size, size, 3] -> features [B, P], whose length isn't 1 yet."""
     p, B, n = params["vision"], pixels_BIJC.shape[0], config.image_size // config.patch
     patches = pixels_BIJC.reshape(B, n, config.patch, n, config.patch, 3).transpose(0, 1, 3, 2, 4, 5)
     h_BSD = jnp.einsum("BSijC,ijCD->BSD", patches.reshape(B, n * n, *patches.shape[3:]), p["patch_ijCD"])
@@ -92,19 +95,21 @@ def image_features(params: dict[str, Any], config: Config, pixels_BIJC: jax.Arra
 
 
 def text_features(params: dict[str, Any], config: Config, tokens_BS: jax.Array) -> jax.Array:
-    """Tokens int32 [B, S], S at most max_text, what follows the end ignored -> features [B, P], not
-    normalised."""
+    """Tokens int32 [B, S], S at most max_text -> features [B, P], whose length isn't 1 yet. Tokens after
+    the first end of text have no effect, since attention is causal."""
     p, S = params["text"], tokens_BS.shape[1]
     h_BSD = p["embed_VD"][tokens_BS] + p["position_SD"][None, :S]
     h_BSD = _blocks(p["blocks"], config.text, h_BSD, causal=True)
-    # The first end; the published models' configurations name a wrong one, and theirs is the largest id.
+    # The features are read at the first end of text. Published configurations name a wrong id for it; in
+    # these models (`eos` None) the end of text is the largest id, which argmax finds.
     end_B = jnp.argmax(tokens_BS if config.eos is None else tokens_BS == config.eos, axis=1)
     h_BD = jnp.take_along_axis(h_BSD, end_B[:, None, None], axis=1)[:, 0]
     return _norm(h_BD, p["norm_scale_D"], p["norm_bias_D"], config.text.norm_eps) @ p["project_DP"]
 
 
 def normalise(features_BP: jax.Array) -> jax.Array:
-    """Features at length 1: their products are cosines, and exp(params["scale"]) of them logits."""
+    """Features scaled to length 1. Their products are cosines, and cosines times exp(params["scale"]) are
+    CLIP's logits."""
     return features_BP / jnp.linalg.norm(features_BP, axis=-1, keepdims=True)
 
 

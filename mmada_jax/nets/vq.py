@@ -1,8 +1,9 @@
 """MAGVIT-v2 image tokenizer: a convolutional encoder and decoder around lookup-free quantisation.
 
-Shape letters: B images, I and J rows and columns of pixels, i and j those of the token grid, C
-channels, Z bits of a code. A code is the signs of Z latent channels, channel 0 the highest bit.
-Params are a plain nested dict; convolutions are HWIO.
+Shape letters: B images, I and J rows and columns of pixels, i and j rows and columns of tokens, C
+channels, Z bits of a code. A code is the signs of Z latent channels, and channel 0 is its highest bit
+(MAGVIT-v2, arXiv 2310.05737). Params are a plain nested dict; weights of convolutions are [height, width,
+in, out]. Training is in `train.supervised`, running it on many images in `model.vision`.
 """
 
 import dataclasses
@@ -16,14 +17,14 @@ import numpy as np
 
 from mmada_jax.ranges import Range, Ranged
 
-GROUPS = 32
-# Of one level: its share of the channels, its residual blocks.
+GROUPS = 32  # groups of channels that share a mean and a variance in normalisation
+# An entry for one level: a factor of the channels, or a number of residual blocks.
 Level = Annotated[int, Range(1, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Ranged):
-    """Architecture. Level l has `channels * mult[l]` channels; levels halve the resolution."""
+    """Architecture. Level l has `channels * mult[l]` channels and half the resolution of level l - 1."""
 
     channels: Annotated[int, Range(1, 100_000)] = 128
     encoder_mult: tuple[Level, ...] = (1, 2, 2, 4, 4)
@@ -45,12 +46,12 @@ class Config(Ranged):
 
     @property
     def downsampling(self) -> int:
-        """Pixels per token, along one side."""
+        """Pixels of a token along one side."""
         return 2 ** (len(self.encoder_mult) - 1)
 
     @property
     def codebook_size(self) -> int:
-        """Number of codes."""
+        """The number of different codes."""
         return 2**self.bits
 
 
@@ -75,7 +76,8 @@ def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
 
 
 def latents(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] -> what is quantised, [B, i, j, Z]."""
+    """Pixels in [-1, 1] -> latents [B, i, j, Z], whose signs are the bits of the codes. Raises ValueError
+    for pixels of a shape that doesn't fit."""
     _, I, J, C = pixels_BIJC.shape
     if I % config.downsampling or J % config.downsampling or config.pixel_channels != C:
         raise ValueError(
@@ -86,24 +88,25 @@ def latents(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> j
 
 
 def quantize(z_BijZ: jax.Array) -> jax.Array:
-    """Latents -> codes int32 [B, i, j]: bit 1 where z > 0 (0 gives bit 0), channel 0 the MSB."""
+    """Latents -> codes int32 [B, i, j]: a bit is 1 where z > 0 (so z = 0 gives 0), and channel 0 is the
+    highest bit."""
     powers_Z = 2 ** np.arange(z_BijZ.shape[-1] - 1, -1, -1, dtype=np.int32)
     return jnp.einsum("...Z,Z->...", (z_BijZ > 0).astype(jnp.int32), powers_Z)
 
 
 def dequantize(codes_Bij: jax.Array, bits: int) -> jax.Array:
-    """Codes -> float32 [..., Z] of -1 and 1."""
+    """Codes [...] -> float32 [..., Z]: -1 where a bit is 0, 1 where it is 1."""
     bits_BijZ = jnp.stack([(codes_Bij >> z) & 1 for z in reversed(range(bits))], axis=-1)
     return (2 * bits_BijZ - 1).astype(jnp.float32)
 
 
 def encode(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
-    """Pixels in [-1, 1] -> codes int32 [B, i, j]; flatten row-major for a row of tokens."""
+    """Pixels in [-1, 1] -> codes int32 [B, i, j]. A row of tokens has them row by row."""
     return quantize(latents(params, config, pixels_BIJC))
 
 
 def decode(params: dict[str, Any], config: Config, codes_Bij: jax.Array) -> jax.Array:
-    """Codes [B, i, j] -> pixels [B, I, J, C], around [-1, 1] but unbounded."""
+    """Codes [B, i, j] -> pixels [B, I, J, C], roughly in [-1, 1]; they aren't clipped."""
     z_BijZ = dequantize(codes_Bij, config.bits)
     return _Decoder(config).apply({"params": params["decoder"]}, z_BijZ)
 
@@ -111,12 +114,15 @@ def decode(params: dict[str, Any], config: Config, codes_Bij: jax.Array) -> jax.
 def losses(
     params: dict[str, Any], config: Config, pixels_BIJC: jax.Array, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
-    """The terms of tokenizer training (MAGVIT-v2, arXiv 2310.05737), each a scalar.
+    """The terms of the tokenizer's loss (MAGVIT-v2, arXiv 2310.05737, section 3.1), each a scalar.
 
-    `reconstruction`: mean squared error through the straight-through quantiser. `commitment`: mean
-    squared distance of the latents to their signs. `entropy`: H(bits | pixel) - H(bits), in nats per
-    bit, with p(bit=1) = sigmoid(4 z / temperature) as follows from softmax(-distance^2/temperature)
-    over the two signs; the joint entropy over codes factorises over bits, as in LFQ with bit groups.
+    reconstruction   mean squared error of the pixels; its gradient passes the quantiser unchanged
+    commitment       mean squared distance between the latents and their signs
+    entropy          H(bits | latent) - H(bits) in nats per bit
+
+    with p(bit = 1) = sigmoid(4 z / temperature), the softmax of -(z - sign)^2 / temperature over the signs.
+    The entropy of a code is taken as the sum over its bits, as in lookup-free quantisation with bits in
+    groups.
     """
     z_BijZ = latents(params, config, pixels_BIJC)
     q_BijZ = dequantize(quantize(z_BijZ), config.bits)
@@ -124,7 +130,7 @@ def losses(
     out_BIJC = _Decoder(config).apply({"params": params["decoder"]}, straight_BijZ)
 
     def entropy(logit):
-        # -p log p - (1-p) log(1-p); log_sigmoid keeps the gradient finite where p rounds to 0 or 1.
+        # -p log p - (1 - p) log(1 - p). With log_sigmoid the gradient is finite where p rounds to 0 or 1.
         p = jax.nn.sigmoid(logit)
         return -p * jax.nn.log_sigmoid(logit) - (1 - p) * jax.nn.log_sigmoid(-logit)
 
@@ -139,7 +145,7 @@ def losses(
 
 
 def to_uint8(pixels_BIJC: Any) -> np.ndarray:
-    """Pixels around [-1, 1] -> uint8, clamped and truncated as the reference does."""
+    """Pixels roughly in [-1, 1] -> uint8: clipped, and rounded down, as the reference does."""
     unit = np.clip((np.asarray(pixels_BIJC, np.float32) + 1) / 2, 0, 1)
     return (unit * 255).astype(np.uint8)
 
@@ -167,7 +173,8 @@ def _norm(module, name, x_BIJC):
 
 
 class _ResBlock(nn.Module):
-    """Norm, swish, conv, twice, and a shortcut (1x1 convolution where the width changes)."""
+    """Twice normalisation, swish and convolution, beside a shortcut: a convolution of 1 x 1 pixels where
+    the number of channels changes, else the input itself."""
 
     features: int
 
@@ -206,7 +213,7 @@ class _Encoder(nn.Module):
             for block in range(blocks):
                 x = _ResBlock(c.channels * mult, name=f"down_{level}_block_{block}")(x)
             if level < len(c.encoder_mult) - 1:
-                # Zeros to the right and below only, then stride 2.
+                # The reference pads with zeros to the right and below only, before the stride of 2.
                 pad = ((0, 1), (0, 1))
                 x = _conv(self, f"down_{level}_downsample", x, x.shape[-1], stride=2, padding=pad)
         x = _ResBlock(x.shape[-1], name="mid_block_1")(x)

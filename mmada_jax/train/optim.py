@@ -1,7 +1,7 @@
-"""Optimizers: AdamW with the reference's settings, Muon as an option; cosine with warm-up and floor.
+"""Optimizers: AdamW with the settings of the reference, or Muon; and their learning rate over the steps.
 
-Around either is a guard: a gradient that isn't finite, or suddenly much larger than those before, changes
-nothing and is counted.
+A guard is around both: an update whose gradient isn't finite, or is suddenly much larger than earlier
+gradients, is skipped and counted. Skipped updates change neither params nor moments.
 """
 
 import dataclasses
@@ -19,44 +19,48 @@ from mmada_jax.ranges import Count, OnlyWith, Positive, Range, Ranged, Share, We
 
 @dataclasses.dataclass(frozen=True)
 class Config(Ranged):
-    """AdamW or Muon. `floor` is the share of the learning rate that the cosine ends at.
+    """AdamW or Muon, with a learning rate that rises to `lr` over `warmup` steps and then falls along a
+    cosine to `floor` times `lr`.
 
-    The reference decays everything, norms and embeddings too, and its cosine always ends at 0.
-    `moments` is the dtype of the first moment at rest. With `spike` an update is skipped whose gradient
-    norm is more than `spike` times the mean of about the last `spike_window` that weren't, once there are
-    as many. A run ends when `max_skipped` in a row are.
+    Weights of all kinds decay, norms and embeddings too, as in the reference, whose cosine always ends at
+    0. `moments` is the dtype of the first moment at rest. With `spike`, an update is skipped if the norm of
+    its gradient is more than `spike` times the mean norm of about the last `spike_window` accepted updates,
+    once as many have been accepted. A run ends with an error when `max_skipped` updates in a row were
+    skipped.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Range(0, 1e38)] = 5e-5  # float32 ends there; one too large is found by its params
+    lr: Annotated[float, Range(0, 1e38)] = 5e-5  # the limit is about float32's largest number
     warmup: Count = 5000
     floor: Share = 0.0
     b1: Annotated[float, Range(0, 1, below=True)] = 0.9
     b2: Annotated[float, Range(0, 1, below=True)] = 0.999
     eps: Annotated[float, Range(0, 1)] = 1e-8
     weight_decay: Annotated[float, Range(0, 1000)] = 0.01
-    clip: Weight = 1.0  # 0: the norm of a gradient has no limit
+    clip: Weight = 1.0  # largest norm of a gradient, a longer one is scaled down; 0 is no limit
     moments: Literal["float32", "bfloat16"] = "float32"
-    # 0: only what isn't finite is skipped
+    # 0: only updates with gradients that aren't finite are skipped
     spike: Annotated[float, Range(1, 1e6, above=True, also=0)] = 0.0
     spike_window: Annotated[Positive, OnlyWith("spike")] = 128
     max_skipped: Positive = 20
 
 
 class GuardState(NamedTuple):
-    """State of the optimizer: counts of updates, the running mean of their gradients' norms."""
+    """State of the optimizer: numbers of updates, the running mean of gradient norms, and the state of
+    AdamW or Muon (`inner`)."""
 
     accepted: jax.Array
     skipped: jax.Array
-    streak: jax.Array  # skipped in a row, up to now or when they were too many
-    mean_norm: jax.Array  # of the accepted ones
+    streak: jax.Array  # updates skipped in a row up to now; it stays once it has reached max_skipped
+    mean_norm: jax.Array  # of the gradients of accepted updates
     inner: Any
 
 
 def cosine_factor(step: Any, steps: int, warmup: int, floor: float = 0.0) -> Any:
-    """The learning rate's factor: linear 0 -> 1 over `warmup` steps, then a cosine down to `floor`.
+    """The factor of the learning rate at a step: it rises linearly from 0 to 1 over `warmup` steps, then
+    falls along floor + (1 - floor) (1 + cos(pi progress)) / 2 (arXiv 1608.03983, without restarts).
 
-    numpy computes it for a step on the host: there jax would compile each operation by itself."""
+    For a step on the host numpy computes it: there jax would compile each operation by itself."""
     xp = jnp if isinstance(step, jax.Array) else np
     step = xp.asarray(step, np.float32)
     rise = step / max(1, warmup)
@@ -95,7 +99,8 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
 
 
 def _guard(inner: optax.GradientTransformation, config: Config) -> optax.GradientTransformation:
-    """`inner`, but for gradients that aren't finite or, with `spike`, much larger than usual."""
+    """The optimizer `inner` with the guard: gradients that aren't finite or, with `spike`, much larger than
+    usual change nothing but the counts."""
     spike, window = config.spike, config.spike_window
 
     def init(params):
@@ -112,15 +117,16 @@ def _guard(inner: optax.GradientTransformation, config: Config) -> optax.Gradien
             return jax.tree.map(functools.partial(jnp.where, accept), new, old)
 
         updates, changed = inner.update(grads, state.inner, params)
-        nothing = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)  # 0 would turn a -0 into 0
-        # The mean of all norms at first, then an exponential one.
+        # A param of -0.0 plus an update of 0.0 is 0.0; only -0.0 leaves every param as it is, to the bit.
+        nothing = jax.tree.map(lambda x: jnp.full_like(x, -0.0), updates)
+        # The mean of all norms up to `window` updates, then an exponential mean.
         weight = 1 / jnp.minimum(state.accepted + 1, window).astype(jnp.float32)
         mean_norm = state.mean_norm + (norm - state.mean_norm) * weight
         taken = accept.astype(jnp.int32)
         return choose(updates, nothing), GuardState(
             accepted=state.accepted + taken,
             skipped=state.skipped + 1 - taken,
-            # One that was too long stays, for whoever looks at it later.
+            # A streak that has reached max_skipped stays, since the host may look at it only later.
             streak=jnp.where(
                 state.streak < config.max_skipped, (state.streak + 1) * (1 - taken), state.streak
             ),
@@ -132,7 +138,7 @@ def _guard(inner: optax.GradientTransformation, config: Config) -> optax.Gradien
 
 
 def _lenient(f: Callable[..., Any]) -> Callable[..., Any]:
-    """optax promotes dtypes and ranks implicitly; our own code may be run where that is an error."""
+    """`f` where dtypes and ranks may be promoted: optax does so, and tests make it an error elsewhere."""
 
     def call(*args):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -142,20 +148,20 @@ def _lenient(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def skipped(opt_state: GuardState) -> jax.Array:
-    """How many updates have been skipped so far."""
+    """The number of updates that have been skipped so far."""
     return opt_state.skipped
 
 
 def learning_rate(config: Config, steps: int, opt_state: GuardState) -> float:
-    """That of the last accepted update, of a run of `steps` steps."""
+    """The learning rate of the last accepted update, in a run of `steps` steps."""
     step = max(int(opt_state.accepted) - 1, 0)
     return config.lr * float(cosine_factor(step, steps, config.warmup, config.floor))
 
 
 def check_streak(config: Config, opt_state: GuardState, give_up: Callable[[int], str]) -> int:
-    """How many updates in a row have been skipped up to now.
+    """The number of updates in a row that have been skipped up to now.
 
-    Raises FloatingPointError if they are `max_skipped` or more; `give_up` is then called with the number of
+    Raises FloatingPointError if it is `max_skipped` or more. Then `give_up` is called with the number of
     accepted updates, and says where the next run starts.
     """
     streak = int(opt_state.streak)
@@ -171,10 +177,12 @@ def check_streak(config: Config, opt_state: GuardState, give_up: Callable[[int],
 
 
 def _matrices(params: dict[str, Any]) -> dict[str, Any]:
-    """Muon's matrices, by the axes that they contract: those of the transformer's blocks (layers are a
-    batch axis) and the convolutions within the image tokenizer (places and channels in -> channels out).
-    All else, as embedding, head, norms, first and last convolutions, is left to AdamW (with Nesterov
-    momentum, as Muon itself)."""
+    """The params that Muon takes as matrices, each with its input and its output axes.
+
+    These are the weights of the transformer's blocks (axis 0 counts the layers) and the convolutions
+    within the image tokenizer (places and input channels -> output channels). All other params, as
+    embedding, head, norms, first and last convolutions, are left to AdamW (with Nesterov momentum, as in
+    Muon itself)."""
     dims = {
         "q_DHK": ((1,), (2, 3)), "k_DGK": ((1,), (2, 3)), "v_DGK": ((1,), (2, 3)),
         "o_HKD": ((1, 2), (3,)), "gate_DF": ((1,), (2,)), "up_DF": ((1,), (2,)),
