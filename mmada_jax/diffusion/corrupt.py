@@ -16,8 +16,8 @@ Random hiding leaves holes all over an answer, and block-by-block decoding never
 rows of lm_chat, mmu and r2i can also be hidden as decoding meets them (`answer_mask`): tokens before a cut
 are clean, all tokens after the cut are hidden, and the next n tokens are scored. The cut is uniform over
 the text of the answer, up to its first EOS. Half of these r2i rows have the cut in the thought, and their
-whole image is hidden. In the other half the thought is clean, and an exact number of image tokens is hidden,
-as in t2i. The weight of a scored token is then
+whole image is hidden. In the other half the thought is clean, and an exact number of image tokens is
+hidden, as in t2i. The weight of a scored token is then
 
     lm_chat, mmu, r2i
                    c / (rows * scored tokens of the row)

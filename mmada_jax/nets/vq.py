@@ -114,7 +114,7 @@ def decode(params: dict[str, Any], config: Config, codes_Bij: jax.Array) -> jax.
 def losses(
     params: dict[str, Any], config: Config, pixels_BIJC: jax.Array, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
-    """The terms of the tokenizer's loss (MAGVIT-v2, arXiv 2310.05737, section 3.1), each a scalar.
+    """The terms of the tokenizer's loss (MAGVIT-v2, arXiv 2310.05737), each a scalar.
 
     reconstruction   mean squared error of the pixels; its gradient passes the quantiser unchanged
     commitment       mean squared distance between the latents and their signs

@@ -1,11 +1,14 @@
-"""What a policy is asked, and what its responses are compared with.
+"""Prompts for a policy, with the answers that rewards compare its responses with.
 
-digits          by `path`: text_cot (`3+1+4+8`), vqa_sum (two scans, `add them`), t2i_one (`a
+digits          `path` says which: text_cot (`3+1+4+8`), vqa_sum (two scans and `add them`), t2i_one (`a
                 handwritten seven`)
-jsonl           one object a line: "prompt", "answer", and for image understanding "image", a file beside it
-                or in a folder there; <image> in a prompt is left out, the picture always comes first
-reasoning_gym   `count` problems of the task `path` of that package, by `seed` and with the task's own
-                `settings`; its reward judges them
+jsonl           one object in a line: "prompt", "answer", and for image understanding "image", a file
+                beside the JSON lines or in a folder there. <image> in a prompt is removed: the picture
+                comes first.
+reasoning_gym   `count` problems of the task `path` of the package reasoning-gym, drawn by `seed` with the
+                task's own `settings`. The reward reasoning_gym judges them.
+
+Nothing here is tokenised or scored.
 """
 
 import dataclasses
@@ -29,8 +32,9 @@ DIGITS = ("text_cot", "vqa_sum", "t2i_one")
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig(Ranged):
-    """Where prompts come from: `path` is a file, the name of a task, or what is asked about the digits of
-    `split` (train, validation or test; of text_cot also prompts, sums that nothing explains)."""
+    """The source of prompts. `path` is a file (jsonl), the name of a task (reasoning_gym) or a kind of
+    question about the digits in `split`: train, validation or test, and for text_cot also prompts, which
+    are sums that no explained example contains."""
 
     path: str
     format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"
@@ -41,8 +45,8 @@ class PromptsConfig(Ranged):
 
 
 class Prompt(NamedTuple):
-    """What is asked, the answer that rewards know (of reasoning-gym its entry), and the image that is
-    asked about: pixels [I, J, C], an image or its file."""
+    """A question, its answer (for reasoning-gym the entry of the problem), and the image that it is about:
+    pixels [I, J, C], an image or the path of a file."""
 
     text: str
     answer: str | Mapping[str, Any]
@@ -50,9 +54,10 @@ class Prompt(NamedTuple):
 
 
 def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequence[Prompt]:
-    """All prompts of a source; a relative path is below `root`.
+    """All prompts of a source. A relative path is below `root`.
 
-    Raises FileNotFoundError or ValueError naming the row that lacks a prompt or an answer.
+    Raises FileNotFoundError or ValueError, naming the line, where a prompt, an answer or an image is
+    missing.
     """
     if config.format == "digits":
         return _of_digits(config)
@@ -65,7 +70,8 @@ def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequen
     if not path.exists():
         raise FileNotFoundError(f"no prompts at {path}; name a file with a JSON object a line")
     prompts = []
-    for number, line in enumerate(files.read_text(path).split("\n"), 1):  # only these end a line of JSON
+    # Only a line feed ends a line of JSON; splitlines() would also split at U+2028 within a text.
+    for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if line.strip():
             row = files.parse_json(line, f"{path}, line {number}", dict)
             try:
@@ -80,7 +86,7 @@ def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequen
 
 
 def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
-    """The prompt of one line, its image below `folder`. Raises ValueError or OSError for what is none."""
+    """The prompt of one line, its image below `folder`. Raises ValueError or OSError where it isn't one."""
     for name in ("prompt", "answer"):
         value = row.get(name)
         if not isinstance(value, str) or not value.strip():
@@ -109,7 +115,7 @@ def _of_digits(config: PromptsConfig) -> list[Prompt]:
         chains = digits.chains(config.split)
         return [Prompt(digits.addition(*chain), str(sum(chain))) for chain in chains]
     if config.path == "t2i_one":
-        digits.load(config.split)  # of which nothing is needed but that there is such a split
+        digits.load(config.split)  # raises ValueError if there is no such split
         return [Prompt(digits.caption(digit), str(digit)) for digit in range(10)]
     if config.path == "vqa_sum":
         scans = digits.load(config.split)

@@ -1,9 +1,10 @@
 """UniGRPO: advantages, the masks under which a response is scored, and the objective.
 
-The method is that of the MMaDA paper (arXiv 2505.15809), the masks beside its own are those of its
-neighbours; each formula names its source. Nothing here knows a model: a policy is log-probabilities.
+The method is UniGRPO of the MMaDA paper (arXiv 2505.15809). The other masks come from d1 (arXiv
+2504.12216), DiffuCoder (arXiv 2506.20639) and dLLM-RL with TraceRL (arXiv 2509.06949); `exact` and `every`
+are our own. Nothing here knows a model: a policy is an array of log-probabilities.
 
-P prompts, G responses to each, R = P G rows, L positions.
+P prompts, G responses to each, R = P G rows, L positions, T tokens of a response.
 """
 
 import dataclasses
@@ -16,17 +17,19 @@ import numpy as np
 from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Weight
 
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
-UNIFORM = 0.1  # share of `exact`'s cuts that are uniform: no importance weight is beyond its inverse
+# Share of the draws of `exact` that are uniform over the tokens of a response instead of following their
+# entropy. It keeps every importance weight at 1 / UNIFORM or less.
+UNIFORM = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class UniGRPOConfig(Ranged):
-    """How rollouts become updates.
+    """How a rollout becomes updates.
 
-    `mu` inner updates follow each rollout, of `responses` (G) to each prompt, with ratios clipped to
-    1 +- `clip` and `beta` times the divergence from the frozen reference or the rollout's policy (`kl`).
-    `normalise` divides advantages by their group's deviation. `prompt_mask` is the share of the prompt
-    that "full" hides, `trace_next` the number of tokens that "trace" scores.
+    A rollout has `responses` (G) to each prompt, and `mu` inner updates follow it. Ratios are clipped to
+    1 +- `clip`. `beta` weighs the KL divergence from the frozen reference or from the rollout's policy
+    (`kl`). With `normalise` advantages are divided by the standard deviation of their group. `prompt_mask`
+    is the share of the prompt that "full" hides, `trace_next` the number of tokens that "trace" scores.
     """
 
     masking: Literal[MASKINGS] = "unigrpo"
@@ -46,11 +49,12 @@ class UniGRPOConfig(Ranged):
 
 
 def advantages(rewards_PG: np.ndarray, normalise: bool = True) -> np.ndarray:
-    """(r - mean) / deviation within each group, the deviation that of the population; 0 for a group
-    without spread (MMaDA, dLLM-RL). Without `normalise` r - mean (d1's diffu-GRPO). On the host, where
-    the rewards are."""
+    """Rewards [P, G] -> advantages [P, G] within each group of G: (r - mean) / standard deviation of the
+    population, and 0 where all rewards of a group are equal (GRPO, arXiv 2402.03300, as in MMaDA and
+    dLLM-RL). Without `normalise` r - mean (diffu-GRPO of d1, arXiv 2504.12216). numpy computes them on the
+    host, where the rewards are."""
     centred_PG = rewards_PG - np.mean(rewards_PG, axis=1, keepdims=True)
-    # Rounding leaves equal rewards a deviation of their own.
+    # Rounding gives equal rewards a tiny deviation, by which nothing may be divided.
     flat_P1 = np.ptp(rewards_PG, axis=1, keepdims=True) == 0
     deviation_P1 = np.std(rewards_PG, axis=1, keepdims=True) if normalise else np.float32(1)
     return np.where(flat_P1, np.float32(0), centred_PG / np.where(flat_P1, np.float32(1), deviation_P1))
@@ -60,8 +64,9 @@ def advantages(rewards_PG: np.ndarray, normalise: bool = True) -> np.ndarray:
 
 
 class Rollout(NamedTuple):
-    """Rows as a policy completed them. `response` marks what may be scored, up to the first end of text;
-    `step`, `logp` and `entropy` are those of denoise.Record."""
+    """Rows that a policy has completed. `response` marks the tokens that may be scored, up to and with the
+    first end of text. `step`, `logp` and `entropy` of each token are as in denoise.Record: the step at
+    which it was revealed (negative where it was given), its log-probability and the entropy there."""
 
     tokens_RL: jax.Array
     valid_RL: jax.Array
@@ -72,7 +77,8 @@ class Rollout(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Rows as the policy is to see them, which of their tokens are scored, and what a row counts."""
+    """Rows with their hidden tokens as the policy sees them, the tokens that are scored, and the weight of
+    each row."""
 
     seen_RL: jax.Array
     scored_RL: jax.Array
@@ -80,28 +86,33 @@ class Masked(NamedTuple):
 
 
 def spaced(key: jax.Array, rows: int, n: jax.Array | int, mu: int) -> jax.Array:
-    """The n-th of `mu` points in (0, 1] for each row: evenly spaced from a random start of the row's own,
-    wrapping (MMaDA). Each point is uniform by itself."""
+    """The n-th of `mu` points in (0, 1] for each row: 1 - (u + n / mu) mod 1 with u uniform for each row
+    (the structured noising of MMaDA). The points of a row are evenly spaced, and each one is uniform."""
     return 1 - (jax.random.uniform(key, (rows,)) + jnp.asarray(n, jnp.float32) / mu) % 1
 
 
 def hide(
     key: jax.Array, rollout: Rollout, n: jax.Array | int, mask: int, masking: str, config: UniGRPOConfig
 ) -> Masked:
-    """The rows of inner update n of `config.mu`, the same for all who score them.
+    """The masks of inner update n of `config.mu`. The same key and n give the policy, the rollout's policy
+    and the reference the same masks.
 
-    At least one token of each response is hidden and scored. What a rollout generated beyond its first
-    end of text is hidden, by trace and exact where it was hidden then.
+    At least one token of each response is hidden and scored. Tokens that a rollout generated after its
+    first end of text are hidden; under trace, exact and every only if they were still hidden at that step.
 
-        unigrpo  ceil(p T) of the T tokens, p spaced over the inner updates (MMaDA)
-        full     all tokens, and each of the prompt with probability prompt_mask (d1's diffu-GRPO)
-        random   each token with its row's probability, uniform in [0.1, 0.9] (dLLM-RL)
-        coupled  as unigrpo, p spaced over pairs of updates; the second hides the rest (DiffuCoder)
-        trace    all from a random step of the rollout on, the next trace_next scored (after TraceRL)
-        exact    all that was hidden when a step revealed its tokens, and these are scored; the step is
-                 drawn by their share of the rollout's entropy (a part UNIFORM by their number), and the
-                 weight, their share of T over that probability, makes it unbiased for the whole rollout
-        every    the same for the n-th revealed token of each row, which counts mu / T: all of them
+        unigrpo  ceil(p T) of the T tokens are hidden and scored, p spaced over the inner updates (MMaDA)
+        full     all T tokens, and each token of the prompt is hidden with probability prompt_mask (d1)
+        random   each token with the probability of its row, uniform in [0.1, 0.9] (dLLM-RL)
+        coupled  as unigrpo, with p spaced over pairs of updates; the second update of a pair hides and
+                 scores the other tokens (DiffuCoder)
+        trace    all tokens from a random step of the rollout on are hidden, the next trace_next are scored
+                 (after TraceRL)
+        exact    a step of the rollout is drawn; all tokens that were hidden then are hidden, and the tokens
+                 that it revealed are scored. The probability of a step is the share of its tokens in the
+                 rollout's entropy, mixed with their share in T (UNIFORM). The weight of the row is their
+                 share in T divided by that probability, so the mean over draws is the mean over all tokens
+        every    as exact, for the step that revealed the n-th token of each row, of which this token alone
+                 is scored, with the weight mu / T: over all n that is every token once
     """
     tokens_RL, valid_RL, response_RL, step_RL, _, entropy_RL = rollout
     R, L = tokens_RL.shape
@@ -109,11 +120,11 @@ def hide(
     size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
     length_R1, weight_R1 = size_R1.astype(jnp.float32), jnp.ones((R, 1), jnp.float32)
 
-    def count(p_R1):  # at least one
+    def count(p_R1):  # ceil(p T), at least 1 and at most T
         return jnp.clip(jnp.ceil(p_R1 * length_R1).astype(jnp.int32), 1, size_R1)
 
     if masking in ("trace", "exact", "every"):
-        # In the order in which they were revealed, from the left where several were at once.
+        # Tokens in the order in which they were revealed, from left to right where a step revealed several.
         order_RL = jnp.argsort(jnp.where(response_RL, step_RL, np.iinfo(np.int32).max), axis=1)
         rank_RL = jnp.argsort(order_RL, axis=1)
         cut_R1 = count(spaced(place, R, n, config.mu)[:, None]) - 1
@@ -170,13 +181,15 @@ def objective(
     clip: float,
     beta: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss, and clip fraction, KL and |rho - 1|, each a sum over rows of weight * mean over tokens:
+    """The loss; and clip fraction, KL divergence and |rho - 1|. Each is the sum over rows of the row's
+    weight times the mean over the row's scored tokens. For the loss this is the mean of
 
         -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + beta k3,      rho = exp(new - old)
         k3 = exp(anchor - new) - (anchor - new) - 1
 
-    (MMaDA: the mean is over the masked tokens; k3 is Schulman's estimate of KL(new || anchor), as in
-    GRPO.) Log-probabilities of tokens that aren't scored don't matter.
+    (UniGRPO, arXiv 2505.15809, where the mean is over the masked tokens. k3 is Schulman's estimate of
+    KL(new || anchor), as in GRPO, arXiv 2402.03300.) Log-probabilities of tokens that aren't scored have no
+    effect.
     """
     count_R1 = jnp.float32(jnp.maximum(jnp.sum(scored_RL, axis=1, keepdims=True), 1))
     share_RL = jnp.where(scored_RL, weight_R[:, None] / count_R1, 0)

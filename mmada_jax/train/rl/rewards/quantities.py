@@ -1,4 +1,4 @@
-r"""Numbers with their units, as people write them: exact, so that two of them can be compared.
+r"""Numbers with their units, as people write them. Values are exact, so that two of them can be compared.
 
 `1,234`, `1 234`, `3 1/2`, `\frac{7}{2}`, `1.2 x 10^3`, `50%`, `$18`, `18 square feet`, `three million`.
 Texts are as `extract.plain` makes them. A text that says anything more is no quantity.
@@ -8,16 +8,17 @@ import dataclasses
 import re
 from fractions import Fraction
 
-# Decimals count as rounded numbers from this many digits on, after the point and in all.
+# A decimal with at least this many digits after the point, and as many in all, counts as a rounded number.
 ROUNDED = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """`value` is exact, 0.5 for 50% (`percent`); `places` are the digits after the point of a decimal.
+    """A number with a unit: `value` is exact, 0.5 for 50% (`percent`). `places` is the number of digits
+    after the point of a decimal, None for other numbers.
 
-    `unit` has the units that may be meant, since a word may stand for several; it is empty where none is
-    named. `name` is the variable that the number is given to.
+    `unit` holds all units that the text may mean, since a word may stand for several. It is empty where no
+    unit is named. `name` is the variable in texts such as x = 5.
     """
 
     value: Fraction
@@ -28,7 +29,7 @@ class Quantity:
 
 
 def equal(a: Quantity, b: Quantity) -> bool:
-    """Whether two quantities are the same: their numbers, and their units where both name one."""
+    """Whether two quantities have the same number, and the same unit where both name one."""
     if a.name and b.name and a.name != b.name:
         return False
     if a.unit and b.unit:
@@ -37,14 +38,14 @@ def equal(a: Quantity, b: Quantity) -> bool:
             return False
     if a.percent != b.percent:
         marked, bare = (a, b) if a.percent else (b, a)
-        # "12.5" says how many percent something is as well. Below 1 it is a share.
+        # "12.5" may say how many percent something is. A number below 1 is a share.
         if bare.unit or (abs(bare.value) >= 1 and 100 * marked.value == bare.value):
             return 100 * marked.value == bare.value and not bare.unit
     return a.value == b.value or _rounds_to(a, b) or _rounds_to(b, a)
 
 
 def read(text: str) -> Quantity | None:
-    """The quantity that a text is, else None."""
+    """The quantity that a text states, None if it states anything else or more."""
     text = text.strip()
     name = _NAME.match(text)
     if name:
@@ -89,7 +90,7 @@ def read(text: str) -> Quantity | None:
 
 
 def numbers_in(text: str) -> list[int]:
-    """Where the numbers of a text begin, with their signs and currencies."""
+    """The positions in a text at which its numbers begin, signs and currencies included."""
     starts, at = [], 0
     for found in _START.finditer(text):
         if found.start() >= at and (number := _number(text, found.end())):
@@ -161,7 +162,8 @@ Number = tuple[Fraction, int | None, int]
 
 
 def _number(text: str, at: int) -> Number | None:
-    """The number at a place: its value, its digits after the point if it is a decimal, and its end."""
+    """The number at a position: its value, the number of digits after its point if it is a decimal, and the
+    position of its end."""
     if ten := _TEN.match(text, at):
         return Fraction(10) ** int(ten[1] or ten[2]), None, ten.end()
     if fraction := _FRACTION.match(text, at):
@@ -188,7 +190,7 @@ def _number(text: str, at: int) -> Number | None:
 
 
 def _value(digits: str) -> tuple[Fraction, int]:
-    """Digits with separators -> value, digits after the point."""
+    """Digits with separators -> their value and the number of digits after the point."""
     if re.fullmatch(rf"{_GROUPS[1]}|{_GROUPS[2]}", digits):
         digits = digits.replace(".", "").replace(",", ".")
     digits = re.sub(r"[ ,'_]", "", digits)
@@ -264,7 +266,7 @@ for _key, _names in _UNITS.items():
 _FOLDED = {name.lower(): units for name, units in _EXACT.items() if len(name) > 1}
 _MONEY = frozenset([*_CURRENCY, "¢", "R$", "JPY", "CNY", "CHF"])
 
-# Words after which no unit is named any more, and those which name none.
+# Words after which no unit is named any more, and words that name no unit.
 _LINKS = {
     "of", "in", "on", "at", "for", "from", "to", "than", "that", "which", "who", "when", "with", "by",
     "because", "since", "as", "is", "are", "was", "were", "and", "or", "left", "more", "total",
@@ -292,8 +294,8 @@ def _named(word: str) -> frozenset[str]:
 
 
 def _unit(text: str) -> frozenset[str] | None:
-    """The units that the end of a quantity may name, none if its words name none; None if it has more in
-    it than words."""
+    """The units that the text after a number may name, none if its words name no unit. None if the text has
+    more in it than words."""
     text = re.sub(r"\s+\([^()\d\\=]*\)\s*$|[,;:]\s+[^\d\\=+<>^]{3,}$", "", re.sub(r"[{}]", "", text))
     text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text.strip(" .()-"), flags=re.IGNORECASE)
     if not text:
@@ -343,7 +345,7 @@ def _stem(word: str) -> str:
 
 
 def _in_whole_money(number: Quantity) -> Quantity:
-    """50 cents as $0.50, or €0.50."""
+    """A quantity of cents in dollars or euros; other quantities as they are."""
     if number.unit != {"¢"}:
         return number
     places = None if number.places is None else number.places + 2
@@ -351,11 +353,12 @@ def _in_whole_money(number: Quantity) -> Quantity:
 
 
 def _may_be_one(a: frozenset[str], b: frozenset[str]) -> bool:
-    """Whether two units may be the same. Of nouns (they end with a space) all that one says must fit."""
+    """Whether two units may be the same. Units that are nouns (`red balls`, marked by a space at the end of
+    each word) are the same if all words of one are among the words of the other."""
     if all(unit.endswith(" ") for unit in a | b):
         return a <= b or b <= a
     if a & b:
         return True
-    # What a price is for is often left out.
+    # Answers often leave out the denominator of a price: $3 for $3 per pound.
     money = {unit.partition("/")[0] for unit in a} & {unit.partition("/")[0] for unit in b} & _MONEY
     return bool(money) and any("/" in unit for unit in a) != any("/" in unit for unit in b)

@@ -1,14 +1,14 @@
-"""A program that compares answers with libraries that may hang or eat memory: a process of its own.
+"""A program that compares answers with libraries that may hang or take all memory: a process of its own.
 
-It reads one JSON line [limit in seconds, function, arguments...] after the other and writes one with
-{"value": ...} or {"error": ...} for each. A call that takes longer than its limit ends the process
-(SIGALRM), as does the end of its input. Reproducible with PYTHONHASHSEED=0.
+It reads JSON lines [limit in seconds, function, arguments...] and answers each with a line {"value": ...}
+or {"error": ...}. A call that takes longer than its limit ends the process (SIGALRM), and so does the end
+of the input. With PYTHONHASHSEED=0 its values are reproducible. It imports nothing of this project.
 
-No answer is run as code. Where a library evaluates text as Python (sympy's parser, some verifiers of
-reasoning-gym), literals and the few names below pass, and all else is refused. What libraries write for
-themselves (sympy's polynomials and its lambdify) passes, unless it has a name that the answer brought.
-While an answer is scored nothing may write a file, start a program or use the network. A refusal is an
-error of the call, also where a library catches it on its way.
+No answer is run as code. Some libraries evaluate text as Python: sympy's parser and some verifiers of
+reasoning-gym. There literals and the NAMES below pass, and all other code is refused. Code that libraries
+write for themselves (sympy's polynomials and its lambdify) passes, unless it contains a name from the
+answer. While an answer is scored, nothing may write a file, start a program or use the network. A refusal
+is an error of the call, even if a library catches the exception.
 """
 
 import dis
@@ -24,7 +24,7 @@ import sys
 import types
 import unicodedata
 
-MEMORY = 4 << 30
+MEMORY = 4 << 30  # bytes of address space that the process may have
 NAMES = {
     "sympy", "Integer", "Float", "Rational", "Symbol", "Function", "Add", "Mul", "Pow", "pi", "oo", "sqrt",
     "cbrt", "root", "exp", "log", "ln", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan",
@@ -33,7 +33,7 @@ NAMES = {
     "Max", "Min", "floor", "ceiling", "Mod", "Eq", "Tuple", "Integral", "Derivative", "Sum", "Product",
     "Piecewise", "Si", "Ci", "Ei", "li", "fresnels", "fresnelc",
 }  # fmt: skip
-# Modules that evaluate text which may be an answer.
+# Beginnings of the names of modules that evaluate text which may come from an answer.
 READERS = ("sympy.parsing.", "sympy.core.sympify", "reasoning_gym.")
 # Beginnings of the names of audit events that scoring doesn't need.
 EFFECTS = (
@@ -42,8 +42,8 @@ EFFECTS = (
     "os.chdir", "os.putenv", "subprocess.", "socket.", "shutil.", "pty.", "urllib.", "webbrowser.",
     "ctypes.dlsym", "ctypes.string_at",
 )  # fmt: skip
-# What code that names things and does nothing else is made of: an answer such as `yes` is an error of
-# its own where it is evaluated.
+# Instructions of code that only names things. Such code passes the guard: an answer such as `yes` fails
+# with a NameError where it is evaluated, and does nothing.
 NAMING = {
     "RESUME", "CACHE", "NOP", "LOAD_NAME", "LOAD_CONST", "LOAD_SMALL_INT", "BUILD_LIST", "BUILD_TUPLE",
     "BINARY_OP", "UNARY_NEGATIVE", "RETURN_VALUE", "RETURN_CONST",
@@ -55,7 +55,8 @@ class Refused(RuntimeError):
     """An answer would have run as code."""
 
 
-# While an answer is scored: its letters and digits, else None; and what was refused so far.
+# The letters and digits of the answer that is being scored, None while there is none; and descriptions of
+# the code and the events that were refused for it.
 _letters: str | None = None
 _refused: list[str] = []
 
@@ -64,26 +65,26 @@ def math(wanted: str, answer: str) -> float:
     """1 if math-verify finds `answer`, or the last mathematics in it, equal to `wanted`, else 0."""
     from math_verify import parse, verify
 
-    # Its own limits are signals of a second or more; ours covers the whole call.
+    # The library's own limits are off: they are whole seconds, and the limit of the call covers all of it.
     sides = [parse(_boxed(text), parsing_timeout=None) for text in (wanted, answer)]
     return float(verify(*sides, timeout_seconds=None, allow_set_relation_comp=True) and not _differ(*sides))
 
 
 def tasks() -> list[str]:
-    """The tasks of reasoning-gym, those that are left out too."""
+    """The names of all tasks of reasoning-gym, also of the tasks that the reward leaves out."""
     from reasoning_gym.factory import DATASETS
 
     return sorted(DATASETS)
 
 
 def problem(task: str, seed: int, settings: dict) -> tuple[str, str | None]:
-    """Question and answer of a task of reasoning-gym; some have no one answer."""
+    """The question and the answer of a problem of reasoning-gym; None where many answers are right."""
     _, entry = _entry(json.dumps((task, seed, settings)))
     return entry["question"], entry["answer"]
 
 
 def score(task: str, seed: int, settings: dict, answer: str) -> float:
-    """What the task's own verifier gives to `answer`."""
+    """The score of `answer` by the task's own verifier."""
     key = json.dumps((task, seed, settings))
     dataset, entry = _entry(key)
     _seed(key)
@@ -91,9 +92,9 @@ def score(task: str, seed: int, settings: dict, answer: str) -> float:
 
 
 def load(library: str) -> None:
-    """Imports what the calls will need, so that no call pays for it."""
+    """Imports what the calls will need, so that no call spends its limit on it."""
     if library == "math_verify":
-        # Some parts are imported at their first use.
+        # sympy imports some of its parts at their first use.
         for wanted, answer in (("1/2", r"\frac{1}{2}"), ("(x+1)^2", "x^2+2x+1"), ("(1,2)", r"\{1, 2\}")):
             math(wanted, answer)
     else:
@@ -109,7 +110,7 @@ FUNCTIONS = {
 def main() -> None:
     """Answers requests until the input ends."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # libraries print, and replies have a file of their own
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     sys.dont_write_bytecode = True
     sys.addaudithook(_watch)
@@ -126,7 +127,8 @@ def main() -> None:
 
 
 def _differ(*sides: list) -> bool:
-    """Whether two numbers differ by more than rounding: the library compares digits after the point."""
+    """Whether two numbers differ by more than rounding. The library compares a few digits after the point,
+    so it finds 1e-7 and 1e-8 equal."""
     import sympy
 
     if not all(side and isinstance(side[0], sympy.Expr) for side in sides):
@@ -144,8 +146,8 @@ def _differ(*sides: list) -> bool:
 
 
 def _boxed(text: str) -> str:
-    # In a sentence the library looks for mathematics itself; what is all mathematics it reads best in
-    # a box, without which it would pass over LaTeX.
+    # The library finds mathematics in a sentence by itself. A text that is all mathematics needs a box:
+    # without one the library passes over LaTeX.
     sentence = any(len(word) > 1 and word.isalpha() for word in text.split())
     return text if sentence or r"\boxed" in text or "$" in text else rf"\boxed{{{text.rstrip('.')}}}"
 
@@ -156,13 +158,14 @@ def _entry(key: str):
 
     task, seed, settings = json.loads(key)
     _seed(key)
-    # A dataset for each problem: some make all of theirs at once, and some depend on the order of use.
+    # A dataset for each problem: some datasets make all problems at once, and some make a problem that
+    # depends on the problems made before.
     dataset = reasoning_gym.create_dataset(task, seed=seed, size=1, **settings)
     return dataset, dataset[0]
 
 
 def _seed(key: str) -> None:
-    # Some tasks draw from Python's and NumPy's own generators, which they don't seed.
+    # Some tasks draw from the global generators of Python and NumPy without seeding them.
     import numpy as np
 
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
@@ -171,7 +174,7 @@ def _seed(key: str) -> None:
 
 
 def _guarded(function, *arguments):
-    """The number that a function gives for an answer. Raises Refused if anything was refused on the way."""
+    """The value of a function of an answer, a float. Raises Refused if anything was refused meanwhile."""
     global _letters
     texts = [unicodedata.normalize("NFKC", text) for text in arguments if isinstance(text, str)]
     without_commands = [re.sub(r"\\[A-Za-z]+", "", text) for text in texts]
@@ -203,8 +206,8 @@ def _watch(event: str, arguments: tuple) -> None:
 
 
 def _brought(code: types.CodeType, caller: str) -> str:
-    """What isn't mathematics in code that is about to run, if an answer may have brought it, else ""."""
-    # What is made from text carries no file's name; modules that are imported late do.
+    """The names in code that is about to run that aren't mathematics and may come from the answer."""
+    # Code that was made from text has no file name. Modules that are imported late have one.
     if not code.co_filename.startswith("<") or code.co_filename.startswith("<frozen"):
         return ""
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
