@@ -1,7 +1,8 @@
 r"""Whether an answer means the same as the expected one, as far as that needs no algebra.
 
-Both are texts as models write them and data sets hold them. All of it takes time linear in a text's length,
-and of a long answer the last LONGEST characters count. What needs algebra is left to `verifier`.
+Both are texts as models write them and data sets hold them. Everything takes time linear in a text's
+length, and only the last LONGEST characters of a long answer count. Comparisons that need algebra are left
+to `verifier`.
 """
 
 import re
@@ -9,7 +10,7 @@ import re
 from mmada_jax.train.rl.rewards import quantities
 from mmada_jax.train.rl.rewards.extract import answer_of, ascii_of, plain
 
-LONGEST = 2000
+LONGEST = 2000  # characters
 
 # ---- Whether it is right -------------------------------------------------------------------------
 
@@ -39,14 +40,14 @@ _STATES = re.compile(
     r"therefore|hence|total)\b",
     re.IGNORECASE,
 )
-# What stands before a number that isn't the answer.
+# Words and signs before a number that isn't the answer: bounds, negations, arithmetic.
 _BOUNDS = re.compile(
     r"(?:(?:\bnot|\bnever|n't)(?:\s+(?:be|equal|equal to|(?:think|believe)\s.{0,15}))?|"
     r"\b(?:or|than|least|most|up to|over|under|above|"
     r"below)|[+*/^<>]|\d\s*-)$",
     re.IGNORECASE,
 )
-# A sentence that only says what isn't right.
+# A sentence that only denies an answer.
 _DENIAL = re.compile(
     r"[^!?\n]{0,80}(?:\b(?:is|are) (?:wrong|incorrect)|"
     r"(?:\b(?:is|are) not|n't) (?:the )?(?:right|correct|answer))"
@@ -75,7 +76,8 @@ _YES, _NO = {"yes", "true", "correct"}, {"no", "false", "incorrect"}
 
 
 def verdict(wanted: str, completion: str) -> float | tuple[str, str]:
-    """1 or 0, or where it takes algebra to say: the two texts to compare, as LaTeX."""
+    """1 if the answer of a completion is right, 0 if it isn't. Where algebra is needed to say so: the
+    expected answer and the answer as LaTeX."""
     wanted, found = (answer_of(text)[-LONGEST:] for text in (wanted, completion))
     if not found:
         return 0.0
@@ -116,7 +118,8 @@ def verdict(wanted: str, completion: str) -> float | tuple[str, str]:
 
 
 def conclusions(text: str) -> list[str]:
-    """What a text says in the end, the likeliest first: itself if it is no sentence."""
+    """The parts of a text that may be its conclusion, the likeliest first; the text itself if it is no
+    sentence."""
     text = text.strip()
     anchors = list(_ANSWER.finditer(text))
     if anchors:
@@ -137,7 +140,7 @@ _BASES = {
 
 
 def _stated(text: str) -> list[str]:
-    """What a text says in the end, and what it says that something is."""
+    """The conclusions of a text, and the parts of them that follow `is`."""
     return [part.strip() for whole in conclusions(text) for part in (whole, _IS.split(whole)[-1])]
 
 
@@ -188,7 +191,7 @@ def _same_quantity(quantity: quantities.Quantity, answer: str, found: str) -> fl
 
 
 def _last_number(text: str) -> quantities.Quantity | None:
-    """The quantity that a sentence ends with, None if it lists several and says nothing of them."""
+    """The last quantity of a sentence; None if the sentence only lists several."""
     if _ANSWER.search(text):
         return None
     starts = quantities.numbers_in(text)
@@ -204,7 +207,7 @@ def _last_number(text: str) -> quantities.Quantity | None:
 
 
 def _chosen(text: str) -> str | None:
-    """The letter of the choice that a text makes, if it makes one."""
+    """The letter that a text chooses, None if it chooses none or several."""
     if whole := _CHOICE.fullmatch(text):
         return whole[1].upper()
     text = _PICKS.sub("", text)
@@ -248,7 +251,7 @@ def _words(text: str) -> list[str]:
 
 
 def _is_prose(text: str) -> bool:
-    """Whether a text has words: they have vowels, products of variables such as xyz seldom do."""
+    """Whether a text has words. Words have vowels; products of variables such as xyz seldom do."""
     words = [word.lower() for word in _PROSE.findall(text)]
     return any(
         word in _SHORT or (len(word) > 2 and word not in _NO_PROSE and re.search("[aeiou]|(?<!x)y", word))
@@ -262,7 +265,7 @@ _TAIL = re.compile(r"(?<=[\d)}ieπ])\s+([A-Za-z°][A-Za-z°\s/.]*(?:\^?\{?[23]\}
 
 
 def _algebra(want: str, answer: str, unit: frozenset[str] = frozenset()) -> float | tuple[str, str]:
-    """Two texts for a library, or 0 where they have different units."""
+    """The two texts for the library, or 0 where their units or the names of their coordinates differ."""
     if r"\boxed" in answer or "$" in answer:
         return _boxed(_split(want)[0]), answer
     (want, wanted_unit), (answer, found_unit) = _split(want), _split(answer)
@@ -323,7 +326,7 @@ def _union(text: str) -> str:
 
 
 def _point(text: str) -> tuple[list[str], str]:
-    """Of x=1, y=2 the names and (1,2), in the order of the names."""
+    """x=1, y=2 as its names and (1,2), both in the order of the names; nothing for other texts."""
     parts = [re.fullmatch(r"\s*([A-Za-z])\s*=([^=<>]+)", part) for part in re.split(r",|;|\band\b", text)]
     if len(parts) < 2 or None in parts or len({part[1] for part in parts}) < len(parts):
         return [], ""
@@ -332,7 +335,7 @@ def _point(text: str) -> tuple[list[str], str]:
 
 
 def _split(text: str) -> tuple[str, frozenset[str]]:
-    """A text of mathematics without its unit, and that."""
+    """A text of mathematics without its unit, and the units that it may mean."""
     tail = _TAIL.search(text)
     named = tail and quantities.read(f"1 {tail[1]}")
     if named and (named.unit or "unit" in tail[1]):
@@ -345,7 +348,7 @@ def _boxed(text: str) -> str:
 
 
 def _tex(answer: str, found: str) -> str:
-    """An answer as a library reads it best: the mathematics in a sentence, else the whole."""
+    """The part of an answer that the library reads best: the mathematics in a sentence, else all of it."""
     if not _is_prose(_split(answer)[0]):
         return answer.replace("\n", " ")
     marked = ascii_of(found)

@@ -11,8 +11,11 @@ import unicodedata
 
 
 def answer_of(completion: str) -> str:
-    r"""The answer in a completion: of what follows the last </think> (of all, if there is none) the
-    content of the last <answer>; in it that of the last balanced \boxed{}, or a last line after ####."""
+    r"""The answer in a completion.
+
+    Only text after the last </think> counts, or all of it without one; in this text only the content of
+    the last <answer>, if there is one. There the answer is the content of the last balanced \boxed{}, else
+    a last line after ####, else all of it."""
     text = completion.rpartition("</think>")[2]
     text = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
     box = _last_box(text)
@@ -23,10 +26,10 @@ def answer_of(completion: str) -> str:
 
 
 def _last_box(text: str) -> str | None:
-    r"""The content of the box that begins last, of those that end; \boxed5 is one too. Boxes that only a
-    comma or "and" parts are a list."""
+    r"""The content of the box that begins last among the boxes that end; \boxed5 is one too. Boxes with
+    only a comma or "and" between them are a list."""
     opened: list[tuple[int, int, bool]] = []
-    boxes: list[tuple[int, int, int, int]] = []  # begin and end, those of the content
+    boxes: list[tuple[int, int, int, int]] = []  # begin and end of the box, begin and end of its content
     for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?|\\.|[{}]", text, re.DOTALL):
         if token[0] == "}" and opened:
             begun, inside, is_box = opened.pop()
@@ -95,7 +98,7 @@ _LATEX = (
     (re.compile(r"\\([%&#])"), r"\1"),
     (re.compile(r"\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degrees?|\\textdegree|(?<=\d)\s*\\circ"), "°"),
 )
-# What only says how words look.
+# Commands that only say how text looks.
 _LOOKS = re.compile(
     r"\\(?:text(?:bf|it|rm|tt|sf|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol|bold|emph|"
     r"underline|boxed|fbox)\s*\{([^{}]*)\}"
@@ -103,8 +106,8 @@ _LOOKS = re.compile(
 
 
 def plain(text: str) -> str:
-    """A text without markdown, quotes, emoji and the commands of LaTeX that only say how it looks; the
-    digits and the punctuation of all scripts as ASCII has them. Lines stay lines."""
+    """A text without markdown, quotes, emoji and the commands of LaTeX that only say how it looks. Digits
+    and punctuation of all scripts become ASCII. Lines stay lines."""
     text = _TAGS.sub(" ", ascii_of(text))
     for pattern, replacement in _MARKDOWN:
         text = pattern.sub(replacement, text)

@@ -1,8 +1,8 @@
 """Rewards on the host: `score(prompts, completions, images, answers) -> float32 [N]`, listed in REWARDS.
 
-A reward fails by raising, by taking too long, or by scores that are no numbers: the rows in question
-score 0 and are counted under its name. No reward runs what a model wrote as code. Rewards that call
-libraries which may hang do so in processes of their own, `workers.py`.
+A reward fails if it raises, takes too long, or returns scores that aren't numbers. Then the rows that it
+failed for score 0 and are counted under its name. No reward runs text of a model as code. Libraries that
+may hang are called in processes of their own (`workers`).
 """
 
 import contextlib
@@ -30,19 +30,17 @@ from mmada_jax.weights import clip_keys
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | None], np.ndarray]
 
-# Seconds that rewards which are told to stop may take for it, all together.
-_STOP = 30.0
-# Rows that `Combined.check` tries.
-_PROBE = 8
+_STOP = 30.0  # seconds that all late rewards together may take to stop
+_PROBE = 8  # rows that `Combined.check` tries
 
 
 class Combined:
     """The sum of several rewards by weights, `{"correct": 2.0, "format": 0.5}`; names as in REWARDS.
 
-    `settings` are the arguments of a reward's maker by name; `limit` the seconds that a batch may take,
-    all rewards together: they run at once. `failures` counts rows without a score, `errors` keeps the
-    first text, both by name. Raises ValueError for an unknown name or a weight that is no number. Use as
-    a context manager, or `close`.
+    `settings` are the arguments of a reward's maker by the reward's name. All rewards of a batch run at
+    once, and `limit` is the time in seconds that they may take together. `failures` counts rows without a
+    score, `errors` keeps the text of the first error, both by the reward's name. Raises ValueError for an
+    unknown name or a weight that is no finite number. Use it as a context manager, or call `close`.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class Combined:
         images: Sequence | None = None,
         answers: Sequence | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The weighted sum float32 [N], and every reward's own scores [N] before weighting."""
+        """The weighted sum float32 [N], and the scores [N] of each reward before weighting."""
         n = len(completions)
         parts = {}
         for name, outcome in self._run(prompts, completions, images, answers).items():
@@ -118,10 +116,10 @@ class Combined:
     def check(
         self, prompts: Sequence[str], answers: Sequence | None = None, images: Sequence | None = None
     ) -> None:
-        """Tries the rewards on rows of the data before training begins; completions are made up.
+        """Tries the rewards on the first rows of the data before training begins; completions are made up.
 
-        Raises ValueError naming the row for an empty prompt or a missing answer (where a reward needs
-        one), and naming the reward if it fails in any of the first rows.
+        Raises ValueError, naming the row, for an empty prompt or for an answer that is missing where a
+        reward needs one; and, naming the reward, if it fails for any of these rows.
         """
         _check_lengths(prompts, prompts, images, answers)
         for row, prompt in enumerate(prompts):
@@ -151,7 +149,8 @@ class Combined:
         self._warn_of_easy_marks(*first)
 
     def _warn_of_easy_marks(self, prompts, completions, images, answers) -> None:
-        """Says which rewards give full marks to no answer, or to the answers of other rows."""
+        """Warns of rewards that give full marks to completions without an answer, or with the answer of
+        another row."""
         judges = [name for name in self.rewards if NEEDS.get(name.partition(":")[0]) == "answers"]
         own = [str(a.get("answer") if isinstance(a, Mapping) else a).strip() for a in answers or ()]
         for made_up in (["I don't know."] * len(own), own[1:] + own[:1]):
@@ -171,7 +170,7 @@ class Combined:
                     )
 
     def _run(self, prompts, completions, images, answers, names=None) -> dict[str, Any]:
-        """What each reward, or each of those named, returned or raised; all run at once."""
+        """The value or the exception of each reward in `names`, by default of all; all run at once."""
         _check_lengths(prompts, completions, images, answers)
         waiting = {}
         for name in self.rewards if names is None else names:
@@ -184,14 +183,14 @@ class Combined:
                 except Exception as error:
                     box.put(error)
 
-            # A daemon: one that never ends doesn't keep the program from ending.
+            # A daemon, so that the program can end even if this reward never does.
             threading.Thread(target=work, daemon=True).start()
             waiting[name] = box
         outcomes = _collect(waiting, self._limit)
         late = {name: box for name, box in waiting.items() if name not in outcomes}
         for name in late:
             outcomes[name] = TimeoutError(f"no scores within {self._limit:g} s")
-        # Those that can stop keep the rows that they have, and aren't in the way of the next batch.
+        # A late reward that can stop returns the scores that it has, and is free for the next batch.
         stopping = {name: box for name, box in late.items() if hasattr(self.rewards[name], "stop")}
         for name in stopping:
             self.rewards[name].stop()
@@ -223,15 +222,16 @@ def well_formed() -> Reward:
 
 
 class Correct:
-    """1 where the answer means the same as the expected one (numbers, fractions, LaTeX: math-verify; the
-    letter of a choice), else 0. `limit` in seconds for one comparison; `workers` processes compare."""
+    """1 where the answer means the same as the expected one, else 0: numbers with units, words, the letters
+    of choices (`answers`), and mathematics in LaTeX (math-verify). `limit` is the time in seconds of one
+    comparison, `workers` the number of processes that compare."""
 
     def __init__(self, limit: float = 5.0, workers: int = 2):
         self._verify = Workers("math_verify", limit, workers)
         self.close, self.stop = self._verify.close, self._verify.stop
 
     def start(self) -> None:
-        """Starts a process, which many answers don't need. Raises ImportError without the library."""
+        """Starts a process, so that a missing library is an ImportError now; many answers need none."""
         self._verify.ask("load", "math_verify")
 
     def __call__(self, prompts, completions, images, answers):
@@ -245,8 +245,8 @@ class Correct:
 class ReasoningGym:
     """A task of the reasoning-gym package: prompts and reward together.
 
-    `problem(index)` is a function of (task, seed, index) and of `settings`, the task's own options; its
-    entry is the row's answer here. Raises ValueError for an unknown task, naming the nearest.
+    `problem(index)` is a function of (task, seed, index) and of `settings`, the task's own options. The
+    entry of a problem is the answer of its row. Raises ValueError for an unknown task, naming the nearest.
     """
 
     def __init__(
@@ -270,8 +270,8 @@ class ReasoningGym:
             raise ValueError(f"reasoning-gym has no task {task!r}{hint}")
 
     def problem(self, index: int) -> tuple[str, str | None, dict[str, Any]]:
-        """(question, answer or None where many are right, entry); the entry is plain JSON."""
-        # Tasks take their seeds one after the other; mixing keeps two runs apart.
+        """(question, answer or None where many answers are right, entry). The entry is plain JSON."""
+        # With seed + index the problems of seed 1 would be those of seed 0, moved by one.
         seed = int(np.random.SeedSequence([self._seed, index]).generate_state(1)[0])
         question, answer = self._verify.ask("problem", self.task, seed, self._settings)
         entry = {"task": self.task, "seed": seed, "settings": self._settings, "answer": answer}
@@ -287,7 +287,7 @@ class ReasoningGym:
         return self._verify.scores(rows)
 
 
-# Tasks of reasoning-gym 0.1.25 that can't be learned from, and why.
+# Tasks of reasoning-gym 0.1.25 that no model can learn from, and the reason.
 LEFT_OUT = {
     "codeio": "it runs programs that answers hold",
     "composite": "it is a mixture of other tasks; name these, each with its weight",
@@ -302,7 +302,8 @@ def _well_formed(text: str) -> bool:
 
 
 def _wanted(answers: Sequence | None, n: int, name: str) -> list[str]:
-    """The expected answers as text; an entry of reasoning-gym stands for its own."""
+    """The expected answers as text. An entry of reasoning-gym gives its own answer. Raises ValueError for a
+    row without an answer."""
     wanted = []
     for row in range(n):
         answer = answers[row] if answers is not None else None
@@ -318,16 +319,16 @@ def _wanted(answers: Sequence | None, n: int, name: str) -> list[str]:
 
 
 class ClipScore:
-    """100 x the cosine of image and prompt in CLIP's features, the scale of published CLIP scores.
+    """100 x the cosine between the CLIP features of image and prompt (the scale of published CLIP scores).
 
-    `folder` is a CLIP from Hugging Face; `batch` images or texts are scored at a time.
+    `folder` is a CLIP from Hugging Face; `batch` is the number of images or texts in one call of it.
     """
 
     def __init__(self, folder: str | pathlib.Path = "", batch: int = 32):
         if not folder:
             raise ValueError("reward 'clip' needs a model: set its folder to a CLIP from Hugging Face")
         params, config, self._tokenizer = clip_keys.load(folder)
-        # The first process scores alone, so on a device of its own.
+        # The first process scores alone, so it may use only a device of its own.
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         self._params, self._batch, self._size = jax.device_put(params, here), batch, config.image_size
         jit = functools.partial(jax.jit, in_shardings=here, out_shardings=here)
@@ -335,7 +336,7 @@ class ClipScore:
         self._text = jit(lambda p, x: clip.normalise(clip.text_features(p, config, x)))
 
     def __call__(self, prompts, completions, images, answers):
-        """Images are pixels [I, J, C], uint8 or floats in [-1, 1]; prompts beyond 77 tokens are cut."""
+        """Images are pixels [I, J, C], uint8 or floats in [-1, 1]. Prompts are cut after 77 tokens."""
         texts = list(dict.fromkeys(prompts))  # a group of responses shares its prompt
         tokens = np.array([code.ids for code in self._tokenizer.encode_batch(texts)], np.int32)
         text_BP = self._batched(self._text, tokens)[[texts.index(prompt) for prompt in prompts]]
@@ -343,7 +344,7 @@ class ClipScore:
         return 100 * np.sum(text_BP * image_BP, axis=1)
 
     def _batched(self, function, x):
-        """`function` on rows of `x`, the last batch filled up so that one compilation serves all."""
+        """`function` of the rows of `x`, in batches of one size: the last one is filled up with copies."""
         out = []
         for i in range(0, len(x), self._batch):
             part = x[i : i + self._batch]
@@ -353,8 +354,8 @@ class ClipScore:
 
 
 def digit_probability() -> Reward:
-    """The probability of the prompted digit for the scan in the middle of a canvas [8, 16, 1], by the
-    nearest training scans. It isn't the judge that counts drawn digits, though both know these scans."""
+    """The probability that the scan in the middle of a canvas [8, 16, 1] shows the prompted digit, by its
+    nearest training scans. The judge that counts drawn digits is another model of the same scans."""
     neighbours = _neighbours()
 
     def score(prompts, completions, images, answers):
@@ -372,8 +373,8 @@ def _neighbours():
     except ImportError as error:
         raise ImportError("the digits need scikit-learn: pip install 'mmada_jax[digits]'") from error
     train = digits.load("train")
-    # Of the classifiers with probabilities that scikit-learn has, this one's held-out log-likelihood
-    # was among the best, and nothing outside of the scans' own region makes it sure.
+    # Among scikit-learn's classifiers with probabilities its held-out log-likelihood was one of the best,
+    # and far from all scans it isn't sure of any digit.
     return KNeighborsClassifier(10, weights="distance").fit(_features(train.pixels), train.labels)
 
 
@@ -388,8 +389,8 @@ def _prompted(prompt: str) -> int:
     return named[0]
 
 
-# The makers of the rewards by name; one of a task is written `reasoning_gym:chain_sum`. The paper's
-# weights (arXiv 2505.15809): correct 2.0, format 0.5, clip 0.1.
+# Name -> maker of a reward. The reward of a task of reasoning-gym is written `reasoning_gym:chain_sum`. The
+# weights in the MMaDA paper (arXiv 2505.15809) are correct 2.0, format 0.5, clip 0.1.
 REWARDS: dict[str, Callable[..., Reward]] = {
     "correct": Correct,
     "exact": exact,
@@ -408,7 +409,7 @@ NEEDS = {
 
 
 def _settle(outcome: Any, n: int) -> tuple[np.ndarray, dict[int, str]]:
-    """What a reward returned or raised -> scores [N], 0 where it failed, and row -> error."""
+    """The value or the exception of a reward -> scores [N], 0 where it failed, and row -> error."""
     if isinstance(outcome, Unscored):
         errors = dict(outcome.errors)
         outcome = outcome.scores
@@ -431,7 +432,7 @@ def _settle(outcome: Any, n: int) -> tuple[np.ndarray, dict[int, str]]:
 
 
 def _collect(waiting: Mapping[str, queue.SimpleQueue], limit: float) -> dict[str, Any]:
-    """What arrives in the queues within `limit` seconds, by their names."""
+    """The items that arrive in the queues within `limit` seconds, by the queue's name."""
     end, arrived = time.monotonic() + limit, {}
     for name, box in waiting.items():
         with contextlib.suppress(queue.Empty):
