@@ -20,8 +20,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
-from launch import fail, quickstart
+from launch import quickstart
 from mmada_jax.disk import write_whole
+from mmada_jax.programs.process import ending
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,7 +83,5 @@ def floor(share: float, n: int) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with ending():
         main()
-    except Exception as error:
-        fail(error)

@@ -26,12 +26,12 @@ import jax
 import numpy as np
 
 from configs import unigrpo as config_file
-from launch import fail
 from mmada_jax.data import digits
 from mmada_jax.diffusion.denoise import ImageRule
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import evaluate
+from mmada_jax.programs.process import ending
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
@@ -232,7 +232,5 @@ def curves(rewards: dict[str, list[list[dict]]]):
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    try:
+    with ending():
         main()
-    except Exception as error:
-        fail(error)

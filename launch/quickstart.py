@@ -20,11 +20,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from ml_collections import ConfigDict
 
 from configs import cot, pretrain, unigrpo, vq
-from launch import benchmark_rl, fail, keep_memory, keep_programs
+from launch import benchmark_rl
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import evaluate
 from mmada_jax.measure.report import curves, denoising, page, results
+from mmada_jax.programs.process import ending, keep_memory, keep_programs
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics
 from mmada_jax.train.rl import loop as rl
@@ -282,7 +283,5 @@ def change(before: dict, after: dict, name: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with ending():
         main()
-    except Exception as error:
-        fail(error)
