@@ -26,7 +26,7 @@ def test_runs_on_a_cpu(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["attention", "step"])
 def test_needs_little(name):
-    hidden = "absl grain chex ml_collections tensorflow_datasets PIL tokenizers safetensors tensorboardX"
+    hidden = "grain chex ml_collections tensorflow_datasets PIL tokenizers safetensors tensorboardX"
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden.split()!r}));"
         f"from launch import bench; bench.main([{name!r}, '--help'])"
