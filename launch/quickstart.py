@@ -129,9 +129,7 @@ def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
         of_stages["cot_before"], pictures["before"] = before_thoughts(model, n, of_stages["pretrain"])
         model = MMaDA.load(workdir / "cot")
         of_stages["cot"], pictures["after"] = measure_thoughts(model, n)
-        known = {
-            name: evaluate.Count(**of_stages["cot"][name]) for name in ("text_cot", "vqa_sum", "t2i_one")
-        }
+        known = {name: of_stages["cot"][name] for name in ("text_cot", "vqa_sum", "t2i_one")}
         of_stages["unigrpo_before"], pictures["rl_before"] = benchmark_rl.measure(
             model, config, n_sampled, label="before: ", known=known
         )

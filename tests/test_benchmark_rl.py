@@ -32,6 +32,9 @@ def test_measures_are_counts_and_mean_rewards(model_workdir):
     assert 0 <= result["rewards"]["drawing"] <= 1
     assert 0 <= result["rewards"]["arithmetic"] <= 2.5
     assert len(pictures["sums"]) == len(pictures["drawn"][0]) == 10
+    known = {name: {"correct": 7, "total": 9} for name in ("text_cot", "vqa_sum", "t2i_one")}
+    again, _ = benchmark_rl.measure(MMaDA.load(model_workdir), config, 10, known=known)
+    assert again == result | known
     lines = benchmark_rl.table({"exact": {3: (result, result), 5: (result, result)}})
     assert len(lines) == 5
     assert lines[2].startswith("| exact | 3 |")
