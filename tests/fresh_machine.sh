@@ -4,7 +4,7 @@
 # SUITE is bookworm (Debian 12, Python 3.11), trixie (Debian 13, Python 3.13) or noble (Ubuntu 24.04, Python
 # 3.12). FOLDER, new or made by this script before, becomes the machine's root file system; default: a temporary
 # one, which is removed. COMMAND runs there in a copy of the last commit; default: the quickstart in its fast
-# form, then the tests. Needs root and debootstrap.
+# form, then the tests. Of an earlier copy in FOLDER only the environment is kept. Needs root and debootstrap.
 # Debian's mirror is the one that apt uses here, Ubuntu's is its own; MIRROR names another. What pip is told on
 # this machine (variables PIP_* and files) goes along.
 set -euo pipefail
@@ -38,7 +38,8 @@ if [ ! -x "$root/usr/bin/python3" ]; then
     components=main,universe # Ubuntu has python3.12-venv there
     script=gutsy             # one for all of Ubuntu; debootstrap may be older than the suite
     [ -f /usr/share/keyrings/ubuntu-archive-keyring.gpg ] || {
-      echo "warning: Ubuntu's keyring isn't installed; its packages are taken unchecked" >&2
+      echo "warning: Ubuntu's keyring isn't installed (package ubuntu-keyring, which Debian 12 doesn't have but 13" \
+        "does); its packages are taken unchecked" >&2
       unchecked=--no-check-gpg
     }
   elif [ -z "$mirror" ]; then
@@ -77,6 +78,7 @@ for path in $(realpath -m $named | sort -u); do
 done
 
 mkdir -p "$root/mmada_jax"
+find "$root/mmada_jax" -mindepth 1 -maxdepth 1 ! -name .venv ! -name '*.egg-info' -exec rm -rf {} +
 git archive HEAD | tar -x -C "$root/mmada_jax"
 chroot "$root" env -i HOME=/root LANG=C.UTF-8 PATH=/usr/sbin:/usr/bin:/sbin:/bin \
   ${variables[@]+"${variables[@]}"} bash -c "cd /mmada_jax && $command"
