@@ -119,9 +119,27 @@ def test_two_processes_train_as_one_does_and_stop_and_resume_together(
 def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, tmp_path):
     what = {"program": "rl", "config": "unigrpo"}
     flags = [f"--config.init={model_workdir}", "--config.optim.eps=1e-3"]
+
+    # One dies, maybe while both save; the other doesn't wait for it.
+    with launch_two(free_port, tmp_path / "two", *flags, **what) as (first, second):
+        out = ""
+        for line in first.stdout:
+            out += line
+            if line.startswith("step 1/"):
+                second.kill()
+        assert first.wait(timeout=10) == 1, out
+    assert (
+        out.splitlines()[-1].startswith("error: another process of this run has ended")
+        and "Traceback" not in out
+    )
+    # Processes that are connected wait for one whose disk is slow.
+    _, met, then = out.partition("starting from")
+    assert met and not re.search("connected to [1-9]", then), out
+
     with launch_two(free_port, tmp_path / "two", *flags, **what) as (first, second):
         other, out = second.communicate()[0], first.communicate()[0]
         assert (first.returncode, second.returncode) == (0, 0), out + other
+    assert "resuming at iteration" in out
     assert "step" not in other
     with launch(tmp_path / "one", *flags, devices=2, **what) as process:
         out = process.communicate()[0]

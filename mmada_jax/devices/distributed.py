@@ -1,11 +1,13 @@
 """The processes of one run: how they meet, agree before anything is computed, and stop together."""
 
 import contextlib
+import faulthandler
 import functools
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import threading
@@ -52,6 +54,8 @@ def initialize_distributed(
         _check_explicit(*explicit)
     elif not (several_processes(os.environ) if distributed is None else distributed):
         return
+    # When the coordinator has gone, jax aborts with a message; absl would add a traceback of each thread.
+    faulthandler.disable()
     # Its handler would swallow SIGTERM until training has its own, which saves at a step that all agree on.
     jax.config.update("jax_enable_preemption_service", False)
     me = "this process" if coordinator is None else f"process {process_id} of {num_processes}"
@@ -230,6 +234,35 @@ def _flat(value: Any, path: str = "") -> dict[str, str]:
         for key, of_key in value.items()
         for name, leaf in _flat(of_key, f"{path}.{key}" if path else key).items()
     }
+
+
+def connect_axes(mesh: jax.sharding.Mesh) -> None:
+    """Connects the processes of a run along each set of axes of its mesh; call it when they have just
+    agreed on something.
+
+    On CPUs Gloo connects processes when a program first needs it, and fails where one comes 30 s after
+    the others, as with a slow disk. Once they are connected, they wait for each other."""
+    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
+        return
+    axes = [name for name, size in mesh.shape.items() if size > 1]
+    sets = [some for n in range(len(axes)) for some in itertools.combinations(axes, n + 1)]
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    sums = jax.shard_map(
+        lambda x: [jax.lax.psum(x, some) for some in sets],
+        mesh=mesh, in_specs=each.spec, out_specs=each.spec, check_vma=False,
+    )  # fmt: skip
+    ones = jax.make_array_from_callback((mesh.size,), each, lambda _: np.ones(1, np.float32))
+    jax.block_until_ready(jax.jit(sums, in_shardings=each, out_shardings=each)(ones))
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether an error of this run of several processes says that another one has ended, or can't be
+    reached; collectives raise it as any of two types."""
+    state = distributed.global_state
+    if state.client is None or state.num_processes < 2 or not isinstance(error, RuntimeError | ValueError):
+        return False
+    signs = r"(\w+: )?(Gloo|NCCL) |(UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): "
+    return re.match(signs, str(error)) is not None
 
 
 def leave() -> None:

@@ -139,3 +139,14 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 2**28)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _lost(error: Exception) -> ConnectionError:
+    """What an error of a collective means to those who started the processes."""
+    reason = str(error).splitlines()[0]
+    lost = ConnectionError(
+        f"another process of this run has ended or can't be reached ({reason}); look at what it "
+        "printed, and start all of them again: the run resumes"
+    )
+    lost.__cause__ = error
+    return lost

@@ -26,7 +26,7 @@ from mmada_jax import config as config_lib
 from mmada_jax import files
 from mmada_jax.data import digits, pipeline, sources
 from mmada_jax.devices import sharding
-from mmada_jax.devices.distributed import together, watch_signals
+from mmada_jax.devices.distributed import connect_axes, together, watch_signals
 from mmada_jax.diffusion import corrupt, loss
 from mmada_jax.measure import evaluate
 from mmada_jax.model.vision import Vision
@@ -123,8 +123,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     with together("training") as same:
         run, mesh, what = check(config, workdir)
         refuse_busy(workdir)
+        same |= start_of(run, workdir)
+    connect_axes(mesh)
+    with together("opening the data") as same:
         program = model_program(run, workdir, mesh, what) if what else vq_program(run)
-        same |= start_of(run, workdir) | {"data": program.data}
+        same |= {"data": program.data}
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
     if first_process:

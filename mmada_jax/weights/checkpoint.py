@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mmada_jax.devices.distributed import together
+from mmada_jax.devices.distributed import is_lost, together
 from mmada_jax.disk import refuse_place, resolved
 from mmada_jax.weights.arrays import check_leaves, missing, open_params
 from mmada_jax.weights.lazy import leaves, refuse
@@ -66,7 +66,9 @@ class Checkpoints:
         sys.unraisablehook = self._unraisable
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, error, _):
+        if is_lost(error):
+            return  # a save under way would wait for minutes for a process that has gone
         with self._owned:
             newest = self.latest()
             self._attempt(self._manager.close)

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmada_jax.devices import sharding
-from mmada_jax.devices.distributed import together, watch_signals
+from mmada_jax.devices.distributed import connect_axes, together, watch_signals
 from mmada_jax.ranges import warn_without_effect
 from mmada_jax.train import optim
 from mmada_jax.train.metrics import Metrics, tell
@@ -54,9 +54,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     with together("reinforcement learning") as same:
         run, mesh, prompts, rewards = open_run(config, workdir)
         refuse_busy(workdir)
+        same |= start_of(run, workdir)
+    connect_axes(mesh)
+    with together("loading the model"):
         model, params = load_policy(run, workdir, mesh)
         check_tasks(run, model, prompts, rewards)
-        same |= start_of(run, workdir)
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
     if first_process:
