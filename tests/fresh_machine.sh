@@ -52,6 +52,7 @@ if [ ! -x "$root/usr/bin/python3" ]; then
   rm "$root.log"
 fi
 mounted "$root/proc" -t proc proc
+mounted "$root/sys" -t sysfs -o ro sysfs # where libraries count the cores
 mounted "$root/dev/shm" -t tmpfs tmpfs
 
 # The network's names and certificates, pip's variables and files, and the paths that these name.

@@ -26,9 +26,11 @@ from mmada_jax.nets import transformer, vq
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens.tokenizer import chat
 from mmada_jax.weights import convert, hub, lazy, llada_keys, magvit_keys
+from mmada_jax.weights.checkpoint import trust
 from mmada_jax.weights.convert import from_torch, to_torch
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.inspect import inspect
+from mmada_jax.weights.workdir import FILES
 
 CONVERT = str(ROOT / "launch" / "convert.py")
 FIELDS = load_golden("backbone_gqa")[0]["config"]
@@ -557,6 +559,10 @@ def test_a_full_disk_is_one_line_whatever_a_library_calls_it(weights, tmp_path, 
 
 def test_a_damaged_checkpoint(weights, tmp_path):
     from_torch(publish(tmp_path / "src", weights), tmp_path / "ours")
+    (tmp_path / "ours" / FILES).unlink()
+    with pytest.raises(FileNotFoundError, match=f"has no {FILES}; .* trust --src"):
+        inspect(tmp_path / "ours")
+    trust(tmp_path / "ours")
     files = [p for p in (tmp_path / "ours" / "params").rglob("*") if p.is_file()]
     data = max(files, key=lambda p: p.stat().st_size)
     whole = bytearray(data.read_bytes())

@@ -140,14 +140,14 @@ def _hash(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes().removeprefix(codecs.BOM_UTF8)).hexdigest()
 
 
-def _is_recent(workdir: pathlib.Path) -> bool:
-    """Whether the newest step was written by a version that also writes hashes of the small files."""
-    if not has_step(workdir):
-        return False
+def _is_recent(folder: pathlib.Path) -> bool:
+    """Whether the newest step of a workdir, or the params of a checkpoint, were written by a version that
+    also writes hashes of the small files."""
+    arrays = newest_step(folder) if has_step(folder) else folder / "params"
     try:
-        return files.read_json(newest_step(workdir) / MANIFEST, dict).get("version", 1) >= VERSION
+        return files.read_json(arrays / MANIFEST, dict).get("version", 1) >= VERSION
     except (OSError, ValueError):
-        return False  # a damaged manifest is reported where the step is read
+        return False  # a damaged manifest is reported where the arrays are read
 
 
 def _hashes(folder: pathlib.Path) -> dict[str, list[str]]:
