@@ -8,6 +8,8 @@ import re
 import secrets
 from collections.abc import Callable, Iterable
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or an error that caused it, says that the disk, a quota or a limit is full. The
@@ -15,7 +17,7 @@ def is_full(error: BaseException | None) -> bool:
     signs = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "quota exceeded")
     while error is not None:
         number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(s in str(error) for s in signs):
+        if number in FULL or any(s in str(error) for s in signs):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -69,21 +69,42 @@ def ending() -> Iterator[None]:
 
 def fail(error: Exception) -> NoReturn:
     """Ends with one line for errors that users can mend, with a traceback for others."""
-    expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
-    in_short = expected and not os.environ.get("MMADA_TRACEBACK")
+    from mmada_jax.disk import FULL
+
     jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized():
+    several = jax and jax.distributed.is_initialized()
+    if several:
+        from mmada_jax.devices.distributed import is_lost
+
+        error = _lost(error) if is_lost(error) else error
+    expected = isinstance(error, ValueError | OSError | ImportError | FloatingPointError)
+    line = f"error: {error}"
+    if isinstance(error, OSError) and error.errno in FULL:
+        line += "; make room, and run it again"
+    in_short = expected and not os.environ.get("MMADA_TRACEBACK")
+    if several:
         try:
             if in_short:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(line, file=sys.stderr, flush=True)
             else:
                 traceback.print_exception(error)
         finally:
             # Python's own exit waits minutes for the other processes, which wait for this one.
             os._exit(1)
     if in_short:
-        sys.exit(f"error: {error}")
+        sys.exit(line)
     raise error
+
+
+def _lost(error: Exception) -> ConnectionError:
+    """What an error of a collective means to those who started the processes."""
+    reason = str(error).splitlines()[0]
+    lost = ConnectionError(
+        f"another process of this run has ended or can't be reached ({reason}); look at what it "
+        "printed, and start all of them again: the run resumes"
+    )
+    lost.__cause__ = error
+    return lost
 
 
 def quiet() -> None:
@@ -139,14 +160,3 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", 2**28)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _lost(error: Exception) -> ConnectionError:
-    """What an error of a collective means to those who started the processes."""
-    reason = str(error).splitlines()[0]
-    lost = ConnectionError(
-        f"another process of this run has ended or can't be reached ({reason}); look at what it "
-        "printed, and start all of them again: the run resumes"
-    )
-    lost.__cause__ = error
-    return lost
