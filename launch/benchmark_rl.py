@@ -11,6 +11,7 @@ report is of the seeds and maskings that were asked for, so ask for all of them 
 
 import argparse
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in args.seeds]
         for masking in args.maskings
     }
-    curves(rewards).savefig(workdir / "rewards.png", dpi=90, bbox_inches="tight")
+    write_curves(workdir / "rewards.png", rewards)
     print("\n".join(table(results)))
     print(f"\n{workdir.absolute()}: report.md, report.json, rewards.png")
 
@@ -202,6 +203,13 @@ def table(results: dict[str, dict[int, tuple[dict, dict]]]) -> list[str]:
             cells.append(f"{shares[0]} -> {shares[1]} % (z {z:+.1f}, p {p:.1g})")
         lines.append(f"| **{masking}** | all | " + " | ".join(cells) + " |")
     return lines
+
+
+def write_curves(path: pathlib.Path, rewards: dict[str, list[list[dict]]]) -> None:
+    """Writes the figure of `curves` as a PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    curves(rewards).savefig(buffer, dpi=90, bbox_inches="tight")
+    write_whole(path, buffer.getvalue())
 
 
 def curves(rewards: dict[str, list[list[dict]]]):

@@ -5,7 +5,6 @@ already done.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -116,29 +115,16 @@ def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
         print(f"\n[{number}/5] {what}", flush=True)
         config = form.stages[name].copy_and_resolve_references()
         config.seed = seed
-        with clock(workdir, name):
-            train_to_the_end(config, workdir / name)
+        train_to_the_end(config, workdir / name)
 
     # ---- Measure and report ------------------------------------------------------------------------
     print("\n[5/5] held-out scans (359 that no model has seen) and sums", flush=True)
-    with clock(workdir, "evaluate"):
-        n, n_sampled = form.cases
-        model = MMaDA.load(workdir / "pretrain")
-        result, pictures = measure(model, n)
-        of_stages, config = result["stages"], form.stages["unigrpo"]
-        of_stages["cot_before"], pictures["before"] = before_thoughts(model, n, of_stages["pretrain"])
-        model = MMaDA.load(workdir / "cot")
-        of_stages["cot"], pictures["after"] = measure_thoughts(model, n)
-        known = {name: of_stages["cot"][name] for name in ("text_cot", "vqa_sum", "t2i_one")}
-        of_stages["unigrpo_before"], pictures["rl_before"] = benchmark_rl.measure(
-            model, config, n_sampled, label="before: ", known=known
-        )
-        model = MMaDA.load(workdir / "unigrpo")
-        of_stages["unigrpo"], pictures["rl_after"] = benchmark_rl.measure(model, config, n_sampled, few=n)
-    result["seconds"] = read_json(workdir / "seconds.json", dict)
-    result["data_wait"] = max(map(data_wait, (workdir / run for run in ("pretrain", "cot"))))
-    histories = {name: metrics.read(workdir / name / "metrics.jsonl") for name in STAGES}
-    results(pictures).save(workdir / "results.png")
+    histories, start = read_histories(workdir), time.perf_counter()
+    result, pictures = measure_stages(workdir, form)
+    result["seconds"] = {name: round(rows[-1]["wall_seconds"], 1) for name, rows in histories.items()}
+    result["seconds"]["evaluate"] = round(time.perf_counter() - start, 1)
+    result["data_wait"] = max(data_wait(histories[name]) for name in ("pretrain", "cot"))
+    write_whole(workdir / "results.png", metrics.png_of(results(pictures)))
     write_whole(workdir / "report.html", page(result, pictures, curves(histories)))
     write_whole(report, json.dumps(result, indent=1))
     return result
@@ -166,17 +152,36 @@ def train_to_the_end(config, workdir):
         sys.exit(143)  # as a shell has it for SIGTERM
 
 
-@contextlib.contextmanager
-def clock(workdir: pathlib.Path, name: str):
-    """Adds the seconds of the block to WORKDIR/seconds.json: a resumed run counts all of its parts."""
-    start, path = time.perf_counter(), workdir / "seconds.json"
-    seconds = read_json(path, dict) if path.is_file() else {}
-    try:
-        yield
-    finally:
-        seconds[name] = round(seconds.get(name, 0) + time.perf_counter() - start, 1)
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(seconds))
+def read_histories(workdir: pathlib.Path) -> dict[str, list[dict[str, float]]]:
+    """The metrics of each stage, which count the seconds of all of its parts, however these ended. Raises
+    ValueError where a stage has lost them."""
+    histories = {}
+    for name in STAGES:
+        path = workdir / name / "metrics.jsonl"
+        histories[name] = metrics.read(path)
+        if not histories[name]:
+            raise ValueError(
+                f"{path} has no rows to report; put it back, or remove its folder to train again"
+            )
+    return histories
+
+
+def measure_stages(workdir: pathlib.Path, form: Form) -> tuple[dict, dict]:
+    """What is measured of the trained stages, and what there is to look at."""
+    n, n_sampled = form.cases
+    model = MMaDA.load(workdir / "pretrain")
+    result, pictures = measure(model, n)
+    of_stages, config = result["stages"], form.stages["unigrpo"]
+    of_stages["cot_before"], pictures["before"] = before_thoughts(model, n, of_stages["pretrain"])
+    model = MMaDA.load(workdir / "cot")
+    of_stages["cot"], pictures["after"] = measure_thoughts(model, n)
+    known = {name: of_stages["cot"][name] for name in ("text_cot", "vqa_sum", "t2i_one")}
+    of_stages["unigrpo_before"], pictures["rl_before"] = benchmark_rl.measure(
+        model, config, n_sampled, label="before: ", known=known
+    )
+    model = MMaDA.load(workdir / "unigrpo")
+    of_stages["unigrpo"], pictures["rl_after"] = benchmark_rl.measure(model, config, n_sampled, few=n)
+    return result, pictures
 
 
 def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
@@ -231,10 +236,10 @@ def measure_thoughts(model: MMaDA, n: int) -> tuple[dict, dict]:
     return stage, pictures
 
 
-def data_wait(workdir: pathlib.Path) -> float:
-    """The share of a run's time that was spent waiting for data."""
-    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "data_wait" in row]
-    return sum(row["data_wait"] for row in rows) / len(rows)
+def data_wait(history: Sequence[Mapping[str, float]]) -> float:
+    """The share of a run's time that was spent waiting for data, of its metrics."""
+    shares = [row["data_wait"] for row in history if "data_wait" in row]
+    return sum(shares) / len(shares)
 
 
 # ---- The end ----------------------------------------------------------------------------------------
