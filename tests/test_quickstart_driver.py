@@ -49,7 +49,7 @@ def start(workdir, dies=None, full=False):
                 write_whole(saved, str(step))
         return types.SimpleNamespace(step=n)
 
-    def measured(workdir, form):
+    def measure_stages(workdir, form):
         event()
         return {"stages": {}}, {}
 
@@ -65,7 +65,7 @@ def start(workdir, dies=None, full=False):
 
     quickstart.keep_memory = quickstart.keep_programs = lambda: None
     quickstart.train, quickstart.rl = train, types.SimpleNamespace(train=train)
-    quickstart.measured, quickstart.page, quickstart.write_whole = measured, page, write
+    quickstart.measure_stages, quickstart.page, quickstart.write_whole = measure_stages, page, write
     quickstart.benchmark_rl.write_curves = lambda path, _: write(path, png)
     quickstart.results, quickstart.table = lambda pictures: Image.new("L", (8, 8)), lambda result: []
     status = 0
