@@ -16,7 +16,7 @@ root = pathlib.Path(sys.argv[1])
 form = quickstart.form("digits,smoke", quickstart.Cases(1, 1), {})
 for stage, n in (("image_tokenizer", 2), ("pretrain", 3), ("cot", 3)):
     form.stages[stage].steps = n
-write_whole, png = quickstart.write_whole, quickstart.metrics.png_of(Image.new("L", (8, 8)))
+write_whole = quickstart.write_whole
 
 
 def start(workdir, dies=None, full=False):
@@ -66,8 +66,8 @@ def start(workdir, dies=None, full=False):
     quickstart.keep_memory = quickstart.keep_programs = lambda: None
     quickstart.train, quickstart.rl = train, types.SimpleNamespace(train=train)
     quickstart.measure_stages, quickstart.page, quickstart.write_whole = measure_stages, page, write
-    quickstart.benchmark_rl.write_curves = lambda path, _: write(path, png)
-    quickstart.results, quickstart.table = lambda pictures: Image.new("L", (8, 8)), lambda result: []
+    quickstart.results, quickstart.curves = lambda pictures: Image.new("L", (8, 8)), lambda histories: []
+    quickstart.table = lambda result: []
     status = 0
     try:
         quickstart.main(["--workdir", str(workdir)], {"default": form})
@@ -89,8 +89,7 @@ def kept(workdir):
         assert report["seconds"][stage] == of_stage[-1]["wall_seconds"] == len(of_stage)
     del report["seconds"]
     assert (workdir / "report.html").read_text() == "<p>" * 100_000
-    for name in ("rewards.png", "results.png"):
-        assert Image.open(workdir / name).size == (8, 8)
+    assert Image.open(workdir / "results.png").size == (8, 8)
     assert not list(workdir.rglob("*.tmp"))
     return report, {stage: [row["step"] for row in of_stage] for stage, of_stage in rows.items()}
 
