@@ -13,11 +13,10 @@ LOST = "error: another process of this run has ended or can't be reached (UNKNOW
 
 # What a process of two does over and over.
 MEETS = """
-import faulthandler, sys
-from launch import fail
+import sys
+from mmada_jax.programs.process import fail
 from mmada_jax.devices import distributed, sharding
 
-faulthandler.enable()  # as absl does
 distributed.initialize_distributed(sys.argv[1], 2, int(sys.argv[2]))
 try:
     mesh = sharding.make_mesh()

@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 DRIVER = """
 import itertools, json, os, pathlib, resource, signal, sys, types
 from PIL import Image
-from launch import fail, quickstart
+from launch import quickstart
+from mmada_jax.programs.process import fail
 
 root = pathlib.Path(sys.argv[1])
 form = quickstart.form("digits,smoke", quickstart.Cases(1, 1), {})

@@ -1,7 +1,6 @@
 """The processes of one run: how they meet, agree before anything is computed, and stop together."""
 
 import contextlib
-import faulthandler
 import functools
 import itertools
 import json
@@ -54,8 +53,6 @@ def initialize_distributed(
         _check_explicit(*explicit)
     elif not (several_processes(os.environ) if distributed is None else distributed):
         return
-    # When the coordinator has gone, jax aborts with a message; absl would add a traceback of each thread.
-    faulthandler.disable()
     # Its handler would swallow SIGTERM until training has its own, which saves at a step that all agree on.
     jax.config.update("jax_enable_preemption_service", False)
     me = "this process" if coordinator is None else f"process {process_id} of {num_processes}"
