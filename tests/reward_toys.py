@@ -26,9 +26,9 @@ def scores_of(reward, completions, answers):
 
 
 def seconds(function, *arguments):
-    begun = time.perf_counter()
+    begun = time.thread_time()  # whatever else the machine does
     function(*arguments)
-    return time.perf_counter() - begun
+    return time.thread_time() - begun
 
 
 @pytest.fixture(scope="module", name="correct")
