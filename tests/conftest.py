@@ -1,14 +1,34 @@
 """Strict promotion and eight fake devices for every test; the goldens' loader."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
 import pathlib
 import signal
 import socket
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Most of the time goes into compiling: LLVM optimises nothing, and jax 0.10 has a quicker emitter of loops.
+HURRY = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    HURRY += " --xla_cpu_use_fusion_emitters=false"
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of a program under test that sees so many devices."""
+    return f"{HURRY} --xla_force_host_platform_device_count={devices}"
+
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}"
+# What was compiled once is kept for this session: workers of pytest-xdist and programs under test inherit
+# the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="mmada_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import numpy as np

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 from PIL import Image
 
 from configs import cot, unigrpo
@@ -34,8 +35,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 @contextlib.contextmanager
 def launch(workdir, *flags, devices=1, program="train", config="pretrain"):
     """A program as a user runs it, on so many devices; dead at the end of the block."""
-    # Most of the time goes into compiling, once in each process.
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     command = [
         sys.executable,
         ROOT / f"launch/{program}.py",
@@ -44,7 +43,7 @@ def launch(workdir, *flags, devices=1, program="train", config="pretrain"):
     ]
     command += ["--workdir", workdir, *flags]
     process = subprocess.Popen(
-        command, env=os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}, text=True,
+        command, env=os.environ | {"XLA_FLAGS": xla_flags(devices)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     with process:
@@ -186,12 +185,11 @@ def test_two_processes_show_samples_of_every_kind(smoke_config, image_tokenizer,
         (thinks | often, str(tmp_path / "cot")),
         (learns, str(tmp_path / "rl")),
     ]
-    xla = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     with contextlib.ExitStack() as stack:
         two = [
             stack.enter_context(subprocess.Popen(
                 [sys.executable, "-c", RUNS, f"127.0.0.1:{free_port}", str(number), json.dumps(runs)],
-                env=os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu"}, cwd=ROOT, text=True,
+                env=os.environ | {"XLA_FLAGS": xla_flags(2)}, cwd=ROOT, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             ))
             for number in (0, 1)

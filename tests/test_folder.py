@@ -15,7 +15,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import ROOT, golden_weights, load_golden
+from conftest import ROOT, golden_weights, load_golden, xla_flags
 from safetensors.numpy import load_file, save_file
 
 from launch import bench
@@ -475,7 +475,7 @@ def test_a_disk_that_is_full_half_way(weights, tmp_path, way):
         src = tmp_path / "ours"
     around = sorted(tmp_path.iterdir())
     command = f"ulimit -f 200; exec {sys.executable} {CONVERT} {way} --src {src} --dst {tmp_path / 'dst'}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment)
     assert ended.returncode == 1
     assert "error: [Errno 28] the disk is full, nothing was written" in ended.stderr
@@ -495,7 +495,7 @@ def test_a_conversion_that_is_killed_never_looks_finished(weights, tmp_path, way
     script = f"import sys, runpy; sys.path.insert(0, {str(ROOT)!r}); {wait}"
     script += f"sys.argv = ['', {way!r}, '--src', {str(src)!r}, '--dst', {str(dst)!r}]; "
     script += f"runpy.run_path({CONVERT!r}, run_name='__main__')"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     process = subprocess.Popen([sys.executable, "-c", script], env=environment)
     unfinished = tmp_path / f".dst.unfinished-{process.pid}"
     deadline = time.time() + 60
@@ -1001,7 +1001,7 @@ def test_each_process_reads_only_its_own_shards(tmp_path, free_port):
     table = llada_keys.key_table(llada_keys.config_from_hf(values))
     state = {k: rng.standard_normal(r.torch_shape).astype(np.float32) for k, r in table.items()}
     from_torch(publish(tmp_path / "src", state, values), tmp_path / "ours")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", READ_HALF]
     processes = [
         subprocess.Popen(

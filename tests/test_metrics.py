@@ -14,6 +14,7 @@ import types
 
 import jax
 import pytest
+from conftest import xla_flags
 from PIL import Image
 
 from mmada_jax.disk import Growing, write_whole
@@ -392,7 +393,7 @@ def test_a_run_whose_disk_is_full_for_a_while_loses_no_row(small_disk, tmp_path)
         sys.executable, ROOT / "launch/train.py", "--config", ROOT / "configs/vq.py:digits,smoke",
         "--workdir", workdir, f"--config.steps={steps}", "--config.log_every=1", "--config.save_every=1000",
     ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from conftest import ROOT, save_params
+from conftest import ROOT, save_params, xla_flags
 from PIL import Image
 
 from configs import vq as vq_digits
@@ -333,12 +333,7 @@ def launch(config, files, tmp_path_factory):
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n    return ConfigDict(json.load(open({str(folder / 'values.json')!r})))\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-    }
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
 
     def start(workdir, *flags):
         command = [sys.executable, ROOT / "launch/train.py", "--config", folder / "own.py"]

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, xla_flags
 
 from configs import pretrain, vq
 from mmada_jax.config import from_dict, to_dict
@@ -340,7 +340,7 @@ def test_two_real_trials(image_tokenizer, tmp_path):
     command = [sys.executable, ROOT / "launch/sweep.py", "--config", f"{config}:digits,smoke", "--workdir",
                tmp_path / "sweep", "--parallel=2", "--config.steps=2", "--config.batch_size=4",
                f"--config.image_tokenizer={image_tokenizer}"]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # one device
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     out = subprocess.run(command, capture_output=True, text=True, env=environment)
     logs = "".join(path.read_text() for path in tmp_path.glob("sweep/*/log.txt"))
     assert out.returncode == 0, out.stdout + out.stderr + logs

@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import save_params
+from conftest import save_params, xla_flags
 
 from configs import vq
 from mmada_jax import config as config_lib
@@ -74,8 +74,7 @@ def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_
 
 def launch(config, workdir, *flags, **kwargs):
     """launch/train.py on one device, as a user runs it."""
-    # Most of the time goes into compiling.
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     command = [sys.executable, ROOT / "launch/train.py", "--config", config, "--workdir", workdir, *flags]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs

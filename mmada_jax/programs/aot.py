@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     args = parse(parser, argv)
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs: a TPU of this machine stays free
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what is for a TPU can't be read back without one
     from mmada_jax.config import from_dict
     from mmada_jax.devices import chips
     from mmada_jax.train import aot
