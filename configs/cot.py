@@ -173,6 +173,7 @@ def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
     for group in ("loss", "optim"):
         small[group] = config[group].copy_and_resolve_references()
     small.optim.warmup = 2
+    small.model.update(n_layers=2, unroll=1)
     small.update(
         steps=6, batch_size=8, save_every=3, log_every=1, init="", text_vocab=384, image_tokenizer=""
     )

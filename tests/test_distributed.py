@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import re
 import signal
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from conftest import xla_flags
 from PIL import Image
+from programs import Program
 
 from configs import cot, unigrpo
 from mmada_jax.data import digits
@@ -35,18 +35,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 @contextlib.contextmanager
 def launch(workdir, *flags, devices=1, program="train", config="pretrain"):
     """A program as a user runs it, on so many devices; dead at the end of the block."""
-    command = [
-        sys.executable,
-        ROOT / f"launch/{program}.py",
-        "--config",
-        ROOT / f"configs/{config}.py:digits,smoke",
-    ]
-    command += ["--workdir", workdir, *flags]
-    process = subprocess.Popen(
-        command, env=os.environ | {"XLA_FLAGS": xla_flags(devices)}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    with process:
+    command = [ROOT / f"launch/{program}.py", "--config", ROOT / f"configs/{config}.py:digits,smoke"]
+    with Program([*command, "--workdir", workdir, *flags], {"XLA_FLAGS": xla_flags(devices)}) as process:
         try:
             yield process
         finally:
@@ -185,12 +175,12 @@ def test_two_processes_show_samples_of_every_kind(smoke_config, image_tokenizer,
         (thinks | often, str(tmp_path / "cot")),
         (learns, str(tmp_path / "rl")),
     ]
+    (tmp_path / "runs.py").write_text(RUNS)
     with contextlib.ExitStack() as stack:
         two = [
-            stack.enter_context(subprocess.Popen(
-                [sys.executable, "-c", RUNS, f"127.0.0.1:{free_port}", str(number), json.dumps(runs)],
-                env=os.environ | {"XLA_FLAGS": xla_flags(2)}, cwd=ROOT, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stack.enter_context(Program(
+                [tmp_path / "runs.py", f"127.0.0.1:{free_port}", number, json.dumps(runs)],
+                {"XLA_FLAGS": xla_flags(2)},
             ))
             for number in (0, 1)
         ]  # fmt: skip

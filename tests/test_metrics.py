@@ -16,6 +16,7 @@ import jax
 import pytest
 from conftest import xla_flags
 from PIL import Image
+from programs import Program
 
 from mmada_jax.disk import Growing, write_whole
 from mmada_jax.train import metrics
@@ -390,13 +391,10 @@ def small_disk(tmp_path):
 def test_a_run_whose_disk_is_full_for_a_while_loses_no_row(small_disk, tmp_path):
     workdir, fill, steps = small_disk / "run", small_disk / "fill", 40
     command = [
-        sys.executable, ROOT / "launch/train.py", "--config", ROOT / "configs/vq.py:digits,smoke",
+        ROOT / "launch/train.py", "--config", ROOT / "configs/vq.py:digits,smoke",
         "--workdir", workdir, f"--config.steps={steps}", "--config.log_every=1", "--config.save_every=1000",
     ]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    with Program(command, {"XLA_FLAGS": xla_flags(1)}) as process:
         out = []
         for line in process.stdout:
             out.append(line)

@@ -3,12 +3,9 @@
 import hashlib
 import io
 import json
-import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import zlib
 
@@ -20,6 +17,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from conftest import ROOT, save_params, xla_flags
 from PIL import Image
+from programs import Program
 
 from configs import vq as vq_digits
 from mmada_jax.data import digits
@@ -333,14 +331,10 @@ def launch(config, files, tmp_path_factory):
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n    return ConfigDict(json.load(open({str(folder / 'values.json')!r})))\n"
     )
-    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
 
     def start(workdir, *flags):
-        command = [sys.executable, ROOT / "launch/train.py", "--config", folder / "own.py"]
-        return subprocess.Popen(
-            [*command, "--workdir", workdir, *flags], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        command = [ROOT / "launch/train.py", "--config", folder / "own.py", "--workdir", workdir, *flags]
+        return Program(command, {"XLA_FLAGS": xla_flags(1)})
 
     return start
 

@@ -13,6 +13,7 @@ import time
 
 import pytest
 from conftest import ROOT, xla_flags
+from programs import Program
 
 from configs import pretrain, vq
 from mmada_jax.config import from_dict, to_dict
@@ -60,9 +61,9 @@ def run(tmp_path):
             f"def get_config(arg): return ConfigDict({BASE!r})\n"
             f"def get_hyper(h): return {hyper}\n"
         )
-        command = [sys.executable, ROOT / "launch/sweep.py", "--config", tmp_path / "config.py:some,arg"]
+        command = [ROOT / "launch/sweep.py", "--config", tmp_path / "config.py:some,arg"]
         command += ["--workdir", tmp_path / "sweep", "--program", tmp_path / "fake.py", *flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = Program(command)
         return (process.communicate()[0].splitlines(), process.returncode) if wait else process
 
     return call

@@ -1,21 +1,19 @@
 """The training program: one compilation, exact resume after whatever, bad configurations, metrics."""
 
 import contextlib
-import os
 import pathlib
 import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from conftest import save_params, xla_flags
+from programs import Program
 
 from configs import vq
 from mmada_jax import config as config_lib
@@ -72,13 +70,10 @@ def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other_params, params)
 
 
-def launch(config, workdir, *flags, **kwargs):
+def launch(config, workdir, *flags):
     """launch/train.py on one device, as a user runs it."""
-    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
-    command = [sys.executable, ROOT / "launch/train.py", "--config", config, "--workdir", workdir, *flags]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    command = [ROOT / "launch/train.py", "--config", config, "--workdir", workdir, *flags]
+    return Program(command, {"XLA_FLAGS": xla_flags(1)})
 
 
 def state_hash(workdir):
@@ -108,9 +103,9 @@ def test_resume_is_bit_exact_whatever_happened(smoke_config, image_tokenizer, tm
             return process.wait(), "".join(lines)
 
     for low, high in ((2, 5), (7, 10), (12, 14)):
-        status, out = run_until(chance.randint(low, high), subprocess.Popen.kill)
+        status, out = run_until(chance.randint(low, high), Program.kill)
         assert status == -signal.SIGKILL, out
-    status, out = run_until(16, subprocess.Popen.terminate)
+    status, out = run_until(16, Program.terminate)
     assert status == 0, out
     assert "run again to resume" in out
 
