@@ -17,4 +17,4 @@ print("Python", sys.version.split()[0], *(f"{name} {found.get(name, '-')}" for n
 END
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

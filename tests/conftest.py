@@ -46,7 +46,17 @@ ROOT = pathlib.Path(__file__).parent.parent
 EXTRAS = {"torch": ("torch", "transformers"), "aot": ("libtpu",), "gym": ("reasoning_gym",)}
 
 
+# The files that take longest, in this order: the workers of pytest-xdist then end together.
+LONGEST = (
+    "test_rl", "test_distributed", "test_train", "test_unigrpo", "test_runs", "test_goldens", "test_api",
+    "test_transformer", "test_evaluate", "test_sample", "test_folder", "test_denoise", "test_attention",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(
+        key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+    )
     for mark, packages in EXTRAS.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
@@ -135,6 +145,21 @@ def save_params(workdir, config, params, opt_state=None, texts=None):
         checkpoints.save(TrainState(np.int32(1), params, opt_state or {"count": np.int32(0)}))
 
 
+def vq_params(config):
+    """Params of an untrained image tokenizer. To compile vq.init_params takes longer than most tests do."""
+    from mmada_jax.nets import vq
+
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        if len(shape) == 1:
+            return np.full(shape, path[-1].key.endswith("_scale"), np.float32)
+        return rng.normal(0, np.prod(shape[:-1]) ** -0.5, shape).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: vq.init_params(jax.random.key(0), config))
+    return jax.tree.map_with_path(lambda path, x: draw(path, x.shape), shapes)
+
+
 @pytest.fixture(scope="session")
 def image_tokenizer(tmp_path_factory):
     """Workdir of an untrained image tokenizer."""
@@ -142,8 +167,8 @@ def image_tokenizer(tmp_path_factory):
     from mmada_jax.nets import vq
 
     workdir = tmp_path_factory.mktemp("image_tokenizer")
-    params = jax.jit(lambda key: vq.init_params(key, vq.PRESETS["digits"]))(jax.random.key(0))
-    save_params(workdir, vq_config.get_config("digits,smoke").to_dict(), params)
+    config = vq_config.get_config("digits,smoke").to_dict()
+    save_params(workdir, config, vq_params(vq.PRESETS["digits"]))
     return workdir
 
 
@@ -157,7 +182,8 @@ def model_workdir(smoke_config, image_tokenizer, tmp_path_factory):
     config = smoke_config | {"image_tokenizer": str(image_tokenizer)}
     plan = runs.plan(runs.parse(config), workdir)
     texts = {"tokenizer.json": plan.tokenizer.to_json()}
-    save_params(workdir, config, transformer.init_params(jax.random.key(0), plan.model), texts=texts)
+    params = jax.jit(lambda key: transformer.init_params(key, plan.model))(jax.random.key(0))
+    save_params(workdir, config, params, texts=texts)
     return workdir
 
 

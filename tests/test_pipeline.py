@@ -10,6 +10,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import vq_params
 from PIL import Image
 
 from mmada_jax.data import pipeline, records, sources
@@ -381,7 +382,7 @@ class Refusing:
 def tiny_vq():
     levels = {name: (1, 1) for name in ("encoder_mult", "encoder_blocks", "decoder_mult", "decoder_blocks")}
     config = vq.Config(channels=32, bits=6, **levels)
-    return jax.jit(lambda key: vq.init_params(key, config))(jax.random.key(0)), config
+    return vq_params(config), config
 
 
 def test_images_without_codes_are_encoded_on_the_devices(tokenizer, tiny_vq):
@@ -405,7 +406,7 @@ def test_images_without_codes_are_encoded_on_the_devices(tokenizer, tiny_vq):
         encode = pipeline.make_encoder(vision, vocab, MAX_TEXT)
         batches.append(jax.device_get(encode(sharding.put_batch(mesh, loaded.rows))))
     np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
-    encoded = 0
+    encoded, code = 0, jax.jit(vq.encode, static_argnums=1)
     for (task, k), before, after in zip(
         rows.places, loaded.rows.batch.tokens, batches[0].tokens, strict=True
     ):
@@ -415,7 +416,7 @@ def test_images_without_codes_are_encoded_on_the_devices(tokenizer, tiny_vq):
             np.testing.assert_array_equal(before, after)
             continue
         pixels = np.full((1, side, side, 3), 20 * i / 127.5 - 1, np.float32)
-        ids = vocab.image_ids(np.asarray(vq.encode(params, config, pixels)).ravel())
+        ids = vocab.image_ids(np.asarray(code(params, config, pixels)).ravel())
         first = layout.image_start(task, MAX_TEXT)
         np.testing.assert_array_equal(after[first : first + 4], ids)
         changed = before != after

@@ -93,7 +93,7 @@ def gradients(config, mesh=None, batch=None):
         prepared = objective.prepare(jax.random.key(1), batch)
         return jax.value_and_grad(objective.loss, has_aux=True)(params, prepared)
 
-    params = transformer.init_params(jax.random.key(0), config)
+    params = jax.jit(lambda key: transformer.init_params(key, config))(jax.random.key(0))
     if mesh is None:
         return jax.jit(run)(params, batch)
     places = sharding.tree_shardings(mesh, objective.axes, params)
