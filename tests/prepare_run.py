@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
-from conftest import ROOT
+from conftest import ROOT, xla_flags
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -119,6 +119,6 @@ def published(tmp_path_factory):
 
 
 def run(code, *args, **options):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
     command = [sys.executable, "-c", code, PREPARE, *map(str, args)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)

@@ -17,12 +17,7 @@ import subprocess
 import sys
 
 _LONGEST = 1 << 17  # bytes of a message
-IMPORTED = (
-    "absl.app",
-    "ml_collections.config_flags",
-    "mmada_jax.train.supervised",
-    "mmada_jax.train.rl.loop",
-)
+IMPORTED = ("absl.flags", "mmada_jax.train.supervised", "mmada_jax.train.rl.loop")
 
 
 class Program:
