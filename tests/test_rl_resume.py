@@ -7,12 +7,12 @@ import pathlib
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
+from programs import Program
 
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train.rl import loop
@@ -174,15 +174,11 @@ def test_launch_goes_on_after_a_kill_and_ctrl_c(model_workdir, tmp_path):
     def launch(workdir, number=None, step=0):
         """Runs until a step is shown, where the process gets a signal; what it printed."""
         command = [
-            sys.executable, ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
+            ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
             "--workdir", workdir, f"--config.init={model_workdir}", "--config.iterations=12",
             "--config.save_every=1",
         ]  # fmt: skip
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        ) as process:  # fmt: skip
+        with Program(command, {"XLA_FLAGS": xla_flags(1)}, new_session=True) as process:
             out = []
             for line in process.stdout:
                 out.append(line)
