@@ -22,7 +22,7 @@ def attention(
     """
     B, H, S, K = q_BHSK.shape
     G = k_BGTK.shape[1]
-    v_BTGK = v_BTM.reshape(B, -1, G, K)
+    v_BGTK = v_BTM.reshape(B, -1, G, K).swapaxes(1, 2)
     q_BGRSK = q_BHSK.reshape(B, G, H // G, S, K)
     scores_BGRST = jnp.einsum(
         "BGRSK,BGTK->BGRST", q_BGRSK, k_BGTK, preferred_element_type=jnp.float32
@@ -32,6 +32,7 @@ def attention(
         scores_BGRST += pair_B11ST.astype(jnp.float32)
     else:
         scores_BGRST = jnp.where(pair_B11ST, scores_BGRST, jnp.finfo(jnp.float32).min)
-    p_BGRST = jax.nn.softmax(scores_BGRST, axis=-1).astype(v_BTGK.dtype)
-    out_BSM = jnp.einsum("BGRST,BTGK->BSGRK", p_BGRST, v_BTGK).reshape(B, S, H * K)
+    p_BGRST = jax.nn.softmax(scores_BGRST, axis=-1).astype(v_BGTK.dtype)
+    out_BGRSK = jnp.einsum("BGRST,BGTK->BGRSK", p_BGRST, v_BGTK)
+    out_BSM = out_BGRSK.reshape(B, H, S, K).swapaxes(1, 2).reshape(B, S, H * K)
     return out_BSM if soft else jnp.where(q_valid_BS[:, :, None], out_BSM, 0)

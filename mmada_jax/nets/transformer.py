@@ -136,7 +136,7 @@ def hidden_states(
     `positions` are those of RoPE, by default 0..L-1, padding counted.
     """
     if positions_BL is None:
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+        positions_BL = np.arange(tokens_BL.shape[1])[None]
     return _Transformer(config).apply({"params": params}, tokens_BL, valid_BL, positions_BL)
 
 
@@ -161,13 +161,16 @@ def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return norm_D.astype(x_D.dtype) * scale_D.astype(x_D.dtype)
 
 
-def rope_table(positions_BL: jax.Array, d_head: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_table(
+    positions_BL: jax.Array | np.ndarray, d_head: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of RoPE's angles, each [B, 1, L, K] float32, both halves of K the same. One
-    table serves all layers."""
-    half = d_head // 2
-    freq_K = theta ** (-jnp.tile(jnp.arange(half, dtype=jnp.float32), 2) / half)
-    angle_B1LK = positions_BL[:, None, :, None].astype(jnp.float32) * freq_K[None, None, None]
-    return jnp.cos(angle_B1LK), jnp.sin(angle_B1LK)
+    table serves all layers. Positions in numpy give tables in numpy, which XLA can't compute anew at
+    each place where it reads them."""
+    xp, half = np if isinstance(positions_BL, np.ndarray) else jnp, d_head // 2
+    freq_K = np.float32(theta) ** (-np.tile(np.arange(half, dtype=np.float32), 2) / np.float32(half))
+    angle_B1LK = positions_BL[:, None, :, None].astype(np.float32) * freq_K[None, None, None]
+    return xp.cos(angle_B1LK), xp.sin(angle_B1LK)
 
 
 @jax.custom_vjp
@@ -204,15 +207,58 @@ def _turn(x_BHLK):
     return jnp.einsum("BHLK,KJ->BHLJ", x_BHLK, turn_KK.astype(x_BHLK.dtype), precision=precision)
 
 
+def _product(letters: str, h_BLD: jax.Array, w: jax.Array) -> jax.Array:
+    """jnp.einsum of hidden states [B, L, D] with a weight [D, ...].
+
+    On CPUs the tokens of all rows are the rows of one matrix, in both passes. XLA would transpose copies
+    of the operands instead, which takes as long as a third of the product.
+    """
+    if sharding.platform() != "cpu":
+        return jnp.einsum(letters, h_BLD, w)
+    (B, L, D), (_, *wide) = h_BLD.shape, w.shape
+    product = _of_rows(h_BLD.reshape(B * L, D), w.reshape(D, -1)).reshape(B, L, *wide)
+    _, of_w, out = letters.replace("->", ",").split(",")
+    return jnp.einsum(f"BL{of_w[1:]}->{out}", product)
+
+
 @jax.custom_vjp
+def _of_rows(h_ND, w_DM):
+    return jnp.einsum("ND,DM->NM", h_ND, w_DM)
+
+
+def _of_rows_fwd(h_ND, w_DM):
+    return _of_rows(h_ND, w_DM), (h_ND, w_DM)
+
+
+def _of_rows_bwd(saved, grad_NM):
+    h_ND, w_DM = saved
+    return jnp.einsum("NM,DM->ND", grad_NM, w_DM), jnp.einsum("ND,NM->DM", h_ND, grad_NM)
+
+
+_of_rows.defvjp(_of_rows_fwd, _of_rows_bwd)
+
+
+def _wide() -> str:
+    """The order of the axes within the MLP: features first spares TPUs a pass over memory, and costs CPUs
+    one."""
+    return "BLF" if sharding.platform() == "cpu" else "FBL"
+
+
 def _widen(h_BLD, w_DF):
-    """A product with a large weight, whose gradient is formed in quarters: the sum of one over the devices
-    is hidden behind the next, and nothing hides the last sums of a layer."""
+    """A product with a large weight, [B, L, F] or [F, B, L]."""
+    on_cpu = sharding.platform() == "cpu"
+    return _product("BLD,DF->BLF", h_BLD, w_DF) if on_cpu else _widen_in_quarters(h_BLD, w_DF)
+
+
+@jax.custom_vjp
+def _widen_in_quarters(h_BLD, w_DF):
+    """The gradient is formed in quarters: the sum of one over the devices is hidden behind the next, and
+    nothing hides the last sums of a layer."""
     return jnp.einsum("BLD,DF->FBL", h_BLD, w_DF)
 
 
 def _widen_fwd(h_BLD, w_DF):
-    return _widen(h_BLD, w_DF), (h_BLD, w_DF)
+    return _widen_in_quarters(h_BLD, w_DF), (h_BLD, w_DF)
 
 
 def _widen_bwd(saved, grad_FBL):
@@ -222,7 +268,7 @@ def _widen_bwd(saved, grad_FBL):
     return jnp.einsum("FBL,DF->BLD", grad_FBL, w_DF), jnp.concatenate(quarters)
 
 
-_widen.defvjp(_widen_fwd, _widen_bwd)
+_widen_in_quarters.defvjp(_widen_fwd, _widen_bwd)
 
 
 _BLOCK_AXES = {
@@ -277,9 +323,9 @@ class _Block(nn.Module):
         # M all heads side by side: a transpose is a pass over memory.
         h_BLD = norm("attn_norm_D", x_BLD)
         heads, kv_heads = (c.d_model, c.n_heads, c.d_head), (c.d_model, c.n_kv_heads, c.d_head)
-        q_BHLK = jnp.einsum("BLD,DHK->BHLK", h_BLD, weight("q_DHK", heads, width))
-        k_BGLK = jnp.einsum("BLD,DGK->BGLK", h_BLD, weight("k_DGK", kv_heads, width))
-        v_BLM = jnp.einsum("BLD,DM->BLM", h_BLD, weight("v_DGK", kv_heads, width, heads_merged=True))
+        q_BHLK = _product("BLD,DHK->BHLK", h_BLD, weight("q_DHK", heads, width))
+        k_BGLK = _product("BLD,DGK->BGLK", h_BLD, weight("k_DGK", kv_heads, width))
+        v_BLM = _product("BLD,DM->BLM", h_BLD, weight("v_DGK", kv_heads, width, heads_merged=True))
         att_BLM = attention(
             checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv"),
             checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv"),
@@ -289,15 +335,15 @@ class _Block(nn.Module):
             soft=c.pad == "soft",
         )
         o_MD = weight("o_HKD", (c.n_heads, c.d_head, c.d_model), width * depth, heads_merged=True)
-        x_BLD += jnp.einsum("BLM,MD->BLD", att_BLM, o_MD)
+        x_BLD += _product("BLM,MD->BLD", att_BLM, o_MD)
         x_BLD = checkpoint_name(sharding.constrain(x_BLD, "batch", "length", "embed"), "middle")
 
         h_BLD = norm("mlp_norm_D", x_BLD)
-        gate_FBL = _widen(h_BLD, weight("gate_DF", (c.d_model, c.d_mlp), width))
-        up_FBL = _widen(h_BLD, weight("up_DF", (c.d_model, c.d_mlp), width))
+        gate = _widen(h_BLD, weight("gate_DF", (c.d_model, c.d_mlp), width))
+        up = _widen(h_BLD, weight("up_DF", (c.d_model, c.d_mlp), width))
         down_FD = weight("down_FD", (c.d_mlp, c.d_model), depth / math.sqrt(c.d_mlp))
-        act_FBL = jax.nn.silu(checkpoint_name(gate_FBL, "mlp")) * checkpoint_name(up_FBL, "mlp")
-        x_BLD += jnp.einsum("FBL,FD->BLD", act_FBL, down_FD)
+        act = jax.nn.silu(checkpoint_name(gate, "mlp")) * checkpoint_name(up, "mlp")
+        x_BLD += _product(f"{_wide()},FD->BLD", act, down_FD)
         return sharding.constrain(x_BLD, "batch", "length", "embed"), None
 
 
