@@ -90,8 +90,7 @@ def test_norm():
 def test_rope():
     x = normal(2, 4, 9, 16)
     theirs = modeling.rope(x, *modeling.rope_tables(9, 16, 500000.0))
-    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
-    table = transformer.rope_table(positions, 16, 500000.0)
+    table = (x[None, None] for x in transformer.rope_table(9, 16, 500000.0))
     assert_close(transformer.rope(ours_of(x), *table), theirs)
 
 
@@ -111,8 +110,8 @@ def test_block(params, model, data):
     tables = model.rope_tables(x.shape[1], x.device)
     theirs = model.model.transformer.blocks[layer](x, *tables, valid[:, None, None, :])
     weights = jax.tree.map(lambda w: w[layer], params["blocks"])
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-    table = transformer.rope_table(positions, CONFIG.d_head, CONFIG.rope_theta)
+    table = transformer.rope_table(x.shape[1], CONFIG.d_head, CONFIG.rope_theta)
+    table = (x[None, None] for x in table)
     ours, _ = transformer._Block(CONFIG).apply(
         {"params": weights}, ours_of(x), jnp.float32(layer), ours_of(valid), *table
     )

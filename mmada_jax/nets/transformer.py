@@ -110,7 +110,7 @@ def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
     row = jnp.zeros((1, 1), jnp.int32)  # Flax makes params on the way through the model
     # No mesh could split this row. The code of one layer is compiled in a third of the time of four.
     config = dataclasses.replace(config, attention="plain", unroll=1)
-    return _Transformer(config).init(key, row, row == 0, row)["params"]
+    return _Transformer(config).init(key, row, row == 0, None)["params"]
 
 
 def param_shapes(config: Config) -> dict[str, Any]:
@@ -133,10 +133,8 @@ def hidden_states(
 ) -> jax.Array:
     """Token ids and their validity -> final hidden states [B, L, D] in `config.dtype`.
 
-    `positions` are those of RoPE, by default 0..L-1, padding counted.
+    `positions` are those of RoPE, below `max_len`, by default 0..L-1, padding counted.
     """
-    if positions_BL is None:
-        positions_BL = np.arange(tokens_BL.shape[1])[None]
     return _Transformer(config).apply({"params": params}, tokens_BL, valid_BL, positions_BL)
 
 
@@ -161,16 +159,17 @@ def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return norm_D.astype(x_D.dtype) * scale_D.astype(x_D.dtype)
 
 
-def rope_table(
-    positions_BL: jax.Array | np.ndarray, d_head: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of RoPE's angles, each [B, 1, L, K] float32, both halves of K the same. One
-    table serves all layers. Positions in numpy give tables in numpy, which XLA can't compute anew at
-    each place where it reads them."""
-    xp, half = np if isinstance(positions_BL, np.ndarray) else jnp, d_head // 2
+def rope_table(length: int, d_head: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of RoPE's angles at the positions 0..length-1, each [L, K] float32, both halves of K
+    the same.
+
+    One table serves all layers. It is a constant of the program: XLA would compute the angles anew at each
+    place where it reads them.
+    """
+    half = d_head // 2
     freq_K = np.float32(theta) ** (-np.tile(np.arange(half, dtype=np.float32), 2) / np.float32(half))
-    angle_B1LK = positions_BL[:, None, :, None].astype(np.float32) * freq_K[None, None, None]
-    return xp.cos(angle_B1LK), xp.sin(angle_B1LK)
+    angle_LK = np.arange(length, dtype=np.float32)[:, None] * freq_K[None]
+    return np.cos(angle_LK), np.sin(angle_LK)
 
 
 @jax.custom_vjp
@@ -370,7 +369,11 @@ class _Transformer(nn.Module):
             unroll=c.unroll,
         )
         layers_N = jnp.arange(c.n_layers, dtype=jnp.float32)
-        cos_sin = rope_table(positions_BL, c.d_head, c.rope_theta)
+        if positions_BL is None:
+            cos_sin = (x[None, None] for x in rope_table(tokens_BL.shape[1], c.d_head, c.rope_theta))
+        else:
+            table = rope_table(c.max_len, c.d_head, c.rope_theta)
+            cos_sin = (jnp.take(x, positions_BL, axis=0)[:, None] for x in table)
         x_BLD, _ = blocks(c, name="blocks")(x_BLD, layers_N, valid_BL, *cos_sin)
         return rms_norm(x_BLD, self.param("norm_D", nn.initializers.ones, (c.d_model,)), c.norm_eps)
 
