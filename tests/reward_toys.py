@@ -26,7 +26,8 @@ def scores_of(reward, completions, answers):
 
 
 def seconds(function, *arguments):
-    begun = time.thread_time()  # whatever else the machine does
+    """CPU time of a call, which other programs on the machine don't change."""
+    begun = time.thread_time()
     function(*arguments)
     return time.thread_time() - begun
 
