@@ -6,7 +6,9 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import pretrain, unigrpo
 from mmada_jax import config
@@ -221,7 +223,18 @@ def test_the_published_model_needs_no_files(tmp_path):
         runs.foresee(known, tmp_path / "none")
 
 
+@pytest.fixture
+def nothing_kept():
+    """jax doesn't keep what it compiles: what is for a TPU can't be read back without one."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
 @pytest.mark.aot
+@pytest.mark.usefixtures("nothing_kept")
 def test_a_model_of_ones_own_is_compiled(model_workdir):
     own = runs.parse(json.loads((model_workdir / "config.json").read_text()))
     report = aot.report(own, chips.topology("v5e:2x2"), workdir=model_workdir)
