@@ -28,10 +28,10 @@ import numpy as np
 
 from configs import unigrpo as config_file
 from mmada_jax.data import digits
-from mmada_jax.diffusion.denoise import ImageRule
+from mmada_jax.diffusion.rules import ImageRule
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
-from mmada_jax.measure import evaluate
+from mmada_jax.measure import digits as measured
 from mmada_jax.programs.process import ending
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics
@@ -146,15 +146,15 @@ def measure(
     t2i_one_unguided   without guidance, in as few steps as in a rollout
     rewards            of the sampled sums and of the unguided drawings, as the training gives them
     """
-    judge, few = evaluate.Judge(), min(n, few)
-    counts = {name: evaluate.Count(**count) for name, count in (known or {}).items()}
+    judge, few = measured.Judge(), min(n, few)
+    counts = {name: measured.Count(**count) for name, count in (known or {}).items()}
     if not known:
-        counts["text_cot"] = evaluate.text_cot(model, min(few, len(digits.chains(split))), split, seed)[0]
-        counts["vqa_sum"] = evaluate.vqa_sum(model, few, split, seed)[0]
-        counts["t2i_one"] = evaluate.draw_digits(model, judge, 1, few, seed)[0]
-    counts["text_cot_sampled"], rows = evaluate.text_cot(model, n, split, seed, temperature=1.0)
+        counts["text_cot"] = measured.text_cot(model, min(few, len(digits.chains(split))), split, seed)[0]
+        counts["vqa_sum"] = measured.vqa_sum(model, few, split, seed)[0]
+        counts["t2i_one"] = measured.draw_digits(model, judge, 1, few, seed)[0]
+    counts["text_cot_sampled"], rows = measured.text_cot(model, n, split, seed, temperature=1.0)
     rule = ImageRule(**config.tasks.drawing.image)
-    counts["t2i_one_unguided"], pixels, wanted = evaluate.draw_digits(model, judge, 1, n, seed, rule)
+    counts["t2i_one_unguided"], pixels, wanted = measured.draw_digits(model, judge, 1, n, seed, rule)
     prompts, texts, answers = zip(*rows, strict=True)
     captions = [digits.caption(*row) for row in wanted]
     rewards = {}

@@ -22,7 +22,7 @@ from configs import cot, pretrain, unigrpo, vq
 from launch import benchmark_rl
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
-from mmada_jax.measure import evaluate
+from mmada_jax.measure import digits as measured
 from mmada_jax.measure.report import curves, denoising, page, results
 from mmada_jax.programs.process import ending, keep_memory, keep_programs
 from mmada_jax.serve.api import MMaDA
@@ -186,8 +186,8 @@ def measure_stages(workdir: pathlib.Path, form: Form) -> tuple[dict, dict]:
 
 def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
     """All metrics, and what there is to look at."""
-    judge = evaluate.Judge()
-    rebuilt, psnr, canvases = evaluate.reconstruction(model, judge, n)
+    judge = measured.Judge()
+    rebuilt, psnr, canvases = measured.reconstruction(model, judge, n)
     pictures = {"rebuilt": canvases}
     stage = {}
 
@@ -197,14 +197,14 @@ def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
 
     print(f"  judge: {judge.held_out()}\n  reconstructed_digit: {rebuilt}, PSNR {psnr:.1f} dB", flush=True)
     for name, k in (("one", 1), ("two", 2)):
-        count, pictures[f"read_{name}"] = evaluate.read_digits(model, k, n)
+        count, pictures[f"read_{name}"] = measured.read_digits(model, k, n)
         note(f"vqa_{name}", count)
     for name, k in (("one", 1), ("two", 2)):
-        count, *pictures[f"drawn_{name}"] = evaluate.draw_digits(model, judge, k, n)
+        count, *pictures[f"drawn_{name}"] = measured.draw_digits(model, judge, k, n)
         note(f"t2i_{name}", count)
-    count, pictures["inpaint"] = evaluate.inpaint_half(model, judge, n)
+    count, pictures["inpaint"] = measured.inpaint_half(model, judge, n)
     note("inpaint", count)
-    count, pictures["arithmetic"] = evaluate.arithmetic(model, n)
+    count, pictures["arithmetic"] = measured.arithmetic(model, n)
     note("text_arithmetic", count)
     pictures["image_steps"], pictures["text_steps"] = denoising(model)
     tokenizer = {"reconstructed_digit": dataclasses.asdict(rebuilt), "psnr_db": round(psnr, 2)}
@@ -214,7 +214,7 @@ def measure(model: MMaDA, n: int) -> tuple[dict, dict]:
 
 def before_thoughts(model: MMaDA, n: int, stage: dict) -> tuple[dict, dict]:
     """What stage 1 already knows of the metrics of stage 2: those of its own are taken from `stage`."""
-    count, texts = evaluate.text_cot(model, n)
+    count, texts = measured.text_cot(model, n)
     print(f"  before: text_cot: {count}", flush=True)
     known = {name: stage[name] for name in ("t2i_one", "vqa_two")}
     return known | {"text_cot": dataclasses.asdict(count)}, {"text_cot": texts}
@@ -222,14 +222,14 @@ def before_thoughts(model: MMaDA, n: int, stage: dict) -> tuple[dict, dict]:
 
 def measure_thoughts(model: MMaDA, n: int) -> tuple[dict, dict]:
     """The metrics of stage 2, and what there is to look at."""
-    judge, stage, pictures = evaluate.Judge(), {}, {}
+    judge, stage, pictures = measured.Judge(), {}, {}
     counts = {}
-    counts["vqa_sum"], pictures["vqa_sum"] = evaluate.vqa_sum(model, n)
-    counts["text_cot"], pictures["text_cot"] = evaluate.text_cot(model, n)
-    drawn, *pictures["r2i"] = evaluate.draw_sums(model, judge, n)
+    counts["vqa_sum"], pictures["vqa_sum"] = measured.vqa_sum(model, n)
+    counts["text_cot"], pictures["text_cot"] = measured.text_cot(model, n)
+    drawn, *pictures["r2i"] = measured.draw_sums(model, judge, n)
     counts |= drawn
-    counts["t2i_one"], *_ = evaluate.draw_digits(model, judge, 1, n)
-    counts["vqa_two"], _ = evaluate.read_digits(model, 2, n)
+    counts["t2i_one"], *_ = measured.draw_digits(model, judge, 1, n)
+    counts["vqa_two"], _ = measured.read_digits(model, 2, n)
     for name, count in counts.items():
         stage[name] = dataclasses.asdict(count)
         print(f"  {name}: {count}", flush=True)
@@ -252,7 +252,7 @@ def finish(workdir: pathlib.Path, result: dict, floors: Mapping[str, Mapping[str
     print(f"\nreport: {(workdir / 'report.html').absolute()}")
     held = [(stage, name, floor) for stage, of in floors.items() for name, floor in of.items()]
     missed = [
-        f"  {stage} {name}: {evaluate.Count(**count)}, the floor is {floor:.0%}"
+        f"  {stage} {name}: {measured.Count(**count)}, the floor is {floor:.0%}"
         for stage, name, floor in held
         if (count := result["stages"][stage][name])["correct"] < floor * count["total"]
     ]
@@ -266,7 +266,7 @@ def table(result: dict) -> list[tuple[str, str]]:
     """Rows (metric, value)."""
     tokenizer, model = result["stages"]["tokenizer"], result["stages"]["pretrain"]
     counts = {"judge": result["judge"], "reconstructed_digit": tokenizer["reconstructed_digit"], **model}
-    rows = [(name, str(evaluate.Count(**count))) for name, count in counts.items()]
+    rows = [(name, str(measured.Count(**count))) for name, count in counts.items()]
     rows.insert(2, ("psnr_db", str(tokenizer["psnr_db"])))
     before, after = result["stages"]["cot_before"], result["stages"]["cot"]
     rows += [(f"stage 2, {name}", change(before, after, name)) for name in after]
@@ -282,7 +282,7 @@ def table(result: dict) -> list[tuple[str, str]]:
 
 def change(before: dict, after: dict, name: str) -> str:
     """The count of a metric, behind the one before where that is known."""
-    return " -> ".join(str(evaluate.Count(**stage[name])) for stage in (before, after) if name in stage)
+    return " -> ".join(str(measured.Count(**stage[name])) for stage in (before, after) if name in stage)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import denoise
+from mmada_jax.diffusion import rules
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics, optim
 from mmada_jax.train.rl import resume, start, tasks
@@ -98,7 +98,7 @@ def random_model(model_workdir):
     return MMaDA.load(model_workdir, mesh)
 
 
-TEXT = Task("lm_chat", None, {}, groups=2, max_prompt=40, max_new=12, text=denoise.TextRule(
+TEXT = Task("lm_chat", None, {}, groups=2, max_prompt=40, max_new=12, text=rules.TextRule(
     steps=12, block=4, temperature=1.0, remask="largest"))  # fmt: skip
 
 

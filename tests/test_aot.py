@@ -186,10 +186,10 @@ def test_sizes_of_ones_own_are_those_of_the_configuration_and_its_tokenizers(mod
         json.loads((model_workdir / "config.json").read_text())).image_tokenizer)})  # fmt: skip
     what = aot.subject(own, "train", workdir=model_workdir)
     plan = runs.plan(own, model_workdir)
-    assert what.length == plan.max_text + plan.n_image + 3
+    assert what.length == plan.shape.length
     assert what.model == plan.model
     draw = aot.subject(own, "draw", workdir=model_workdir)
-    assert draw.logits == 2 * own.batch_size * plan.n_image * plan.vocab.codebook_size
+    assert draw.logits == 2 * own.batch_size * plan.shape.n_image * plan.vocab.codebook_size
     # From scratch, with the image tokenizer that training makes first.
     scratch = runs.parse(smoke_config | {"image_tokenizer": ""})
     assert aot.subject(scratch, "train").length == what.length
@@ -240,7 +240,4 @@ def test_a_model_of_ones_own_is_compiled(model_workdir):
     report = aot.report(own, chips.topology("v5e:2x2"), workdir=model_workdir)
     plan = runs.plan(own, model_workdir)
     assert report["fits"]
-    assert (report["row_length"], report["vocabulary"]) == (
-        plan.max_text + plan.n_image + 3,
-        plan.model.vocab,
-    )
+    assert (report["row_length"], report["vocabulary"]) == (plan.shape.length, plan.model.vocab)

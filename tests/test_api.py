@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmada_jax.data import digits, images
 from mmada_jax.diffusion import decode
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model import vision
 from mmada_jax.model.inputs import Defaults
 from mmada_jax.model.results import Drawing, Text
@@ -68,7 +68,7 @@ def test_think_and_draw(model):
     rule = TextRule(block=1)
     made = model.think_and_draw(prompts, rule, FAST, seed=1)
     # The thought is what the thinking rows alone give; the image is drawn with it in view.
-    spans = model.run(model.think_job(prompts, rule), seed=1)
+    spans = model.run(model.params, model.think_job(prompts, rule), seed=1)
     for prompt, span, (thought, drawing) in zip(prompts, spans, made, strict=True):
         given = model.tokenizer.encode(chat(prompt))
         assert len(given) + len(span) == model.max_text
@@ -111,7 +111,7 @@ def test_a_prompt_gives_the_same_whatever_stands_beside_it(model, canvases, rule
             return tokens_of(model.generate(prompts, rule, seed=seeds))
         if task == "answer":
             return tokens_of(model.answer([canvases[i % 2] for i in which], prompts, rule, seed=seeds))
-        return [span.tolist() for span in model.run(model.think_job(prompts, rule), seeds)]
+        return [span.tolist() for span in model.run(model.params, model.think_job(prompts, rule), seeds)]
 
     which = (0, 1, 2, 3) if task == "generate" else (0, 1, 2)
     together = ask(which)
@@ -132,7 +132,8 @@ def test_the_length_of_a_row_changes_nothing(model):
     prompts = [model.tokenizer.encode(chat(q)) for q in QUESTIONS[:2]]
     job = model.text_job([np.array(p) for p in prompts], TextRule(block=4), max_new=8)
     wider = layout.answers(model.vocab, prompts, [8, 8], 2 * len(job.rows.tokens[0]))
-    for a, b in zip(model.run(job), model.run(dataclasses.replace(job, rows=wider)), strict=True):
+    spans = [model.run(model.params, dataclasses.replace(job, rows=rows)) for rows in (job.rows, wider)]
+    for a, b in zip(*spans, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -145,7 +146,7 @@ def test_prompts_of_every_length_share_a_compilation(model):
     assert compiled._cache_size() == 1
     for question in QUESTIONS[:2]:
         for seed in (0, 1):
-            list(model.steps(model.text_job([question], rule), seed))
+            list(model.steps(model.params, model.text_job([question], rule), seed))
     stepped = decode.stepper(model.mesh, model.config, model.vocab, most, rule)
     assert stepped._cache_size() == 1
 
@@ -238,9 +239,9 @@ def test_opposite_extensions_are_mirror_images(
 
 def test_steps_show_the_decoding_that_run_makes(model):
     job = model.draw_job(["a handwritten seven"], FAST)
-    steps = list(model.steps(job, seed=5))
+    steps = list(model.steps(model.params, job, seed=5))
     assert len(steps) == FAST.steps
-    np.testing.assert_array_equal(steps[-1], model.run(job, seed=5))
+    np.testing.assert_array_equal(steps[-1], model.run(model.params, job, seed=5))
 
 
 def test_bad_input_is_one_clear_error(model, canvases, tmp_path):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 import mmada_jax
 from mmada_jax import config
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.ranges import FieldsOf, OnlyWith, Range, Ranged, hints, without_effect
 from mmada_jax.train import runs
 from mmada_jax.train.rl.run import RLRun

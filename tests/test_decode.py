@@ -8,7 +8,7 @@ import pytest
 
 from mmada_jax.devices import hlo, sharding
 from mmada_jax.diffusion import decode
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 
@@ -34,7 +34,7 @@ def test_logits_stay_where_they_are(sizes, rule):
     of_rows = [jax.ShapeDtypeStruct((B,), kind) for kind in (np.int32, np.int32, np.uint32, np.int32)]
     with jax.set_mesh(mesh):
         fill = decode.decoder(mesh, MODEL, V, N, rule)
-        text = fill.lower(params, decode.Given(*rows, *of_rows, tuple(rows))).compile().as_text()
+        text = fill.lower(params, decode.Placed(*rows, *of_rows, tuple(rows))).compile().as_text()
     # Those that a device has of one row of each pair. Hidden states and weights are much smaller here.
     ids = rule.vocabulary(V)[1] or V.rows
     logits = B * N * ids * 4 // mesh.size

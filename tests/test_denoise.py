@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,13 @@ import pytest
 
 from mmada_jax.diffusion import schedule
 from mmada_jax.diffusion.denoise import (
-    ImageRule,
-    Rows,
-    TextRule,
+    Draft,
     advance,
     begin,
     denoise,
-    transfer_quota,
     unfinished,
 )
+from mmada_jax.diffusion.rules import ImageRule, TextRule, transfer_quota
 from mmada_jax.tokens.vocab import Vocab
 
 V, D, B, L = 40, 8, 3, 20
@@ -70,6 +69,14 @@ def unembed(h_BLD, first=0, size=None):
     return h_BLD @ head
 
 
+# Trunk and head; tests that need another head replace it.
+NETWORK = types.SimpleNamespace(hidden_states=hidden, unembed=unembed)
+
+
+def with_head(unembed):
+    return types.SimpleNamespace(hidden_states=hidden, unembed=unembed)
+
+
 def rows(known=()):
     """Rows with a hidden span, some of whose tokens are `known`."""
     tokens = np.random.default_rng(1).integers(12, 24, size=(B, L)).astype(np.int32)
@@ -89,24 +96,24 @@ def settings(rule, seed=0):
             "unconditional": other}  # fmt: skip
 
 
-def denoise_steps(hidden, unembed, tokens, valid, *, start, length, rule, vocab, key, unconditional):
+def denoise_steps(network, tokens, valid, *, start, length, rule, vocab, key, unconditional):
     """The decoding as a Python loop: the rows after every step."""
     n = len(tokens)
-    rows = Rows(
+    draft = Draft(
         jnp.asarray(tokens), jnp.asarray(valid), jnp.full(n, start), jnp.full(n, length),
         jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)), unconditional,
     )  # fmt: skip
     step = jax.jit(lambda state: advance(
-        hidden, unembed, rows, state, length=length, rule=rule, vocab=vocab
+        network, draft, state, length=length, rule=rule, vocab=vocab
     ))  # fmt: skip
-    state = begin(rows, vocab)
-    while unfinished(rows, state, length, rule).any():
+    state = begin(draft, vocab)
+    while unfinished(draft, state, length, rule).any():
         state = step(state)
         yield state.tokens_BL
 
 
 def run(rule, tokens_valid=None, seed=0):
-    call = jax.jit(lambda t, v: denoise(hidden, unembed, t, v, **settings(rule, seed)))
+    call = jax.jit(lambda t, v: denoise(NETWORK, t, v, **settings(rule, seed)))
     return np.asarray(call(*(tokens_valid or rows())))
 
 
@@ -116,7 +123,7 @@ def test_a_model_that_draws_the_mask_comes_to_an_end():
 
     for stop, left in ((None, VOCAB.mask), (11, 11)):
         rule = TextRule(steps=24, block=3, stop=stop)
-        out = jax.jit(lambda t, v, rule=rule: denoise(hidden, unembed_mask, t, v, **settings(rule)))(
+        out = jax.jit(lambda t, v, rule=rule: denoise(with_head(unembed_mask), t, v, **settings(rule)))(
             *rows()
         )
         assert (np.asarray(out)[:, START : START + LENGTH] == left).all()
@@ -126,7 +133,7 @@ def test_a_model_that_draws_the_mask_comes_to_an_end():
 @pytest.mark.parametrize("known", [(), (0, 5, 11)], ids=["all hidden", "inpainting"])
 def test_the_prompt_never_changes_and_less_and_less_is_hidden(name, known):
     tokens, valid = rows(known)
-    steps = [np.asarray(x) for x in denoise_steps(hidden, unembed, tokens, valid, **settings(RULES[name]))]
+    steps = [np.asarray(x) for x in denoise_steps(NETWORK, tokens, valid, **settings(RULES[name]))]
     for now in steps:
         np.testing.assert_array_equal(now[tokens != VOCAB.mask], tokens[tokens != VOCAB.mask])
     counts = np.array([(x == VOCAB.mask).sum(axis=1) for x in [tokens, *steps]])
@@ -149,9 +156,7 @@ def test_the_prompt_never_changes_and_less_and_less_is_hidden(name, known):
 def test_by_the_largest_probability_the_order_does_not_depend_on_the_draw(rule, greedy):
     def revealed(**values):
         changed = dataclasses.replace(rule, **values)
-        first = [
-            next(denoise_steps(hidden, unembed, *rows(), **settings(changed, seed))) for seed in (0, 1)
-        ]
+        first = [next(denoise_steps(NETWORK, *rows(), **settings(changed, seed))) for seed in (0, 1)]
         return np.asarray(first)[:, :, START : START + LENGTH] != VOCAB.mask
 
     np.testing.assert_array_equal(revealed(remask="largest"), revealed(remask="largest", **greedy))
@@ -166,7 +171,7 @@ def test_images_consist_of_codes(name):
 
 def test_text_blocks_are_filled_from_the_left():
     rule = TEXT_RULES["blocks"]
-    for now in denoise_steps(hidden, unembed, *rows(), **settings(rule)):
+    for now in denoise_steps(NETWORK, *rows(), **settings(rule)):
         blocks = (np.asarray(now)[:, START : START + LENGTH] == VOCAB.mask).reshape(B, -1, rule.block)
         started = (~blocks).any(axis=2)
         finished = (~blocks).all(axis=2)
@@ -176,20 +181,20 @@ def test_text_blocks_are_filled_from_the_left():
 def test_the_number_of_steps_is_the_rules():
     for name, rule in TEXT_RULES.items():
         rule = dataclasses.replace(rule, never=(VOCAB.mask,))  # to draw it reveals nothing
-        n = sum(1 for _ in denoise_steps(hidden, unembed, *rows(), **settings(rule)))
+        n = sum(1 for _ in denoise_steps(NETWORK, *rows(), **settings(rule)))
         if rule.threshold is None and rule.factor is None and name != "stop":
             assert n == (rule.steps or LENGTH), name
         else:
             assert n <= LENGTH, name
     for name, rule in IMAGE_RULES.items():
-        n = sum(1 for _ in denoise_steps(hidden, unembed, *rows(), **settings(rule)))
+        n = sum(1 for _ in denoise_steps(NETWORK, *rows(), **settings(rule)))
         assert n <= rule.steps, name
 
 
 def test_images_hide_what_the_schedule_says():
     rule = IMAGE_RULES["cosine"]
     wanted = schedule.hidden_counts(schedule.named("cosine"), LENGTH, rule.steps)
-    steps = [np.asarray(x) for x in denoise_steps(hidden, unembed, *rows(), **settings(rule))]
+    steps = [np.asarray(x) for x in denoise_steps(NETWORK, *rows(), **settings(rule))]
     counts = [(x == VOCAB.mask).sum(axis=1) for x in steps[:-1]]
     for got, want in zip(counts, wanted, strict=False):
         np.testing.assert_array_equal(got, max(1, want))
@@ -200,7 +205,7 @@ def test_inpainting_is_spread_over_the_steps_by_the_quota_of_the_hidden():
     counts = {}
     for quota in ("total", "hidden"):
         rule = ImageRule(steps=4, guidance=0.0, schedule="linear", quota=quota)
-        steps = denoise_steps(hidden, unembed, tokens, valid, **settings(rule))
+        steps = denoise_steps(NETWORK, tokens, valid, **settings(rule))
         counts[quota] = [int((np.asarray(x)[0] == VOCAB.mask).sum()) for x in steps]
     assert counts["total"] == [5, 4, 3, 0]  # 9, 6, 3 of 12 stay hidden, at most one less than before
     assert counts["hidden"] == [4, 3, 1, 0]  # floor of 6 * (3/4, 2/4, 1/4)
@@ -218,9 +223,7 @@ def test_seeds_make_draws_and_greedy_needs_none():
 def test_greedy_reveals_the_most_likely_token_of_the_surest_position_first():
     tokens, valid = rows()
     p = np.asarray(jax.nn.softmax(unembed(hidden(tokens, valid)), axis=-1))[:, START : START + LENGTH]
-    first = np.asarray(
-        next(denoise_steps(hidden, unembed, tokens, valid, **settings(TEXT_RULES["greedy"])))
-    )
+    first = np.asarray(next(denoise_steps(NETWORK, tokens, valid, **settings(TEXT_RULES["greedy"]))))
     for b in range(B):
         place = int(p[b].max(axis=-1).argmax())
         span = first[b, START : START + LENGTH]
@@ -235,7 +238,7 @@ def test_never_and_defer():
     assert often not in never[:, START : START + LENGTH]
     defer = dataclasses.replace(TEXT_RULES["greedy"], defer=(often,))
     tokens, valid = rows()
-    first = np.asarray(next(denoise_steps(hidden, unembed, tokens, valid, **settings(defer))))
+    first = np.asarray(next(denoise_steps(NETWORK, tokens, valid, **settings(defer))))
     likely = np.asarray(unembed(hidden(tokens, valid))).argmax(-1)
     for b in range(B):
         (place,) = np.flatnonzero(first[b] != tokens[b])
@@ -250,7 +253,7 @@ def test_stop_ends_decoding_and_fills_the_rest():
         return logits.at[..., 11].set(100.0)
 
     rule = TextRule(steps=6, block=4, stop=11)
-    for now in denoise_steps(hidden, unembed_stop, *rows(), **settings(rule)):
+    for now in denoise_steps(with_head(unembed_stop), *rows(), **settings(rule)):
         calls.append(np.asarray(now))
     assert len(calls) == 2  # of 6: the first block of three ended in the stop token everywhere
     assert (calls[-1][:, START : START + LENGTH] == 11).all()
@@ -271,7 +274,7 @@ def test_text_guidance_hides_the_prompt_where_no_other_row_is_given():
     tokens, valid = rows()
     hidden_row = np.full_like(tokens, VOCAB.mask)
     given = settings(rule) | {"unconditional": (hidden_row, valid)}
-    want = jax.jit(lambda t, v: denoise(hidden, unembed, t, v, **given))(tokens, valid)
+    want = jax.jit(lambda t, v: denoise(NETWORK, t, v, **given))(tokens, valid)
     np.testing.assert_array_equal(run(rule), want)
 
 
@@ -297,13 +300,13 @@ def test_quotas_add_up_and_come_first(n, steps):
 )
 def test_rules_that_cannot_fill_the_span_are_errors(rule, message):
     with pytest.raises(ValueError, match=message):
-        denoise(hidden, unembed, *rows(), **settings(rule()))
+        denoise(NETWORK, *rows(), **settings(rule()))
 
 
 def test_a_span_outside_the_row_is_an_error():
     given = settings(TextRule(steps=12, block=12)) | {"start": 10}
     with pytest.raises(ValueError, match=r"span \[10, 22\) is outside a row of 20 tokens"):
-        denoise(hidden, unembed, *rows(), **given)
+        denoise(NETWORK, *rows(), **given)
 
 
 # ---- A row doesn't depend on its company -------------------------------------------------------------
@@ -330,7 +333,7 @@ def test_a_row_is_decoded_as_it_is_alone(name):
     @jax.jit
     def fill(which):
         return denoise(
-            hidden, unembed, tokens[which], valid[which], start=jnp.asarray(starts)[which], length=length,
+            NETWORK, tokens[which], valid[which], start=jnp.asarray(starts)[which], length=length,
             lengths=jnp.asarray(lengths)[which], rule=rule, vocab=VOCAB, key=key[which],
             unconditional=jax.tree.map(lambda x: jnp.asarray(x)[which], other) if rule.guidance else None,
         )  # fmt: skip
@@ -348,7 +351,7 @@ def test_a_row_is_decoded_as_it_is_alone(name):
 
 def test_the_last_block_is_shorter_and_the_others_are_not():
     rule = TEXT_RULES["shorter last block"]  # 5, 5 and 2 of 12
-    for now in denoise_steps(hidden, unembed, *rows(), **settings(rule)):
+    for now in denoise_steps(NETWORK, *rows(), **settings(rule)):
         span = np.asarray(now)[:, START : START + LENGTH] == VOCAB.mask
         for one in span:
             blocks = [one[:5], one[5:10], one[10:]]

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from launch import bench
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model.inputs import Defaults
 from mmada_jax.nets import transformer, vq
 from mmada_jax.serve.api import MMaDA

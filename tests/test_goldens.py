@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import golden_weights, load_golden
 
-from mmada_jax.diffusion import corrupt, denoise, loss, schedule
+from mmada_jax.diffusion import corrupt, denoise, loss, rules, schedule
 from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
@@ -142,8 +142,7 @@ def decode(golden, ids, valid, start, length, rule, unconditional=None):
     @jax.jit
     def run(params):
         return denoise.denoise(
-            functools.partial(transformer.hidden_states, params, golden.config),
-            functools.partial(transformer.unembed, params, golden.config),
+            transformer.Network(params, golden.config),
             jnp.asarray(ids, jnp.int32),
             jnp.asarray(valid, bool),
             start=start,
@@ -164,7 +163,7 @@ def test_text_generation(name, i):
     masks = np.full((len(prompt), run["gen_length"]), golden.vocab.mask)
     ids = np.concatenate([prompt, masks], axis=1)
     valid = golden.arrays["C.attention_mask"] if run["attention_mask"] else np.ones(ids.shape)
-    rule = denoise.TextRule(
+    rule = rules.TextRule(
         steps=run["steps"],
         block=run["block_length"],
         temperature=run["temperature"],
@@ -180,7 +179,7 @@ def test_transfer_quota(golden):
     (name,) = (key for key in golden.arrays if key.startswith("C.transfer.steps"))
     expected = golden.arrays[name]
     steps = expected.shape[1]
-    ours = [denoise.transfer_quota(masks, steps, np.int32(step)) for step in range(steps)]
+    ours = [rules.transfer_quota(masks, steps, np.int32(step)) for step in range(steps)]
     np.testing.assert_array_equal(np.stack(ours, axis=1), expected)
 
 
@@ -188,7 +187,7 @@ def test_transfer_quota(golden):
 def test_image_generation(name, i):
     golden, run = backbone(name), backbone(name).settings["D"][i]
     a, n = golden.arrays, golden.fields["n_img"]
-    rule = denoise.ImageRule(
+    rule = rules.ImageRule(
         steps=run["timesteps"],
         schedule=run["schedule"],
         temperature=run["temperature"],
@@ -207,7 +206,7 @@ def test_inpainting(golden):
     a, n = golden.arrays, golden.fields["n_img"]
     ids, given = a["D.inpaint.input_ids"], a["D.inpaint.given"]
     start = ids.shape[1] - 1 - n
-    rule = denoise.ImageRule(steps=INPAINT_STEPS, temperature=0, guidance=0, draw="argmax")
+    rule = rules.ImageRule(steps=INPAINT_STEPS, temperature=0, guidance=0, draw="argmax")
     ours = decode(golden, ids, a["D.attention_mask"], start, n, rule)
     codes = golden.vocab.image_codes(ours[:, start:-1])
     np.testing.assert_array_equal(codes, a["D.inpaint.codes"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model import inputs
 from mmada_jax.model.inputs import Defaults
 from mmada_jax.tokens.tokenizer import TextTokenizer, chat

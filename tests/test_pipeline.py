@@ -166,7 +166,7 @@ def test_the_parts_of_processes_make_the_whole_batch(tokenizer):
 
 def test_own_rows_are_those_of_the_devices():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    assert pipeline.own_rows(mesh, 8) == list(range(8))
+    assert sharding.own_rows(mesh, 8) == list(range(8))
 
 
 def test_put_batch_takes_the_rows_that_a_process_has():
@@ -402,8 +402,8 @@ def test_images_without_codes_are_encoded_on_the_devices(tokenizer, tiny_vq):
     batches = []
     for sizes in ({"devices": jax.devices()[:1]}, {"data": 2, "fsdp": 2, "tensor": 2}):
         mesh = sharding.make_mesh(**sizes)
-        vision = Vision.place(jax.device_get(params), config, (2, 2), mesh)
-        encode = pipeline.make_encoder(vision, vocab, MAX_TEXT)
+        vision = Vision.place(jax.device_get(params), config, mesh)
+        encode = vision.row_encoder(vocab, MAX_TEXT)
         batches.append(jax.device_get(encode(sharding.put_batch(mesh, loaded.rows))))
     np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
     encoded, code = 0, jax.jit(vq.encode, static_argnums=1)

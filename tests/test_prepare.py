@@ -29,8 +29,8 @@ from safetensors.numpy import save_file
 from mmada_jax.data import images, sources
 from mmada_jax.data.records import Record
 from mmada_jax.devices import sharding
+from mmada_jax.model.model import Model
 from mmada_jax.model.vision import Vision
-from mmada_jax.serve.api import MMaDA
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.inspect import inspect
 
@@ -87,8 +87,8 @@ def api_codes(tokenizer, pixels):
     """What the model of the API would be given."""
     grid = (pixels[0].shape[0] // 2, pixels[0].shape[1] // 2)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    vision = Vision.place(open_folder(tokenizer).params, VQ, grid, mesh)
-    model = MMaDA(None, None, None, None, vision.params, VQ, 0, grid, mesh)
+    vision = Vision.place(open_folder(tokenizer).params, VQ, mesh)
+    model = Model(None, None, None, vision.params, VQ, 0, grid, mesh)
     return model.encode(pixels).reshape(len(pixels), -1)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mmada_jax.config import from_dict
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import denoise
+from mmada_jax.diffusion import rules
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics
 from mmada_jax.train.rl import loop
@@ -80,7 +80,7 @@ def test_each_function_compiles_once(config, tmp_path, monkeypatch):
     # What was trained is a model like any other.
     trained = MMaDA.load(tmp_path / "run")
     assert trained.generate(["1+1"], max_new=4)[0].text is not None
-    assert trained.draw(["a handwritten one"], denoise.ImageRule(steps=2))
+    assert trained.draw(["a handwritten one"], rules.ImageRule(steps=2))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])

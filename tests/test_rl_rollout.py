@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax.diffusion import denoise
+from mmada_jax.diffusion import denoise, rules
 from mmada_jax.nets import transformer
 from mmada_jax.train.rl import prompts as prompts_lib
 from mmada_jax.train.rl import rollout as rollout_lib
@@ -16,7 +16,7 @@ from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.run import Task
 from tests.rl_toys import TEXT, one_device, random_model  # noqa: F401
 
-DRAW = Task("t2i", None, {}, groups=2, image=denoise.ImageRule(steps=4, guidance=1.0))
+DRAW = Task("t2i", None, {}, groups=2, image=rules.ImageRule(steps=4, guidance=1.0))
 
 
 READ = dataclasses.replace(TEXT, layout="mmu", max_prompt=60)

@@ -27,7 +27,7 @@ from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 from mmada_jax.train import metrics, optim, runs
 from mmada_jax.train.runs import parse
-from mmada_jax.train.supervised import check, make_step, model_program, train
+from mmada_jax.train.supervised import check_run, make_step, model_program, train
 from mmada_jax.weights import lazy, magvit_keys
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import open_folder
@@ -274,7 +274,7 @@ def test_what_is_wrong_is_said_before_an_image_tokenizer_is_trained(
 ):
     config = changed(smoke_config | {"image_tokenizer": "image_tokenizer"}, changes)
     with pytest.raises(ValueError, match=message):
-        check(config, tmp_path / "run", vq_digits.get_config("digits"))
+        check_run(config, tmp_path / "run", vq_digits.get_config("digits"))
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmada_jax.data import digits
 from mmada_jax.diffusion import decode
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.weights.convert import to_torch
 from mmada_jax.weights.manifest import MANIFEST
 

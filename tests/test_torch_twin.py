@@ -18,7 +18,7 @@ import torch_twin as twin  # noqa: E402
 import mmada_jax  # noqa: E402
 from launch import bench  # noqa: E402
 from launch.benchmarks import twin as benchmark  # noqa: E402
-from mmada_jax.diffusion import corrupt, denoise, loss  # noqa: E402
+from mmada_jax.diffusion import corrupt, denoise, loss, rules  # noqa: E402
 from mmada_jax.kernels.attention import attention  # noqa: E402
 from mmada_jax.nets import transformer  # noqa: E402
 from mmada_jax.tokens import layout  # noqa: E402
@@ -177,8 +177,7 @@ def test_training_step_of_the_twin_learns(model, data):
 
 def generate(params, batch, rule, start, length, unconditional=None):
     return denoise.denoise(
-        functools.partial(transformer.hidden_states, params, CONFIG),
-        functools.partial(transformer.unembed, params, CONFIG),
+        transformer.Network(params, CONFIG),
         jnp.asarray(batch.tokens),
         batch.valid,
         start=start,
@@ -195,7 +194,7 @@ def test_greedy_text(params, model, steps):
     # Prompts of different lengths: the padding must not matter to either.
     prompts = [[20, 21, 22, 23, 24], [30, 31, 32], [40, 41, 42, 43]]
     batch = layout.continuation(VOCAB, prompts, 16)
-    rule = denoise.TextRule(steps=steps, block=8)
+    rule = rules.TextRule(steps=steps, block=8)
     ours = generate(params, batch, rule, start=5, length=16)
     tensors = benchmark.to_torch(batch, model)
     theirs = twin.generate_text(
@@ -216,7 +215,7 @@ def test_greedy_text(params, model, steps):
 def test_argmax_image(params, model, data, steps):
     batch, uncond = data["image"], data["uncond"]
     start = MAX_TEXT + 2
-    rule = denoise.ImageRule(steps=steps, guidance=2.0, temperature=0.0, draw="argmax")
+    rule = rules.ImageRule(steps=steps, guidance=2.0, temperature=0.0, draw="argmax")
     ours = generate(params, batch, rule, start, N_IMAGE, (jnp.asarray(uncond.tokens), uncond.valid))
     tensors, unconditional = benchmark.to_torch(batch, model), benchmark.to_torch(uncond, model)
     theirs = twin.generate_image(

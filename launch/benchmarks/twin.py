@@ -30,7 +30,7 @@ import numpy as np
 
 from launch.benchmarks import timing
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import corrupt, denoise, loss
+from mmada_jax.diffusion import corrupt, denoise, loss, rules
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import Vocab
@@ -44,8 +44,8 @@ VOCAB = Vocab(
 FIRST_WORD = 16
 MAX_TEXT, N_IMAGE = 20, 32
 N_PROMPT, N_NEW = 20, 16
-TEXT = denoise.TextRule(steps=16, block=8)
-IMAGE = denoise.ImageRule(steps=12, guidance=2.0)
+TEXT = rules.TextRule(steps=16, block=8)
+IMAGE = rules.ImageRule(steps=12, guidance=2.0)
 OBJECTIVE = corrupt.Config()
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 
@@ -134,8 +134,7 @@ def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout
     @jax.jit
     def write(params, batch, key):
         return denoise.denoise(
-            functools.partial(transformer.hidden_states, params, config),
-            functools.partial(transformer.unembed, params, config),
+            transformer.Network(params, config),
             batch.tokens,
             batch.valid,
             start=N_PROMPT,
@@ -148,8 +147,7 @@ def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout
     @jax.jit
     def draw(params, batch, uncond, key):
         return denoise.denoise(
-            functools.partial(transformer.hidden_states, params, config),
-            functools.partial(transformer.unembed, params, config),
+            transformer.Network(params, config),
             batch.tokens,
             batch.valid,
             start=MAX_TEXT + 2,

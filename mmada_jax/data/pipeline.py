@@ -1,9 +1,12 @@
-"""Records -> batches: which records a step has, and how they become rows.
+"""Records -> batches, on the host: which records a step has, and how they become rows.
 
 A batch is a function of (seed, step) alone: every task has a fixed number of rows in it, row by row
 the records of a task's sources follow each other by the sources' weights, and each source goes
 through its records in an order that is shuffled anew in every epoch. So the one position of the data
 is the step; a run is resumed, by any number of processes, by asking for the batches from there on.
+
+Nothing here knows jax, so that processes that load don't start it: `devices.sharding` places rows on
+devices, `model.vision` makes tokens of pixels.
 """
 
 import collections
@@ -19,29 +22,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from mmada_jax.data import digits, images, records, sources
 from mmada_jax.data.records import Record
 from mmada_jax.data.texts import text_of
-from mmada_jax.devices import sharding
-from mmada_jax.model.vision import Vision, codes_of
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import Template, TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
 
 T = TypeVar("T")
 
-# Records in a row that can't be used before a source is given up.
+# Number of records, one after the other, that can't be used until a source is given up.
 TRIES = 100
 UNREADABLE = "unreadable"
 
 
-class Rows(NamedTuple):
-    """Rows of a batch. Where `encode_B` is set, the image's tokens are yet to be made of its pixels."""
+class RawRows(NamedTuple):
+    """Rows of a batch, whose images may still be pixels: where `encode_B` is set, the tokens of the image
+    are yet to be made of `pixels_BIJC`. Both are None if no source has images without codes."""
 
     batch: layout.Batch
     pixels_BIJC: np.ndarray | None
@@ -95,7 +95,7 @@ def open_sources(
             try:
                 source = sources.open_source(config, root, with_images=layout.image_start(task, 1) > 0)
             except (ValueError, OSError) as error:
-                # Its own type only where a message is all that it takes.
+                # Its own type is kept if a message is all that it takes; others become one of these three.
                 plain = next(
                     kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind)
                 )
@@ -124,7 +124,8 @@ class Skipped:
         self._counts: collections.Counter[str] = collections.Counter()
 
     def count(self, skipped: Mapping[str, int], rows: int) -> None:
-        """Adds those of a step of `rows` rows. Raises ValueError beyond the limit."""
+        """Adds the records that were replaced in a step of `rows` rows. Raises ValueError beyond the
+        limit."""
         self._counts.update(skipped)
         self._rows += rows
         bad = sum(n for name, n in self._counts.items() if name.endswith(UNREADABLE))
@@ -143,22 +144,15 @@ class Skipped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """What all rows of a run have in common: text slot, image tokens, pixels (rows, columns, channels)."""
+class Shape(layout.RowShape):
+    """The shape of the rows of a run, and the rows, columns and channels of an image in pixels."""
 
-    max_text: int
-    n_image: int
     pixels: tuple[int, int, int]
-
-    @property
-    def length(self) -> int:
-        """Tokens of a row."""
-        return self.max_text + self.n_image + 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Rows by step, from the sources of each task. `rows` are those of a task in a global batch.
+    """Rows by step, from the sources of each task. `rows` counts the rows of each task in a global batch.
 
     `cond_dropout` is the share of t2i rows without their text, `cut_long` whether a text that doesn't
     fit is cut (as in the first two phases of the reference) or its record replaced by another.
@@ -212,7 +206,7 @@ class Pipeline:
                 values = dataclasses.asdict(self.data[task][name])
                 for where in ("path", "image_root", "captions", "labels"):
                     del values[where]
-                if not values["rendered"]:  # as it was before there was such a field
+                if not values["rendered"]:  # runs from before this field have a description without it
                     del values["rendered"]
                 values |= {"records": len(source), "fingerprint": source.fingerprint}
                 of_sources.setdefault(task, {})[name] = values
@@ -239,11 +233,11 @@ class Pipeline:
             pixels.append(image)
         batch = layout.stack(rows)
         if not self.encodes:
-            return Loaded(Rows(batch, None, None), skipped)
+            return Loaded(RawRows(batch, None, None), skipped)
         blank = np.zeros(self.shape.pixels, self._pixel_dtype)
         encode_B = np.array([image is not None for image in pixels])
         pixels_BIJC = np.stack([blank if image is None else image for image in pixels])
-        return Loaded(Rows(batch, pixels_BIJC, encode_B), skipped)
+        return Loaded(RawRows(batch, pixels_BIJC, encode_B), skipped)
 
     @functools.cached_property
     def encodes(self) -> bool:
@@ -308,7 +302,8 @@ class Pipeline:
         return ids
 
     def _image(self, config: sources.Config, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids of the image's tokens, and its pixels where those are yet to be encoded."""
+        """The ids of the image's tokens; or placeholders for them, and the pixels that are yet to be
+        encoded."""
         if record.codes is not None:
             if len(record.codes) != self.shape.n_image:
                 raise ValueError(
@@ -346,23 +341,17 @@ class Canvases:
 # ---- Batches -------------------------------------------------------------------------------------
 
 
-def own_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
-    """The rows of a batch that lie on the devices of this process."""
-    places = sharding.batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
-
-
 def iterate(
     load: Callable[[int], T], first: int, steps: int, threads: int = 2, workers: int = 0
 ) -> Iterator[T]:
-    """load(first), load(first + 1), ... up to `steps`, loaded ahead by threads, or by processes with as
-    many threads each. What comes out doesn't depend on how many there are."""
+    """load(first), load(first + 1), ... up to `steps`. Threads load ahead, or `workers` processes with
+    that many threads each. What comes out doesn't depend on how many there are."""
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     loaded = grain.MapDataset.range(first, steps).map(load).to_iter_dataset(ahead)
     if workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own; a program without absl has none
             flags.FLAGS.mark_as_parsed()
-        # Batches come through a pipe: of shared memory something is left behind, with a warning.
+        # Batches come through a pipe, since grain leaves shared memory behind at the end, with a warning.
         copied = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         loaded = grain.experimental.WithOptionsIterDataset(loaded, copied)
         loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
@@ -370,29 +359,9 @@ def iterate(
 
 
 def _begin_worker(_number: int, _count: int) -> None:
-    # Signals to all processes of a run are for the parent alone, which stops when a step is saved; and
-    # a worker ends with it, however that ended.
+    # A signal to all processes of a run is for the parent alone, which stops when a step is saved. A
+    # worker ends when its parent has ended, however that was.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def make_encoder(vision: Vision, vocab: Vocab, max_text: int) -> Callable[[Rows], layout.Batch]:
-    """Global rows -> their batch with the tokens of all images, made on all devices by the tokenizer."""
-    rows_on = sharding.batch_sharding(vision.mesh)
-    first_T = np.array([layout.image_start(task, max_text) for task in layout.TASKS], np.int32)
-
-    def encode(params, rows):
-        codes_Bij = codes_of(params, vision.config, rows.pixels_BIJC)
-        ids_BN = codes_Bij.reshape(len(codes_Bij), -1).astype(jnp.int32) + jnp.int32(vocab.image_offset)
-        placed_BL = jax.vmap(
-            lambda tokens_L, ids_N, first: jax.lax.dynamic_update_slice(tokens_L, ids_N, (first,))
-        )(rows.batch.tokens, ids_BN, jnp.asarray(first_T)[rows.batch.task])
-        tokens_BL = jnp.where(rows.encode_B[:, None], placed_BL, rows.batch.tokens)
-        return rows.batch._replace(tokens=tokens_BL)
-
-    encode = jax.jit(
-        encode, in_shardings=(sharding.replicated(vision.mesh), rows_on), out_shardings=rows_on
-    )
-    return lambda rows: rows.batch if rows.pixels_BIJC is None else encode(vision.params, rows)

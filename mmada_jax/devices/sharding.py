@@ -188,6 +188,12 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def own_rows(mesh: jax.sharding.Mesh, batch_size: int) -> list[int]:
+    """The rows of a batch that lie on the devices of this process."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for (rows,) in places.values() for row in range(batch_size)[rows]})
+
+
 def put_batch(mesh: jax.sharding.Mesh, batch: Any, rows: Sequence[int] | None = None, n: int = 0) -> Any:
     """A pytree of host arrays [rows, ...] -> global arrays, each device's rows placed by its process.
 

@@ -1,5 +1,8 @@
-"""Decoding on a mesh: rows whose spans are to be filled -> their ids. Jitted once for a mesh, a rule and a
-shape; how long a prompt is changes neither."""
+"""Decoding on a mesh: rows whose spans are to be filled -> the ids of the spans.
+
+The loop of `denoise` is jitted once for a mesh, a rule and a shape of rows; prompts of all lengths share
+that compilation. How rows are laid out is in `model.model`.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import denoise
+from mmada_jax.diffusion import denoise, rules
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import Vocab
@@ -22,26 +25,28 @@ from mmada_jax.tokens.vocab import Vocab
 class Job:
     """Rows ready for the denoising loop, and the span of each that is to be filled.
 
-    `length` is that of the longest span that the rule is meant for; a span has at most so many tokens.
-    `one` says that its only row was asked for by itself, so that a result is given and no list."""
+    `length` is the number of tokens that the rule is meant for; a span has at most that many.
+    `unconditional` are the second rows of guidance. `one` says that a single input was given, not in a
+    list, so that the outcome is a single result too."""
 
     rows: layout.Batch
     start_B: np.ndarray
     length_B: np.ndarray
     length: int
-    rule: denoise.Rule
+    rule: rules.Rule
     unconditional: layout.Batch | None = None
     one: bool = False
 
     def spans(self, tokens_BL: np.ndarray) -> list[np.ndarray]:
-        """Of rows, those of this job first, the ids of their spans."""
+        """The ids of the spans in decoded rows. Rows beyond those of the job, which only fill up the
+        devices, are left out."""
         ends_B = self.start_B + self.length_B
         spans = zip(tokens_BL, self.start_B, ends_B, strict=False)
         return [tokens_L[start:end] for tokens_L, start, end in spans]
 
 
-class Given(NamedTuple):
-    """What the jitted functions take of a job, all of it spread over the devices by rows. A row draws from
+class Placed(NamedTuple):
+    """A job on its devices, spread by rows, as the jitted functions take it. The key of a row is made of
     its `seed`, folded with its `number`."""
 
     tokens_BL: jax.Array
@@ -61,11 +66,11 @@ def run(
     job: Job,
     seed: int | Sequence[int] = 0,
 ) -> list[np.ndarray]:
-    """Fills the spans of a job; the ids of each. With one seed for all, what a row draws depends on its
-    place among the rows; with one for each it depends on nothing but that."""
-    fill, given = decoder(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
+    """Fills the spans of a job; the ids of each. With one seed for all rows, what a row draws depends on
+    the seed and its place among the rows; with a seed for each row, on its seed alone."""
+    fill, placed = decoder(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
     with jax.set_mesh(mesh):
-        tokens_BL = fill(params, given)
+        tokens_BL = fill(params, placed)
     return job.spans(np.asarray(tokens_BL))
 
 
@@ -78,18 +83,18 @@ def steps(
     seed: int | Sequence[int] = 0,
 ) -> Iterator[list[np.ndarray]]:
     """The same as a Python loop: yields the ids of all spans after every step."""
-    step, given = stepper(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
-    zero_B = np.zeros(len(given.tokens_BL), np.int32)
-    state = denoise.State(given.tokens_BL, *sharding.put_batch(mesh, (zero_B, zero_B)))
+    step, placed = stepper(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
+    zero_B = np.zeros(len(placed.tokens_BL), np.int32)
+    state = denoise.State(placed.tokens_BL, *sharding.put_batch(mesh, (zero_B, zero_B)))
     going = True
     while going:
-        with jax.set_mesh(mesh):  # between two steps it is the caller's
-            state, tokens_BL, going = step(params, given, state)
+        with jax.set_mesh(mesh):  # left before the caller goes on, who may use another mesh
+            state, tokens_BL, going = step(params, placed, state)
         yield job.spans(np.asarray(tokens_BL))
         going = bool(going)
 
 
-def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Given:
+def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Placed:
     """A job on its devices, the last row repeated until the rows divide among them."""
     n = len(job.rows.tokens)
     if np.ndim(seed):
@@ -101,7 +106,7 @@ def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Giv
     if wrong := [one for one in seeds if not isinstance(one, numbers.Integral)]:
         raise ValueError(f"the seed is {wrong[0]!r}; it must be an integer")
     other = job.unconditional
-    given = Given(
+    placed = Placed(
         job.rows.tokens,
         job.rows.valid,
         np.asarray(job.start_B, np.int32),
@@ -111,35 +116,34 @@ def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Giv
         None if other is None else (other.tokens, other.valid),
     )
     more = -n % (mesh.shape["data"] * mesh.shape["fsdp"])
-    filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], more, axis=0)]), given)
+    filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], more, axis=0)]), placed)
     return sharding.put_batch(mesh, filled)
 
 
 @functools.cache
 def decoder(
-    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: denoise.Rule
-) -> Callable[[Any, Given], jax.Array]:
-    """The jitted (params, given) -> tokens [B, L], which every process gets whole."""
+    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: rules.Rule
+) -> Callable[[Any, Placed], jax.Array]:
+    """The jitted (params, placed) -> tokens [B, L], which every process gets whole."""
 
-    def fill(params, given):
+    def fill(params, placed):
         return denoise.denoise(
-            functools.partial(transformer.hidden_states, params, config),
-            functools.partial(transformer.unembed, params, config),
-            given.tokens_BL,
-            given.valid_BL,
-            start=given.start_B,
+            transformer.Network(params, config),
+            placed.tokens_BL,
+            placed.valid_BL,
+            start=placed.start_B,
             length=length,
-            lengths=given.length_B,
+            lengths=placed.length_B,
             rule=rule,
             vocab=vocab,
-            key=_keys(given),
-            unconditional=given.other,
+            key=_keys(placed),
+            unconditional=placed.other,
         )
 
     everywhere = sharding.replicated(mesh)
     return jax.jit(
         fill,
-        in_shardings=(_of_params(mesh, config), sharding.batch_sharding(mesh)),
+        in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
         out_shardings=everywhere,
         compiler_options=sharding.compiler_options(mesh),
     )
@@ -147,36 +151,36 @@ def decoder(
 
 @functools.cache
 def stepper(
-    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: denoise.Rule
-) -> Callable[[Any, Given, denoise.State], tuple[denoise.State, jax.Array, jax.Array]]:
-    """The jitted (params, given, state) -> (state after a step, its tokens [B, L], whether to go on); the
-    latter two every process gets whole."""
+    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: rules.Rule
+) -> Callable[[Any, Placed, denoise.State], tuple[denoise.State, jax.Array, jax.Array]]:
+    """The jitted (params, placed, state) -> (state after a step, its tokens [B, L], whether to go on).
+    Every process gets the latter two whole."""
 
-    def step(params, given, state):
-        rows = denoise.Rows(*given[:4], _keys(given), given.other)
+    def step(params, placed, state):
+        draft = denoise.Draft(*placed[:4], _keys(placed), placed.other)
         state = denoise.advance(
-            functools.partial(transformer.hidden_states, params, config),
-            functools.partial(transformer.unembed, params, config),
-            rows,
+            transformer.Network(params, config),
+            draft,
             state,
             length=length,
             rule=rule,
             vocab=vocab,
         )
-        return state, state.tokens_BL, jnp.any(denoise.unfinished(rows, state, length, rule))
+        return state, state.tokens_BL, jnp.any(denoise.unfinished(draft, state, length, rule))
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(
         step,
-        in_shardings=(_of_params(mesh, config), rows, rows),
+        in_shardings=(param_shardings(mesh, config), rows, rows),
         out_shardings=(rows, everywhere, everywhere),
         compiler_options=sharding.compiler_options(mesh),
     )
 
 
-def _keys(given: Given) -> jax.Array:
-    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(given.seed_B), given.number_B)
+def _keys(placed: Placed) -> jax.Array:
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(placed.seed_B), placed.number_B)
 
 
-def _of_params(mesh, config):
+def param_shardings(mesh: jax.sharding.Mesh, config: transformer.Config) -> Any:
+    """Where the params of a model rest on a mesh. Raises ValueError for a mesh that doesn't divide them."""
     return sharding.tree_shardings(mesh, transformer.param_axes(config), transformer.param_shapes(config))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mmada_jax.data import digits
-from mmada_jax.measure import evaluate
+from mmada_jax.measure import digits as measured
 from mmada_jax.nets.vq import to_uint8
 from mmada_jax.tokens.tokenizer import split_thought
 
@@ -58,7 +58,7 @@ def wilson(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
 def denoising(model: Any) -> tuple[list[np.ndarray], list[str]]:
     """How it draws and reads: pixels [n, I, J, C] of the drawings of SHOWN after each step, hidden tokens
     grey; a text after each step, hidden tokens as low lines."""
-    steps = model.watch(model.draw_job(list(SHOWN), evaluate.DRAW))
+    steps = model.watch(model.draw_job(list(SHOWN), measured.DRAW))
     drawn = [model.pixels([drawing.image for drawing in drawings]) for drawings in steps]
     scans = digits.load("test")
     read = model.watch(model.answer_job(digits.canvas(*scans.pixels[:2]), digits.ASK_TWO))

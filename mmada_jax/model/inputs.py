@@ -1,4 +1,7 @@
-"""What a person gives to a model -> lists, token ids and rules, all of it checked before any compute."""
+"""What a person gives to a model -> lists, token ids and rules, all of it checked before any compute.
+
+Nothing here has a model or knows a task: `model.model` lays out rows of what comes from here.
+"""
 
 import dataclasses
 import difflib
@@ -10,7 +13,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
+from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 from mmada_jax.tokens.vocab import Vocab
 
@@ -25,7 +29,8 @@ AnyRule = TypeVar("AnyRule", TextRule, ImageRule)
 
 @dataclasses.dataclass(frozen=True)
 class Defaults:
-    """What is done where nothing else is said. Of a model in a folder its generation_config.json tells."""
+    """The rules and numbers for whatever a task isn't given. For a model in a folder its
+    generation_config.json has them."""
 
     text: TextRule = dataclasses.field(default_factory=TextRule)
     image: ImageRule = dataclasses.field(default_factory=ImageRule)
@@ -99,7 +104,8 @@ def pictures(given: Any) -> Given:
 
 
 def together(**named: Given) -> tuple[list[list[Any]], bool]:
-    """Lists of one length, what was given by itself repeated as often; and whether all was."""
+    """Lists of one length, and whether everything was given by itself. What was given by itself is
+    repeated as often as the lists are long."""
     lengths = {name: len(given.items) for name, given in named.items() if not given.one}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"numbers differ: {lengths}; give one of each per row")
@@ -164,8 +170,10 @@ def counts(max_new: int | Sequence[int], n: int) -> list[int]:
 
 
 def image_grid(values: Mapping[str, Any], down: int, size: Any = None) -> tuple[int, int]:
-    """Rows and columns of image tokens, each of `down` pixels: of images of `size` pixels (rows, columns,
-    or one number for both), else as `values` of a config.json say, else of 512 x 512 pixels."""
+    """Rows and columns of image tokens, each of which stands for `down` x `down` pixels.
+
+    `size` is the image in pixels (rows and columns, or one number for both). Without it the grid is the
+    one in `values` of a config.json, and if these don't say, the grid of 512 x 512 pixels."""
     if size is None:
         grid = values.get("image_grid", [512 // down, 512 // down])
         if not (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)):
@@ -180,7 +188,8 @@ def image_grid(values: Mapping[str, Any], down: int, size: Any = None) -> tuple[
 
 
 def text_length(values: Mapping[str, Any], given: Any = None) -> int:
-    """Tokens of the text slot: as given, else as `values` of a config.json say, else 512."""
+    """Tokens of the text slot: the number given, by default the one in `values` of a config.json, else
+    512."""
     max_text = values.get("max_text", 512) if given is None else given
     if type(max_text) is not int or max_text < 1:
         raise ValueError(f"max_text is {max_text!r}, it must be a number of tokens")
@@ -188,25 +197,30 @@ def text_length(values: Mapping[str, Any], given: Any = None) -> int:
 
 
 def check_row(max_text: int, grid: tuple[int, int], down: int, limit: int) -> None:
-    """Raises ValueError if a model that takes `limit` tokens can't take rows with images of this grid."""
-    (rows, columns), n = grid, max_text + grid[0] * grid[1] + 3
-    if n > limit:
+    """Raises ValueError if rows with an image of `grid` tokens, which stand for `down` x `down` pixels
+    each, are longer than the `limit` tokens that a model takes."""
+    rows, columns = grid
+    length = RowShape(max_text, rows * columns).length
+    if length > limit:
         raise ValueError(
-            f"rows with an image have {n} tokens: {max_text} of text, {rows} x {columns} of an image of "
-            f"{rows * down} x {columns * down} pixels, and 3; the model takes {limit}. Load it with the "
-            "image_size and the max_text that it was trained with (--image-size, --max-text)"
+            f"rows with an image have {length} tokens: {max_text} of text, "
+            f"{rows} x {columns} of an image of {rows * down} x {columns * down} pixels, and 3; the model "
+            f"takes {limit}. Load it with the image_size and the max_text that it was trained with "
+            "(--image-size, --max-text)"
         )
 
 
 class Beyond(NamedTuple):
-    """How an image is extended: its tokens are moved by `shift` (rows, columns), so that those next to the
-    edge are kept, and the half beyond it takes the place of those farthest from it, which are `hidden`."""
+    """How an image is extended beyond an edge. Its tokens are moved by `shift` (rows, columns): the
+    tokens next to the edge are kept, and the new half takes the place of the tokens farthest from it,
+    which are `hidden`."""
 
     shift: tuple[int, int]
     hidden_ij: np.ndarray
 
     def join(self, old_Bij: np.ndarray, drawn_Bij: np.ndarray) -> np.ndarray:
-        """The tokens that had no place, and what was drawn with the others in view: one longer image."""
+        """One longer image: the tokens that were moved out of the row, and the image that was drawn with
+        the other tokens in view."""
         axis = 2 if self.shift[1] else 1
         half = -self.shift[axis - 1]
         rest_Bij = np.split(old_Bij, [half], axis)[half < 0]
@@ -214,7 +228,8 @@ class Beyond(NamedTuple):
 
 
 def beyond(direction: Direction, grid: tuple[int, int]) -> Beyond:
-    """Of images of `grid` (rows and columns) tokens. Of an odd number the smaller half is drawn.
+    """How images of `grid` (rows and columns) tokens are extended by half. If a side has an odd number of
+    tokens, the smaller half is drawn.
 
     Raises ValueError for an unknown direction, and for a side of one token."""
     known = {"right": (1, -1), "left": (1, 1), "down": (0, -1), "up": (0, 1)}

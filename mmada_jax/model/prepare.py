@@ -227,8 +227,7 @@ class Encoder:
             )
         self.size, self.codes = size, (size // down) ** 2
         self.sha256 = lazy.sha256(folder.tensors())
-        side = size // down
-        self._vision = Vision.place(folder.params, folder.config, (side, side), sharding.make_mesh())
+        self._vision = Vision.place(folder.params, folder.config, sharding.make_mesh())
         self.batch = IMAGES * self._vision.mesh.size
 
     def __call__(self, pixels: list[np.ndarray]) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""What a model gives back: texts and drawings, which show themselves in a notebook."""
+"""What a model gives back: texts and drawings, which show themselves in a notebook.
+
+They are made of token ids and pixels; making these is the business of `model.model`.
+"""
 
 import dataclasses
 import io
@@ -11,8 +14,9 @@ from PIL import Image
 from mmada_jax.tokens.tokenizer import TextTokenizer, conversation_end
 from mmada_jax.tokens.vocab import Vocab
 
-# Smaller pictures are shown and written enlarged to about so many pixels.
+# Pixels of the longer side up to which small pictures are enlarged where they are shown or written.
 SHOWN = 256
+# The character that stands for a token that is still hidden.
 HIDDEN = "▁"
 
 

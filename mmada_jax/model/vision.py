@@ -1,4 +1,7 @@
-"""The image tokenizer on a mesh: pixels to codes and back, the images spread over all devices."""
+"""The one image codec: pixels to codes and back, the images spread over all devices of a mesh.
+
+The network is `nets.vq`; opening files and bringing pictures to a size is the business of `data.images`.
+"""
 
 import dataclasses
 import functools
@@ -11,55 +14,63 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mmada_jax.data.pipeline import RawRows
 from mmada_jax.devices import sharding
 from mmada_jax.nets import vq
+from mmada_jax.tokens import layout
+from mmada_jax.tokens.vocab import Vocab
 
-# Of the images that go through a device at a time; of all that are decoded together, since every device
-# gets their pixels, where one for each device isn't more.
+# Most pixels that a device encodes in one call, and most that all devices together decode in one call,
+# since every device gets all decoded pixels; more images are split, down to one for each device.
 MOST_PIXELS = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """The image tokenizer: float32 `params`, whole on every device of `mesh`, for images of `grid` (rows
-    and columns) codes.
+    """The image tokenizer: float32 `params`, whole on every device of `mesh`.
 
     Where there are several processes, all call its methods, with the same images; all get all results.
     """
 
     params: Any = dataclasses.field(repr=False)
     config: vq.Config
-    grid: tuple[int, int]
     mesh: jax.sharding.Mesh
 
     @classmethod
-    def place(
-        cls, params: Any, config: vq.Config, grid: tuple[int, int], mesh: jax.sharding.Mesh
-    ) -> "Vision":
+    def place(cls, params: Any, config: vq.Config, mesh: jax.sharding.Mesh) -> "Vision":
         """Puts params, arrays of the host or Lazy ones, onto the mesh."""
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), params)
-        return cls(sharding.put_params(params, everywhere, np.dtype("float32")), config, grid, mesh)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Rows and columns of an image in pixels."""
-        down = self.config.downsampling
-        return self.grid[0] * down, self.grid[1] * down
-
-    @property
-    def n_image(self) -> int:
-        """Codes of an image."""
-        return math.prod(self.grid)
+        return cls(sharding.put_params(params, everywhere, np.dtype("float32")), config, mesh)
 
     def encode(self, pixels_BIJC: np.ndarray) -> np.ndarray:
         """Pixels, uint8 or floats in [-1, 1], -> codes int32 [B, i, j]."""
-        most = self.mesh.size * max(1, MOST_PIXELS // math.prod(self.image_size))
+        most = self.mesh.size * max(1, MOST_PIXELS // math.prod(np.shape(pixels_BIJC)[1:3]))
         return self._in_parts(_encoder(self.mesh, self.config), np.asarray(pixels_BIJC), most)
 
     def decode(self, codes_Bij: np.ndarray) -> np.ndarray:
-        """Codes [B, i, j], of any grid, -> pixels float32 [B, I, J, C] around [-1, 1]."""
-        most = MOST_PIXELS // math.prod(self.image_size)
+        """Codes [B, i, j] -> pixels float32 [B, I, J, C] around [-1, 1]."""
+        most = MOST_PIXELS // (math.prod(np.shape(codes_Bij)[1:]) * self.config.downsampling**2)
         return self._in_parts(_decoder(self.mesh, self.config), np.asarray(codes_Bij), most)
+
+    def row_encoder(self, vocab: Vocab, max_text: int) -> Callable[[RawRows], layout.Batch]:
+        """A function from the rows of a training batch, placed on the mesh, to the batch with the tokens of
+        all images. Every device encodes the images of its own rows."""
+        rows_on = sharding.batch_sharding(self.mesh)
+        first_T = np.array([layout.image_start(task, max_text) for task in layout.TASKS], np.int32)
+
+        def encode(params, rows):
+            codes_Bij = _codes(params, self.config, rows.pixels_BIJC)
+            ids_BN = codes_Bij.reshape(len(codes_Bij), -1).astype(jnp.int32) + jnp.int32(vocab.image_offset)
+            placed_BL = jax.vmap(
+                lambda tokens_L, ids_N, first: jax.lax.dynamic_update_slice(tokens_L, ids_N, (first,))
+            )(rows.batch.tokens, ids_BN, jnp.asarray(first_T)[rows.batch.task])
+            tokens_BL = jnp.where(rows.encode_B[:, None], placed_BL, rows.batch.tokens)
+            return rows.batch._replace(tokens=tokens_BL)
+
+        encode = jax.jit(
+            encode, in_shardings=(sharding.replicated(self.mesh), rows_on), out_shardings=rows_on
+        )
+        return lambda rows: rows.batch if rows.pixels_BIJC is None else encode(self.params, rows)
 
     def _in_parts(
         self, run: Callable[[Any, jax.Array], jax.Array], x_B: np.ndarray, most: int
@@ -77,7 +88,7 @@ class Vision:
         return np.concatenate(out)[: len(x_B)]
 
 
-def codes_of(params: Any, config: vq.Config, pixels_BIJC: jax.Array) -> jax.Array:
+def _codes(params: Any, config: vq.Config, pixels_BIJC: jax.Array) -> jax.Array:
     """Within a jit: pixels, uint8 or floats in [-1, 1], -> codes int32 [B, i, j]."""
     if pixels_BIJC.dtype == jnp.uint8:
         pixels_BIJC = pixels_BIJC.astype(jnp.float32) / np.float32(127.5) - 1
@@ -93,7 +104,7 @@ def _over_all(mesh: jax.sharding.Mesh) -> NamedSharding:
 def _encoder(mesh: jax.sharding.Mesh, config: vq.Config) -> Callable[..., jax.Array]:
     everywhere = sharding.replicated(mesh)
     return jax.jit(
-        lambda params, pixels_BIJC: codes_of(params, config, pixels_BIJC),
+        lambda params, pixels_BIJC: _codes(params, config, pixels_BIJC),
         in_shardings=(everywhere, _over_all(mesh)),
         out_shardings=everywhere,
     )

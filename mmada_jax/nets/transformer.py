@@ -151,6 +151,22 @@ def unembed(
     return jnp.einsum("...D,DV->...V", h_D, head_DV, preferred_element_type=jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Params with their architecture: trunk and head in one object, as `diffusion.denoise` takes them."""
+
+    params: dict[str, Any]
+    config: Config
+
+    def hidden_states(self, tokens_BL: jax.Array, valid_BL: jax.Array) -> jax.Array:
+        """See the function of that name."""
+        return hidden_states(self.params, self.config, tokens_BL, valid_BL)
+
+    def unembed(self, h_BLD: jax.Array, first: int = 0, size: int | None = None) -> jax.Array:
+        """See the function of that name."""
+        return unembed(self.params, self.config, h_BLD, first, size)
+
+
 def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) in float32, cast back, then scaled in x's dtype, as the reference does."""
     x32_D = x_D.astype(jnp.float32)

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     args = parse(parser, argv)
 
     from mmada_jax.train import runs
-    from mmada_jax.train.supervised import check, train
+    from mmada_jax.train.supervised import check_run, train
 
     connect(args, "mmada train", runs.parse)
     config, workdir = args.config, args.workdir
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
         with config.unlocked():
             config.image_tokenizer = "image_tokenizer"
         tokenizer = vq.get_config("digits")
-        check(config, workdir, tokenizer)
+        check_run(config, workdir, tokenizer)
         state = train(tokenizer, os.path.join(workdir, config.image_tokenizer))
         if int(state.step) < tokenizer.steps:
             return  # a signal

@@ -10,6 +10,7 @@ S (`max_text`) is the length of the text slot, N the number of image tokens. t2i
 have the same length S + N + 3; lm rows are given it.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,30 @@ class Batch(NamedTuple):
     target: np.ndarray  # bool [B, L]
     shown: np.ndarray  # bool [B, L]
     task: np.ndarray  # int32 [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """The lengths that all rows of a model share: a text slot of `max_text` tokens (S), an image of
+    `n_image` tokens (N)."""
+
+    max_text: int
+    n_image: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a t2i, mmu or r2i row: the slot, the image, soi, eoi and the token of the task."""
+        return self.max_text + self.n_image + 3
+
+    @property
+    def text_end(self) -> int:
+        """The place after the text slot of a t2i or r2i row, where soi stands."""
+        return self.max_text + 1
+
+    @property
+    def image(self) -> slice:
+        """The places of the image in a t2i or r2i row."""
+        return slice(self.max_text + 2, self.max_text + 2 + self.n_image)
 
 
 def _row(task: str, tokens: Sequence[int], valid=None, target=(), shown=()) -> Batch:

@@ -20,10 +20,10 @@ import jax
 import numpy as np
 
 from mmada_jax.devices import chips, hlo, sharding
-from mmada_jax.diffusion import decode, denoise
+from mmada_jax.diffusion import decode, rules
 from mmada_jax.model import inputs
+from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer
-from mmada_jax.serve import api
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA
 from mmada_jax.train import optim, supervised
@@ -32,7 +32,7 @@ from mmada_jax.train.rl.rollout import make_generate, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.start import check_rollout_rows
 from mmada_jax.train.rl.update import Chosen, UpdateBatch, make_objective, make_score
-from mmada_jax.train.runs import ModelRun, Plan, foresee, relative
+from mmada_jax.train.runs import ModelRun, Plan, check_rows, foresee, relative
 from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 from mmada_jax.weights.state import state_shardings
 
@@ -69,10 +69,10 @@ def devices(topology: chips.Topology) -> list[Any]:
 
 def lower_train(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The training step of `run`, not yet compiled; the shape of the batch is all it needs of data."""
-    L = plan.max_text + plan.n_image + 3
+    L = plan.shape.length
     objective = supervised.model_objective(run, plan.model, plan.vocab)
     optimizer = optim.make(run.optim, run.steps)
-    supervised.check_rows(run, mesh)
+    check_rows(run, mesh)
     with jax.set_mesh(mesh):
         shapes, shardings = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
         step = supervised.make_step(objective, optimizer, mesh, shardings, run.accumulate)
@@ -90,16 +90,16 @@ def lower_draw(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages
     params = jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=place), shapes, places
     )
-    B, L = run.batch_size, plan.max_text + plan.n_image + 3
+    B, L = run.batch_size, plan.shape.length
     rows = jax.ShapeDtypeStruct((B, L), np.int32), jax.ShapeDtypeStruct((B, L), bool)
     with jax.set_mesh(mesh):
-        draw = decode.decoder(mesh, model, plan.vocab, plan.n_image, denoise.ImageRule())
+        draw = decode.decoder(mesh, model, plan.vocab, plan.shape.n_image, rules.ImageRule())
         of_rows = [jax.ShapeDtypeStruct((B,), kind) for kind in (np.int32, np.int32, np.uint32, np.int32)]
         return draw.lower(params, decode.Given(*rows, *of_rows, rows))
 
 
 def lower_rl(
-    run: RLRun, model: api.MMaDA, step: str, task: Task, mesh: jax.sharding.Mesh
+    run: RLRun, model: Model, step: str, task: Task, mesh: jax.sharding.Mesh
 ) -> jax.stages.Lowered:
     """One of the three functions of reinforcement learning for a task, not yet compiled."""
     model = dataclasses.replace(model, mesh=mesh)
@@ -129,9 +129,9 @@ def lower_rl(
         return update.lower(shapes, _key(), batch)
 
 
-def rl_model(run: RLRun, workdir: pathlib.Path) -> api.MMaDA:
-    """What a run would load, without its params, on no mesh. Where there is no `init` yet, the published
-    8B model is meant, which draws 512 x 512 pixels, unless tasks are about digits."""
+def rl_model(run: RLRun, workdir: pathlib.Path) -> Model:
+    """The model that a run would load, without its image codec, on no mesh. Where there is no `init` yet,
+    the published 8B model is meant, which draws 512 x 512 pixels, unless tasks are about digits."""
     init = relative(run.init, workdir)
     if not init.exists() and any(task.data.format == "digits" for task in run.tasks.values()):
         raise FileNotFoundError(
@@ -140,7 +140,7 @@ def rl_model(run: RLRun, workdir: pathlib.Path) -> api.MMaDA:
         )
     if not init.exists():
         config = dataclasses.replace(transformer.PRESETS["llada-8b"], vocab=LLADA.rows, **run.model)
-        return api.MMaDA(None, config, LLADA, None, None, None, 512, (32, 32), None)
+        return Model(config, LLADA, None, None, None, 512, (32, 32), None)
     source = open_folder(init)
     nested = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
     images, texts = image_tokenizer_of(source, nested), source.tokenizer()
@@ -150,13 +150,13 @@ def rl_model(run: RLRun, workdir: pathlib.Path) -> api.MMaDA:
     grid = inputs.image_grid(source.values, images.config.downsampling)
     max_text = inputs.text_length(source.values)
     config = dataclasses.replace(source.config, **({"dtype": "float32"} | dict(run.model)))
-    return api.MMaDA(None, config, vocab, texts, None, images.config, max_text, grid, None)
+    return Model(config, vocab, texts, None, images.config, max_text, grid, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is compiled, and what its report needs to know of it. `passes` is of the model, in its
-    forward passes over all rows; `logits` are those of each."""
+    """A step to compile, and what its report needs to know. `passes` counts the passes over all rows, in
+    forward passes of the model; `logits` counts the logits of one such pass."""
 
     lower: Callable[[jax.sharding.Mesh], jax.stages.Lowered]
     model: transformer.Config
@@ -195,7 +195,7 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.P
         n_ids = at.rule.vocabulary(model.vocab)[1] or model.vocab.rows
         if step == "rollout":
             guided = 2 if at.rule.guidance else 1
-            block = at.rule.block if of.layout != "t2i" else at.length
+            block = at.rule.size(at.length)
             logits = guided * rows * block * n_ids
             # The compiler knows how many blocks there are, not how many steps each will take.
             return Subject(
@@ -206,13 +206,16 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.P
         logits = rows * at.length * n_ids
         return Subject(lower, model.config, mesh, rows, at.row, passes, logits, parts, run.loss_chunk)
     plan = foresee(run, workdir)
-    B, L, model = run.batch_size, plan.max_text + plan.n_image + 3, plan.model
+    B, L, model = run.batch_size, plan.shape.length, plan.model
     if step == "train":
         lower = functools.partial(lower_train, run, plan)
         return Subject(lower, model, mesh, B, L, 3, None, run.accumulate, run.loss_chunk)
     # No rows to spread: every chip has a part of each weight. Every image has a second row.
     model = dataclasses.replace(model, remat="none")
-    mesh, logits = {"data": 1, "fsdp": 1, "tensor": -1}, 2 * B * plan.n_image * plan.vocab.codebook_size
+    mesh, logits = (
+        {"data": 1, "fsdp": 1, "tensor": -1},
+        2 * B * plan.shape.n_image * plan.vocab.codebook_size,
+    )
     return Subject(functools.partial(lower_draw, run, plan), model, mesh, 2 * B, L, 1, logits, copies=2)
 
 
@@ -224,16 +227,15 @@ def report(
     task: str = "",
     workdir: pathlib.Path = WORKDIR,
 ) -> dict[str, Any]:
-    """Compiles and reports; all figures are per chip, for "draw" and "rollout" those of one step in each
-    block.
-    "mfu_ceiling" is None where it doesn't fit. The program, as text, goes into `program_file`.
+    """Compiles and reports. All figures are per chip; for "draw" and "rollout" they count one step of each
+    block. "mfu_ceiling" is None if the step doesn't fit. The program, as text, goes into `program_file`.
 
     hbm_*_gib        arguments, temporaries, the peak that the compiler plans, all of them together
     matmul_flops     of matrix products, kernels included
     model_flops      of the model's forward and backward pass, nothing recomputed
     mfu_ceiling      model_flops / (peak * cycles / clock): the compiler's estimate of cycles, which
                      knows neither collectives nor kernels. Not a throughput.
-    collectives      kind -> count, those of them that are asynchronous, bytes
+    collectives      kind -> count, how many of them are asynchronous, bytes
     layer_loop_blocking_mb   of collectives that nothing hides, forward and backward of one layer
     """
     what = subject(run, step, task, workdir)

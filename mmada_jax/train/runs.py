@@ -1,4 +1,8 @@
-"""What a training run is told and what follows: its configuration, and the plan of what it trains."""
+"""The configurations of runs of the image tokenizer and of the model, and what follows from them.
+
+A run is a frozen dataclass; its plan has the tokenizers, ids and architectures that follow from it.
+Nothing here trains, and the configuration of reinforcement learning is in `train.rl`.
+"""
 
 import dataclasses
 import pathlib
@@ -16,6 +20,7 @@ from mmada_jax.disk import resolved
 from mmada_jax.nets import transformer, vq
 from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
 from mmada_jax.tokens import layout
+from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import LLADA, Vocab
 from mmada_jax.train.optim import Config as OptimConfig
@@ -28,7 +33,7 @@ from mmada_jax.weights.folder import (
     open_folder,
     open_image_tokenizer,
 )
-from mmada_jax.weights.workdir import CONFIG, MODEL, claim_workdir, has_step, read_config
+from mmada_jax.weights.workdir import CONFIG, MODEL, claim_workdir, has_step, newest_step, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Mesh(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class Run(Ranged):
-    """What every training run has. `batch_size` counts global rows."""
+    """The fields of every training run. `batch_size` counts the rows of all processes together."""
 
     program: Literal["vq", "model"]
     steps: Positive
@@ -62,7 +67,8 @@ class Run(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class VQRun(Run):
-    """Training of the image tokenizer; weights of its losses beside the reconstruction's 1."""
+    """Training of the image tokenizer. `entropy` and `commitment` weigh these losses; the reconstruction
+    weighs 1."""
 
     preset: str = "digits"
     entropy: Weight = 0.1
@@ -73,17 +79,18 @@ class VQRun(Run):
 class ModelRun(Run):
     """Training of the model.
 
-    `init` is what it starts from: the workdir of an earlier stage or a checkpoint; from scratch if
-    empty. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun or
-    another folder with an image tokenizer; the run's workdir gets a copy. Both paths, and the path of
-    `text_tokenizer` (a tokenizer.json or its folder, by default the one of `init`), are relative to the
-    run's workdir or absolute. Without a text tokenizer, one of `text_vocab` ids is trained on the texts of
-    a sample of the run's own rows.
+    `init` is the workdir of an earlier stage, or a checkpoint, to start from; if empty, params are
+    random. `model` overrides fields of the preset. `image_tokenizer` is the workdir of a VQRun or another
+    folder with an image tokenizer; the run's workdir gets a copy. `text_tokenizer` is a tokenizer.json or
+    its folder; if empty, the one of `init` is taken. These three paths are relative to the run's workdir,
+    or absolute. Without `init` and `text_tokenizer` a text tokenizer of `text_vocab` ids is trained on
+    the texts of a sample of the run's own rows.
 
-    `mixture` shares the rows of a batch among the tasks, `data` names the sources of each task, with
-    paths below `data_root` (itself relative to the workdir, or absolute), and `held_out` those of the
-    evaluation. Every `eval_every` steps `eval_rows` held-out rows are scored and `samples` of each kind
-    of generation are saved, with answers decoded in blocks of `answer_block` tokens; 0 is never.
+    `mixture` shares the rows of a batch among the tasks. `data` names the sources of each task,
+    `held_out` the sources of the evaluation; their paths are below `data_root` (itself relative to the
+    workdir, or absolute). Every `eval_every` steps `eval_rows` held-out rows are scored, and `samples`
+    generations of each kind are saved, with answers decoded in blocks of `answer_block` tokens; 0 is
+    never.
     """
 
     preset: str = "digits"
@@ -121,11 +128,40 @@ def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:
     return config_lib.from_dict(kinds[name], config)
 
 
+def same_in_all(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """What must be the same in all processes of a run when it begins."""
+    return {
+        "config": config_lib.to_dict(run),
+        "workdir": str(workdir.absolute()),
+        "newest step": newest_step(workdir).name if has_step(workdir) else None,
+        "devices": jax.local_device_count(),
+        "kind of device": jax.local_devices()[0].device_kind,
+    }
+
+
+def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError if the rows of a batch can't be spread over the devices."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    of_model = isinstance(run, ModelRun)
+    sizes = {"batch_size": run.accumulate if of_model else 1}
+    if of_model and run.eval_every:
+        sizes["eval_rows"] = 1
+    for name, parts in sizes.items():
+        size, unit = getattr(run, name), shards * parts
+        if size % unit:
+            accumulated = f" times the {parts} parts of `accumulate`" if parts > 1 else ""
+            raise ValueError(
+                f"{name} {size} is not divisible by the {shards} data shards{accumulated} of "
+                f"mesh {dict(mesh.shape)}; the next that is: {-(-size // unit) * unit}"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a ModelRun amounts to: tokenizers, ids, architectures, and the shape of an image."""
+    """What follows from a ModelRun and the folders that it names: tokenizers, ids, architectures, the
+    shape of an image."""
 
-    tokenizer: TextTokenizer | None  # None only where `foresee` assumes that of LLaDA
+    tokenizer: TextTokenizer | None  # None only where `foresee` assumes LLaDA's
     vocab: Vocab
     model: transformer.Config
     vq: vq.Config
@@ -134,16 +170,10 @@ class Plan:
     start: Source | None = None
 
     @property
-    def n_image(self) -> int:
-        """Tokens of an image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
     def shape(self) -> Shape:
-        """That of a row."""
-        down = self.vq.downsampling
-        pixels = (self.grid[0] * down, self.grid[1] * down, self.vq.pixel_channels)
-        return Shape(self.max_text, self.n_image, pixels)
+        """The shape of a row."""
+        down, (i, j) = self.vq.downsampling, self.grid
+        return Shape(self.max_text, i * j, (i * down, j * down, self.vq.pixel_channels))
 
 
 def plan(
@@ -170,18 +200,18 @@ def plan(
     begin = open_start(relative(run.init, workdir)) if start and run.init else None
     tokenizer = _text_tokenizer(run, workdir, begin)
     vocab = tokenizer.vocab(vq_config.codebook_size, begin and begin.config.vocab)
-    model = model_of(run, vocab, grid[0] * grid[1])
+    model = model_of(run, vocab, grid)
     if begin:
         _check_same(begin.config, model, relative(run.init, workdir))
     return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
 
 
 def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
-    """The plan of a run of which nothing need be there, to compile its steps.
+    """The plan of a run whose files needn't be there, to compile its steps.
 
-    Tokenizers, and what it starts from, are read where they lie. Where nothing lies, the preset
-    "llada-8b" means the published ones: LLaDA's vocabulary and MAGVIT-v2. Any other preset without
-    its files is an error, as in `plan`."""
+    Tokenizers, and the model to start from, are read if they are there. If they aren't, the preset
+    "llada-8b" means the published ones: LLaDA's vocabulary and MAGVIT-v2. For any other preset missing
+    files are an error, as in `plan`."""
     published = run.preset == "llada-8b"
     folder, init = image_tokenizer_path(run, workdir), relative(run.init, workdir)
     if not run.image_tokenizer:
@@ -198,7 +228,7 @@ def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
         tokenizer = _text_tokenizer(run, workdir, begin)
         vocab = tokenizer.vocab(codec.codebook_size, begin and begin.config.vocab)
     grid = grid_of(run, codec)
-    model = model_of(run, vocab, grid[0] * grid[1])
+    model = model_of(run, vocab, grid)
     if begin:
         _check_same(begin.config, model, init)
     return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
@@ -239,7 +269,7 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Source | None) 
 
 
 def open_start(path: pathlib.Path, weights: bool = True) -> Source:
-    """Opens what a run is to start from, verified; without `weights` its description alone.
+    """Opens and verifies a model to start from; without `weights` only its description.
 
     Raises FileNotFoundError or ValueError if `path` holds no model, or one that isn't ours."""
     try:
@@ -271,19 +301,19 @@ def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.
         raise ValueError(f"config.init: {path} holds another model ({what}); change preset or model")
 
 
-def model_of(run: ModelRun, vocab: Vocab, n_image: int) -> transformer.Config:
+def model_of(run: ModelRun, vocab: Vocab, grid: tuple[int, int]) -> transformer.Config:
     """The architecture of a run: its preset, with the run's own values, for its vocabulary.
 
-    Raises ValueError if rows with `n_image` image tokens are longer than it takes.
+    Raises ValueError if rows with an image of `grid` tokens are longer than it takes.
     """
     preset = dataclasses.asdict(preset_of(transformer.PRESETS, run.preset))
     values = preset | dict(run.model) | {"vocab": vocab.rows}
     model = config_lib.from_dict(transformer.Config, values, "model.")
-    length = run.max_text + n_image + 3
-    if length > model.max_len:
+    rows = RowShape(run.max_text, grid[0] * grid[1])
+    if rows.length > model.max_len:
         raise ValueError(
-            f"rows have {length} tokens (max_text {run.max_text} + {n_image} of the image + 3), the "
-            f"model takes {model.max_len}; lower max_text or raise model.max_len"
+            f"rows have {rows.length} tokens (max_text {run.max_text} + {rows.n_image} of the image + 3), "
+            f"the model takes {model.max_len}; lower max_text or raise model.max_len"
         )
     return model
 

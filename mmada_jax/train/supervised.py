@@ -1,8 +1,12 @@
 """Training: one program for the image tokenizer and for stages 1 and 2 of the model.
 
-A program is what differs between them: how params are made and laid out, the batch of a step, the
-loss. The loop below is the same for both. Batches are functions of (seed, step) and the key of a
-step is fold_in(root, step), so a resumed run repeats to the bit what an uninterrupted one does.
+A Program is what differs between them: how params are made and laid out, the batch of a step, the loss. The
+loop of `train` is the same for both. A batch is a function of (seed, step) and the key of a step is
+fold_in(root, step), so a resumed run repeats to the bit what an uninterrupted one does.
+
+The loss of the model is traced from `train` through `make_step` and `model_objective` to
+`diffusion.corrupt`, which hides tokens and weights them, and `diffusion.loss`, which sums. What a
+configuration amounts to is in `train.runs`, where rows come from in `train.rows`.
 """
 
 import contextlib
@@ -23,33 +27,33 @@ import optax
 from jax.experimental import multihost_utils
 
 from mmada_jax import config as config_lib
-from mmada_jax import files
-from mmada_jax.data import digits, pipeline, sources
+from mmada_jax.data import digits, pipeline
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import connect_axes, together, watch_signals
 from mmada_jax.diffusion import corrupt, loss
-from mmada_jax.measure import evaluate
+from mmada_jax.measure import held_out
+from mmada_jax.model.model import Model
 from mmada_jax.model.vision import Vision
 from mmada_jax.nets import transformer, vq
 from mmada_jax.ranges import warn_without_effect
-from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.train import optim
 from mmada_jax.train.metrics import Metrics, tell
+from mmada_jax.train.rows import open_data, open_rows, say_left_out
 from mmada_jax.train.runs import (
     ModelRun,
     Plan,
     VQRun,
+    check_rows,
     describe,
     image_tokenizer_path,
     parse,
     plan,
     preset_of,
-    relative,
+    same_in_all,
 )
-from mmada_jax.weights import lazy
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.folder import IMAGE_TOKENIZER, keep_image_tokenizer, open_image_tokenizer
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
@@ -58,18 +62,17 @@ from mmada_jax.weights.workdir import (
     TOKENIZER,
     check_workdir,
     claim_workdir,
-    differences,
     has_step,
-    newest_step,
     refuse_busy,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is trained: params, and their loss on rows that `prepare` has made of a batch.
+    """What is trained: params, and their loss on rows that `prepare` makes of a batch.
 
-    Where a batch is taken in parts, `loss` must be a sum over rows: their gradients are added.
+    `loss` must be a sum over rows: where a batch goes through the model in parts, the gradients of the
+    parts are added.
     """
 
     init_params: Callable[[jax.Array], Any]
@@ -80,16 +83,19 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the loop needs to know of a run. `load` gives the rows of a step that this process has,
-    `encode` makes of them, placed on the devices, what the objective takes. `start` are params to begin
-    with, as Lazy arrays; `evaluate` measures (params, step) and shows samples in the metrics; `data`
-    describes the data, to be compared when the run is resumed."""
+    """What the loop of `train` needs to know of a run.
+
+    `load` gives those rows of a step that lie on the devices of this process. `encode` takes rows placed
+    on the devices and gives the batch that the objective prepares. `start` are the params to begin with,
+    as Lazy arrays, None for random ones. `evaluate` takes (params, step, metrics), gives values and shows
+    samples in the metrics. `data` describes the data; a resumed run compares it with what it had before.
+    """
 
     objective: Objective
     load: Callable[[int, Sequence[int]], pipeline.Loaded]
     encode: Callable[[Any], Any]
     tokens_per_step: int
-    flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # by a step's values; 0: not known
+    flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # from a step's values; 0: unknown
     tokenizer: TextTokenizer | None = None
     accumulate: int = 1
     start: Any = None
@@ -98,32 +104,33 @@ class Program:
 
     @property
     def texts(self) -> dict[str, str]:
-        """What a workdir keeps of it, by the names of files."""
+        """The files that a workdir keeps of a run, by name."""
         if not self.tokenizer:
             return {}
         return {TOKENIZER: self.tokenizer.to_json(), DATA: json.dumps(self.data, indent=1)}
 
 
-# Groups of the configuration that make a model what it is: a workdir holds one model.
+# Fields of the configuration that decide what params a model has. A workdir holds one model, so a resumed
+# run must have the same ones.
 FIXED = ("program", "preset", "model", "text_vocab", "max_text", "image_size")
-# How it is computed may change.
+# Fields within these that only decide how the model is computed. A resumed run may change them.
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
 
 
 def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     """Trains until `config.steps`, from the newest checkpoint of the workdir if there is one.
 
-    Raises ValueError for a configuration that doesn't fit, itself or the workdir, before any
-    compute. SIGTERM and Ctrl-C save and return: `state.step` is then less than `config.steps`. Where
-    there are several processes, all call this; the first one writes and prints.
+    Raises ValueError before any compute, if the configuration is wrong or the workdir holds another run.
+    SIGTERM and Ctrl-C save and return: `state.step` is then less than `config.steps`. Where there are
+    several processes, all call this; the first one writes and prints.
     """
     # ---- Configuration --------------------------------------------------------------------------
     began = time.perf_counter()
     workdir = pathlib.Path(workdir)
     with together("training") as same:
-        run, mesh, what = check(config, workdir)
+        run, mesh, what = check_run(config, workdir)
         refuse_busy(workdir)
-        same |= start_of(run, workdir)
+        same |= same_in_all(run, workdir)
     connect_axes(mesh)
     with together("opening the data") as same:
         program = model_program(run, workdir, mesh, what) if what else vq_program(run)
@@ -140,11 +147,12 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     n_params = sum(x.size for x in jax.tree.leaves(shapes.params))
     root = jax.random.key(run.seed)
     with (
-        watch_signals(mesh) as signalled,  # until the last save is complete
+        watch_signals(mesh) as signalled,  # outermost: a signal must not end the last save
         Checkpoints(workdir, run.keep) as checkpoints,
         jax.set_mesh(mesh),
     ):
-        check_same(run, workdir)  # another run may have just ended
+        # Checked once more: another run in this workdir may have ended since.
+        check_same(run, workdir)
         with together("writing to the workdir"):
             if what and first_process:
                 keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
@@ -169,32 +177,37 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
         # ---- Loop -------------------------------------------------------------------------------
         step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate)
-        own = pipeline.own_rows(mesh, run.batch_size)
+        own = sharding.own_rows(mesh, run.batch_size)
         load = functools.partial(program.load, which=own)
         batches = pipeline.iterate(load, first, run.steps, run.load_threads, run.load_workers)
         skipped = pipeline.Skipped(run.max_skipped)
         metrics = Metrics(workdir, run.steps, first, program.flops_per_step, began)
         with contextlib.closing(batches), ThreadPoolExecutor(1) as ahead, metrics:
+            # A thread waits for the rows of the next step while the devices work on this one.
             upcoming = ahead.submit(next, batches)
             for step in range(first, run.steps):
+                # Rows that come while the devices still work cost nothing, so the wait begins after that.
                 if step > first and not upcoming.done():
-                    jax.block_until_ready(state.step)  # only what the devices wait for is a wait
+                    jax.block_until_ready(state.step)
                 with metrics.waiting():
                     loaded = upcoming.result()
                 if step + 1 < run.steps:
                     upcoming = ahead.submit(next, batches)
                 skipped.count(loaded.skipped, len(own))
                 batch = program.encode(sharding.put_batch(mesh, loaded.rows, own, run.batch_size))
+                # Asked before the step is queued: the answer of several processes then comes before its
+                # end.
                 stop = signalled()
                 state, values = step_fn(state, root, batch)
                 done = step + 1
-                if step == first:
+                if step == first:  # speeds don't count the compilation
                     jax.block_until_ready(values)
                     metrics.restart_clock(done)
                 stop = int(stop)
                 measure = program.evaluate and (done % run.eval_every == 0 or done == run.steps)
                 log = done % run.log_every == 0 or done == run.steps or measure
                 save = done % run.save_every == 0 or done == run.steps or stop
+                # Reading values waits for the step. At other steps the host runs ahead of the devices.
                 if log:
                     values = {name: float(value) for name, value in values.items()} | skipped.values()
                     if measure:
@@ -206,8 +219,10 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 if log or save:
                     streak = optim.check_streak(run.optim, state.opt_state, checkpoints.give_up)
                     sound = not streak and np.isfinite(float(values["loss"]))
-                    # What may end in an error isn't saved: the next run resumes before it.
-                    if stop and not sound:  # unless it is saved already
+                    # A state that may end in an error isn't saved, so that the next run resumes before
+                    # it. At a signal it is, unless the newest checkpoint has all updates that were
+                    # accepted.
+                    if stop and not sound:
                         sound = checkpoints.accepted() != int(state.opt_state.accepted)
                     if save and (sound or done == run.steps):
                         with metrics.pausing():
@@ -218,13 +233,13 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     return state
 
 
-def check(
+def check_run(
     config: Mapping[str, Any], workdir: str | pathlib.Path, vq_config: Mapping[str, Any] | None = None
 ) -> tuple[VQRun | ModelRun, jax.sharding.Mesh, Plan | None]:
-    """Raises for whatever is wrong with a configuration, before anything is computed or written.
+    """Parses a configuration and raises for whatever is wrong with it; nothing is computed or written.
 
-    Returns it parsed, its mesh, and what a run of the model amounts to. `vq_config` is that of the image
-    tokenizer, where a model's is yet to be trained.
+    Returns the run, its mesh, and the plan of a model's run. `vq_config` is the configuration of the image
+    tokenizer, if that is yet to be trained.
     """
     run, workdir = parse(config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
@@ -234,7 +249,7 @@ def check(
     if isinstance(run, ModelRun):
         to_train = vq_config and preset_of(vq.PRESETS, parse(vq_config).preset)
         what = plan(run, workdir, to_train, start=not has_step(workdir))
-        if to_train:  # the data is opened once more when it is needed
+        if to_train:  # what is wrong with the data must be said before hours of the image tokenizer
             open_data(run, workdir, what)
             if run.eval_every:
                 open_rows(run, workdir, what, "held_out", run.eval_rows)
@@ -244,37 +259,9 @@ def check(
 
 
 def check_same(run: VQRun | ModelRun, workdir: pathlib.Path) -> None:
-    """Raises ValueError if the workdir is that of another run."""
+    """Raises ValueError if the workdir holds another run."""
     kept = ("image_tokenizer",) if has_step(workdir) and (workdir / IMAGE_TOKENIZER).is_dir() else ()
     check_workdir(workdir, config_lib.to_dict(run), (*FIXED, *kept), FREE)
-
-
-def start_of(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """What all processes of a run must begin with alike."""
-    return {
-        "config": config_lib.to_dict(run),
-        "workdir": str(workdir.absolute()),
-        "newest step": newest_step(workdir).name if has_step(workdir) else None,
-        "devices": jax.local_device_count(),
-        "kind of device": jax.local_devices()[0].device_kind,
-    }
-
-
-def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
-    """Raises ValueError if the rows of a batch can't be spread over the devices."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    of_model = isinstance(run, ModelRun)
-    sizes = {"batch_size": run.accumulate if of_model else 1}
-    if of_model and run.eval_every:
-        sizes["eval_rows"] = 1
-    for name, parts in sizes.items():
-        size, unit = getattr(run, name), shards * parts
-        if size % unit:
-            accumulated = f" times the {parts} parts of `accumulate`" if parts > 1 else ""
-            raise ValueError(
-                f"{name} {size} is not divisible by the {shards} data shards{accumulated} of "
-                f"mesh {dict(mesh.shape)}; the next that is: {-(-size // unit) * unit}"
-            )
 
 
 def make_step(
@@ -286,7 +273,8 @@ def make_step(
 ) -> Callable[[TrainState, jax.Array, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, root key, batch) -> (state, metrics); the old state is donated.
 
-    With `accumulate` the rows go through the model in that many parts, one after the other.
+    With `accumulate` the rows go through the model in that many parts, one after the other, which needs
+    less memory and gives the same gradients but for rounding.
     """
 
     def gradients(params, rows):
@@ -323,8 +311,8 @@ def make_step(
     )
 
 
-class Rows(NamedTuple):
-    """Corrupted rows with what the loss needs beside them."""
+class MaskedRows(NamedTuple):
+    """Rows whose tokens are partly hidden, with what the loss needs beside them."""
 
     seen: corrupt.Corrupted
     valid_BL: jax.Array
@@ -332,11 +320,11 @@ class Rows(NamedTuple):
 
 
 def model_objective(run: ModelRun, model: transformer.Config, vocab: Vocab) -> Objective:
-    """The model on token rows: corrupt, hidden states, weighted loss."""
+    """The objective of the model: hide tokens of clean rows, predict them, sum the weighted losses."""
     tasks = [task for task, share in run.mixture.items() if share]
 
     def prepare(key, batch):
-        return Rows(corrupt.corrupt(key, batch, vocab, run.loss), batch.valid, batch.task)
+        return MaskedRows(corrupt.corrupt(key, batch, vocab, run.loss), batch.valid, batch.task)
 
     def loss_fn(params, rows):
         seen = rows.seen
@@ -358,66 +346,15 @@ def model_objective(run: ModelRun, model: transformer.Config, vocab: Vocab) -> O
     )
 
 
-def open_data(run: ModelRun, workdir: pathlib.Path, what: Plan) -> pipeline.Pipeline:
-    """The rows of a run, from its sources. Raises where those can't be opened, don't fit the model, or
-    where the workdir's run had others."""
-    rows_of = open_rows(run, workdir, what, "data", run.batch_size, run.cond_dropout)
-    known = workdir / DATA
-    if has_step(workdir) and known.is_file() and not run.data_may_change:
-        changed = list(differences("data", files.read_json(known, dict), rows_of.description))
-        if changed:
-            changes = "; ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changed[:5])
-            raise ValueError(
-                f"{workdir} was trained on other data: {changes}. It can't go on where it was; "
-                "restore what was, or say --config.data_may_change=True"
-            )
-    return rows_of
-
-
-def open_rows(
-    run: ModelRun, workdir: pathlib.Path, what: Plan, key: str, size: int, cond_dropout: float = 0.0
-) -> pipeline.Pipeline:
-    """Batches of `size` rows from the sources under config.`key`. Raises ValueError or OSError where those
-    can't be opened, or hold codes of images that aren't those of this run."""
-    data = getattr(run, key)
-    rows = {task: n for task, n in pipeline.rows_per_task(run.mixture, size).items() if n}
-    root = str(relative(run.data_root, workdir)) if run.data_root else ""
-    opened = pipeline.open_sources(data, tuple(rows), root, key)
-    with_codes = {
-        f"config.{key}.{task}.{name}": source.info
-        for task, of_task in opened.items()
-        for name, source in of_task.items()
-        if layout.image_start(task, what.max_text) and sources.codes_of(source)
-    }
-    if with_codes:
-        path = image_tokenizer_path(run, workdir)
-        sha256 = lazy.sha256(open_image_tokenizer(path).tensors())
-    for where, info in with_codes.items():
-        if what.shape.pixels[:2] != (info.get("image_size"),) * 2:
-            raise ValueError(
-                f"{where} has the codes of images of {info.get('image_size')} pixels, this run's have "
-                f"{what.shape.pixels[0]}x{what.shape.pixels[1]}; change image_size, or prepare it again"
-            )
-        if info.get("image_tokenizer") != sha256:
-            raise ValueError(
-                f"{where} has the codes of another image tokenizer (sha256 "
-                f"{str(info.get('image_tokenizer'))[:16]}) than {path} ({sha256[:16]}); name that one as "
-                "image_tokenizer, or prepare it again"
-            )
-    return pipeline.Pipeline(
-        what.tokenizer, what.vocab, data, opened, rows, what.shape, run.seed, cond_dropout, run.cut_long,
-        run.think_prompt, run.think_draw_prompt,
-    )  # fmt: skip
-
-
 def model_program(
     run: ModelRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, what: Plan | None = None
 ) -> Program:
-    """The model on rows of its data."""
+    """The program of a model: its objective, on rows of its data."""
     what = what or plan(run, workdir, start=not has_step(workdir))
     data = open_data(run, workdir, what)
     say_left_out(data, "data")
-    data.load(0, [data.places.index((task, 0)) for task in data.rows])  # raises if no record can be used
+    # One row of each task: raises if no record of its sources can be used.
+    data.load(0, [data.places.index((task, 0)) for task in data.rows])
 
     def encode(rows):
         return rows.batch
@@ -429,8 +366,8 @@ def model_program(
     vision = None
     if data.encodes or run.eval_every:
         codec = open_image_tokenizer(image_tokenizer_path(run, workdir))
-        vision = Vision.place(codec.params, codec.config, what.grid, mesh)
-        encode = pipeline.make_encoder(vision, what.vocab, run.max_text)
+        vision = Vision.place(codec.params, codec.config, mesh)
+        encode = vision.row_encoder(what.vocab, run.max_text)
     return Program(
         objective=model_objective(run, what.model, what.vocab),
         load=data.load,
@@ -445,42 +382,37 @@ def model_program(
     )
 
 
-def say_left_out(rows: pipeline.Pipeline, key: str) -> None:
-    """Prints, in the first process, what the sources under config.`key` leave out."""
-    for line in pipeline.left_out(rows.opened, key) if jax.process_index() == 0 else ():
-        print(line, flush=True)
-
-
 def evaluation(
     run: ModelRun,
     workdir: pathlib.Path,
     what: Plan,
     vision: Vision,
-    encode: Callable[[pipeline.Rows], layout.Batch],
+    encode: Callable[[pipeline.RawRows], layout.Batch],
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
-    """(params, step, metrics) -> values on the held-out rows; samples are shown in the metrics."""
+    """A function (params, step, metrics) -> values on the held-out rows, which shows samples in the
+    metrics. The rows are loaded when it is first called, and are the same ever after."""
     mesh = vision.mesh
     rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
     say_left_out(rows, "held_out")
-    own = pipeline.own_rows(mesh, run.eval_rows)
+    own = sharding.own_rows(mesh, run.eval_rows)
+
+    model = Model(
+        what.model, what.vocab, what.tokenizer, vision.params, vision.config, what.max_text, what.grid, mesh
+    )
 
     @functools.cache
-    def held_out():
+    def batches():
         with jax.set_mesh(mesh):
             batch = encode(sharding.put_batch(mesh, rows.load(0, own).rows, own, run.eval_rows))
         return batch, multihost_utils.process_allgather(batch, tiled=True)
 
     def measure(params, step, metrics):
-        batch, on_host = held_out()
-        nll = evaluate.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
+        batch, on_host = batches()
+        nll = held_out.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
         values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
         if run.samples:
-            of_images = vision.params, vision.config
-            model = MMaDA(
-                params, what.model, what.vocab, what.tokenizer, *of_images, run.max_text, what.grid, mesh
-            )
-            exact, picture, lines = evaluate.generations(
-                model, on_host, run.samples, run.answer_block, run.seed
+            exact, picture, lines = held_out.generations(
+                model, params, on_host, run.samples, run.answer_block, run.seed
             )
             values |= exact
             metrics.show(step, picture, lines)
@@ -490,7 +422,7 @@ def evaluation(
 
 
 def vq_program(run: VQRun) -> Program:
-    """The image tokenizer on pixels."""
+    """The program of an image tokenizer: its losses, on canvases of digits."""
     vq_config = preset_of(vq.PRESETS, run.preset)
 
     def loss_fn(params, pixels_BIJC):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from mmada_jax.devices import sharding
-from mmada_jax.serve.api import MMaDA
+from mmada_jax.model.model import Model
 from mmada_jax.train import optim
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.resume import state_shapes
@@ -78,7 +78,7 @@ def diagnose(
 
 
 def _roll(
-    run: RLRun, name: str, model: MMaDA, params: Any, opened: OpenTask, batches: int
+    run: RLRun, name: str, model: Model, params: Any, opened: OpenTask, batches: int
 ) -> list[tuple[Rollout, Chosen]]:
     """The first rollouts of a task and the rows that updates would take. Raises ValueError if no rewards
     differ."""
@@ -100,7 +100,7 @@ def _roll(
 
 def _gradients(
     run: RLRun,
-    model: MMaDA,
+    model: Model,
     params: Any,
     opened: OpenTask,
     masking: str,

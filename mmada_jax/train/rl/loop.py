@@ -35,7 +35,7 @@ from mmada_jax.train.rl.start import (
 )
 from mmada_jax.train.rl.tasks import judge, open_task, rollout_inputs
 from mmada_jax.train.rl.update import UpdateBatch, choose
-from mmada_jax.train.supervised import start_of
+from mmada_jax.train.runs import same_in_all
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.state import TrainState, start_state
 from mmada_jax.weights.workdir import TOKENIZER, claim_workdir, refuse_busy
@@ -54,7 +54,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     with together("reinforcement learning") as same:
         run, mesh, prompts, rewards = open_run(config, workdir)
         refuse_busy(workdir)
-        same |= start_of(run, workdir)
+        same |= same_in_all(run, workdir)
     connect_axes(mesh)
     with together("loading the model"):
         model, params = load_policy(run, workdir, mesh)

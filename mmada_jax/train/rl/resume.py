@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from mmada_jax.devices import sharding
+from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer
-from mmada_jax.serve.api import MMaDA
 from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.run import RLRun
 from mmada_jax.train.rl.tasks import OpenTask, rollout_inputs
@@ -32,7 +32,7 @@ class InFlight(NamedTuple):
     scored: list[Scored] | None
 
 
-def state_shapes(model: MMaDA, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
+def state_shapes(model: Model, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
     """(shapes, shardings) of the policy's state."""
     init = functools.partial(transformer.init_params, config=model.config)
     return state_shardings(mesh, init, transformer.param_axes(model.config), optimizer)
@@ -58,7 +58,7 @@ def to_checkpoint(state: TrainState, reference: Any, ahead: InFlight | None) -> 
 
 def resume(
     run: RLRun,
-    model: MMaDA,
+    model: Model,
     tasks: Mapping[str, OpenTask],
     checkpoints: Checkpoints,
     shapes: TrainState,

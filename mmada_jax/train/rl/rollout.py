@@ -7,7 +7,6 @@ P prompts, G responses to each, R = P G rows, L positions.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,10 +17,10 @@ import numpy as np
 
 from mmada_jax.data import images
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import denoise
+from mmada_jax.diffusion import denoise, rules
 from mmada_jax.diffusion.decode import Job
+from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer
-from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import chat
 from mmada_jax.tokens.vocab import Vocab
@@ -38,21 +37,21 @@ class ResponseSpan:
     start: int
     length: int
     row: int
-    rule: denoise.Rule
+    rule: rules.Rule
 
 
 def response_span(task: Task, vocab: Vocab, n_image: int, max_text: int) -> ResponseSpan:
     """The shape of a task's rows. Raises ValueError if the task's rule can't fill a response."""
     if task.layout == "t2i":
-        task.image.check(n_image)
+        task.image.check_length(n_image)
         return ResponseSpan(max_text + 2, n_image, max_text + n_image + 3, task.image)
-    task.text.check(task.max_new)
+    task.text.check_length(task.max_new)
     start = task.max_prompt + (n_image + 3 if task.layout == "mmu" else 0)
     rule = dataclasses.replace(task.text, stop=vocab.eos)
     return ResponseSpan(start, task.max_new, start + task.max_new, rule)
 
 
-def prompt_ids(model: MMaDA, task: Task, prompt: Prompt) -> list[int]:
+def prompt_ids(model: Model, task: Task, prompt: Prompt) -> list[int]:
     """The text of a prompt as tokens. Raises ValueError if it is too long."""
     text = prompt.text if task.layout == "t2i" else chat(prompt.text)
     ids, limit = model.tokenizer.encode(text), task.max_prompt
@@ -66,7 +65,7 @@ def prompt_ids(model: MMaDA, task: Task, prompt: Prompt) -> list[int]:
     return ids
 
 
-def lay_out(model: MMaDA, task: Task, prompts: Sequence[Prompt], responses: int) -> Job:
+def lay_out(model: Model, task: Task, prompts: Sequence[Prompt], responses: int) -> Job:
     """The rows of P prompts, each prompt `responses` times in a row, with the response still masked."""
     at = response_span(task, model.vocab, model.n_image, model.max_text)
     ids = [prompt_ids(model, task, prompt) for prompt in prompts]
@@ -103,8 +102,7 @@ def make_generate(
 
     def generate(params, tokens_RL, valid_RL, key, unconditional):
         tokens_RL, record = denoise.denoise(
-            functools.partial(transformer.hidden_states, params, config),
-            functools.partial(transformer.unembed, params, config),
+            transformer.Network(params, config),
             tokens_RL,
             valid_RL,
             start=at.start,
@@ -132,7 +130,7 @@ def make_generate(
 
 
 def read_responses(
-    model: MMaDA, task: Task, at: ResponseSpan, tokens_RL: np.ndarray
+    model: Model, task: Task, at: ResponseSpan, tokens_RL: np.ndarray
 ) -> tuple[list[str], np.ndarray | None]:
     """The generated responses: R texts, or pixels [R, I, J, C] in [-1, 1] (the texts are then empty)."""
     ids_RN = tokens_RL[:, at.start : at.start + at.length]

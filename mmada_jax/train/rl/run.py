@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from mmada_jax.diffusion.denoise import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.ranges import Count, FieldsOf, Positive, Range, Ranged, Seed
 from mmada_jax.train.optim import Config as OptimConfig

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmada_jax import config as config_lib
 from mmada_jax.devices import sharding
-from mmada_jax.serve.api import MMaDA
+from mmada_jax.model.model import Model, open_model
 from mmada_jax.train.rl.prompts import Prompt, open_prompts
 from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.rollout import prompt_ids, response_span
@@ -19,7 +19,7 @@ from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
 from mmada_jax.train.runs import relative
 from mmada_jax.weights import llada_keys
-from mmada_jax.weights.folder import IMAGE_TOKENIZER, write_image_tokenizer
+from mmada_jax.weights.folder import IMAGE_TOKENIZER, open_folder, write_image_tokenizer
 from mmada_jax.weights.state import all_finite
 from mmada_jax.weights.workdir import check_workdir, has_step, read_config
 
@@ -100,7 +100,7 @@ def check_rollout_rows(run: RLRun, mesh: jax.sharding.Mesh) -> None:
 
 def check_tasks(
     run: RLRun,
-    model: MMaDA,
+    model: Model,
     prompts: Mapping[str, Sequence[Prompt]],
     rewards: Mapping[str, Combined],
 ) -> None:
@@ -134,7 +134,7 @@ def check_tasks(
             raise ValueError(f"config.tasks.{name}: {error}") from error
 
 
-def load_policy(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[MMaDA, Any]:
+def load_policy(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
     """The model without its params, and the float32 params on the mesh that the run starts from.
 
     A run that goes on reads its own workdir and nothing of `init`; its params, None here, are in its
@@ -145,17 +145,18 @@ def load_policy(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> t
     vision = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
     computed = read_config(workdir).get("computed") if has_step(workdir) else None
     if computed is None:  # a new run, or one of an older version, whose config.json lacks it
-        model = MMaDA.load(relative(run.init, workdir), mesh, "float32", image_tokenizer=vision)
-        if not all_finite(model.params):
+        source = open_folder(relative(run.init, workdir))
+        model = open_model(source, mesh, "float32", image_tokenizer=vision)
+        params, computed = model.place(source.params, "float32"), {}
+        if not all_finite(params):
             raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
-        computed = {}
     else:
-        model = MMaDA.load(workdir, mesh, "float32", weights=False)
+        model, params = open_model(open_folder(workdir, weights=False), mesh, "float32"), None
     config = dataclasses.replace(model.config, **computed | run.model)
-    return dataclasses.replace(model, config=config, params=None), model.params
+    return dataclasses.replace(model, config=config), params
 
 
-def workdir_config(run: RLRun, model: MMaDA) -> dict[str, Any]:
+def workdir_config(run: RLRun, model: Model) -> dict[str, Any]:
     """The content of the workdir's config.json: the run, the architecture in the words of a checkpoint, how
     the model is computed, and its rules of generation."""
     values = llada_keys.config_to_hf(model.config, model.vocab, model.grid, model.max_text)
@@ -166,7 +167,7 @@ def workdir_config(run: RLRun, model: MMaDA) -> dict[str, Any]:
     }
 
 
-def keep_image_tokenizer(workdir: pathlib.Path, model: MMaDA) -> None:
+def keep_image_tokenizer(workdir: pathlib.Path, model: Model) -> None:
     """Copies the image tokenizer into the workdir, so that the workdir needs nothing of `init` any more.
     The first process does it."""
     vision, path = model.vision, workdir / IMAGE_TOKENIZER

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mmada_jax.devices import sharding
-from mmada_jax.serve.api import MMaDA
+from mmada_jax.model.model import Model
 from mmada_jax.train.metrics import warn
 from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.rewards.functions import Combined
@@ -53,7 +53,7 @@ class OpenTask:
 def open_task(
     run: RLRun,
     name: str,
-    model: MMaDA,
+    model: Model,
     prompts: Sequence[Prompt],
     rewards: Combined,
     optimizer: Any,
@@ -81,7 +81,7 @@ def open_task(
 
 
 def rollout_inputs(
-    run: RLRun, model: MMaDA, opened: OpenTask, iteration: int
+    run: RLRun, model: Model, opened: OpenTask, iteration: int
 ) -> tuple[list[Prompt], tuple]:
     """The prompts of an iteration, one for each row, and the inputs of `generate` beside the params.
 
@@ -98,7 +98,7 @@ def rollout_inputs(
     return [prompt for prompt in asked for _ in range(G)], (*rows, key, unconditional)
 
 
-def _readable_prompt(model: MMaDA, opened: OpenTask, position: int) -> Prompt:
+def _readable_prompt(model: Model, opened: OpenTask, position: int) -> Prompt:
     """The prompt at a position, with the pixels that it asks about. Where its file can't be read, this is
     reported once and the next prompt stands in. Raises ValueError if no prompt can be read."""
     first, n = opened.order[position], len(opened.prompts)

@@ -16,8 +16,8 @@ import numpy as np
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import loss
+from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer
-from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.rollout import ResponseSpan
@@ -56,7 +56,7 @@ class UpdateBatch(NamedTuple):
 
 
 def make_score(
-    run: RLRun, model: MMaDA, at: ResponseSpan, mesh: jax.sharding.Mesh, params: Any
+    run: RLRun, model: Model, at: ResponseSpan, mesh: jax.sharding.Mesh, params: Any
 ) -> Callable[..., Scored]:
     """The jitted (params, reference or None, rollout, key, n) -> Scored of inner update n.
 
@@ -89,7 +89,7 @@ def make_score(
     )
 
 
-def make_objective(run: RLRun, model: MMaDA, at: ResponseSpan) -> Objective:
+def make_objective(run: RLRun, model: Model, at: ResponseSpan) -> Objective:
     """UniGRPO's objective on an UpdateBatch: a sum over rows, and the same function for all tasks."""
 
     def prepare(key, batch):

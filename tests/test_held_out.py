@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmada_jax.devices import sharding
-from mmada_jax.measure import evaluate
+from mmada_jax.measure import held_out
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
@@ -69,7 +69,7 @@ def in_numpy(params, batch, ratio):
 @pytest.mark.parametrize("chunk", [7, 2048])
 def test_it_is_the_mean_over_hidden_tokens(params, chunk):
     batch = rows(4)
-    ours = evaluate.masked_nll(params, MODEL, batch, V, RATIOS, KEY, chunk)
+    ours = held_out.masked_nll(params, MODEL, batch, V, RATIOS, KEY, chunk)
     assert set(ours) == {"t2i", "lm", "mmu", "r2i"}
     for ratio in RATIOS:
         for task, expected in in_numpy(params, batch, ratio).items():
@@ -78,9 +78,9 @@ def test_it_is_the_mean_over_hidden_tokens(params, chunk):
 
 def test_a_model_that_knows_nothing_gives_the_logarithm_of_the_vocabulary(params):
     knows_nothing = params | {"head_DV": np.zeros_like(params["head_DV"])}
-    for by_ratio in evaluate.masked_nll(knows_nothing, MODEL, rows(), V, (0.3, 1.0)).values():
+    for by_ratio in held_out.masked_nll(knows_nothing, MODEL, rows(), V, (0.3, 1.0)).values():
         np.testing.assert_allclose(list(by_ratio.values()), np.log(V.rows), rtol=1e-6)
-    untrained = evaluate.masked_nll(params, MODEL, rows(8), V, (0.5,))
+    untrained = held_out.masked_nll(params, MODEL, rows(8), V, (0.5,))
     for by_ratio in untrained.values():
         assert 0.85 < by_ratio[0.5] / np.log(V.rows) < 1.3
 
@@ -95,7 +95,7 @@ def test_more_that_is_hidden_is_harder_for_a_model_that_counts_what_it_sees():
     params["blocks"]["v_DGK"] += eye.reshape(1, 64, 4, 16)
     params["blocks"]["o_HKD"] += eye.reshape(1, 4, 16, 64)
     batch = layout.stack([layout.lm(V, [V.bos, *[20] * (LENGTH - 1)], LENGTH)] * 8)
-    by_ratio = evaluate.masked_nll(params, model, batch, V, (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))["lm"]
+    by_ratio = held_out.masked_nll(params, model, batch, V, (0.1, 0.3, 0.5, 0.7, 0.9, 1.0))["lm"]
     nll = list(by_ratio.values())
     assert (np.diff(nll) > 0.1).all()
     assert nll[0] < 0.5 * np.log(V.rows) < np.log(V.rows) < nll[-1]
@@ -103,8 +103,8 @@ def test_more_that_is_hidden_is_harder_for_a_model_that_counts_what_it_sees():
 
 def test_a_ratio_gives_the_same_whichever_others_are_asked_for(params):
     batch = rows(2)
-    together = evaluate.masked_nll(params, MODEL, batch, V, (0.2, 0.6), KEY)
-    alone = evaluate.masked_nll(params, MODEL, batch, V, (0.6,), KEY)
+    together = held_out.masked_nll(params, MODEL, batch, V, (0.2, 0.6), KEY)
+    alone = held_out.masked_nll(params, MODEL, batch, V, (0.6,), KEY)
     assert {task: by_ratio[0.6] for task, by_ratio in together.items()} == {
         task: by_ratio[0.6] for task, by_ratio in alone.items()
     }
@@ -113,12 +113,12 @@ def test_a_ratio_gives_the_same_whichever_others_are_asked_for(params):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_on_many_devices(params, sizes):
     batch = rows(2)
-    here = evaluate.masked_nll(params, MODEL, batch, V, RATIOS, KEY)
+    here = held_out.masked_nll(params, MODEL, batch, V, RATIOS, KEY)
     mesh = sharding.make_mesh(*sizes)
     places = sharding.tree_shardings(mesh, transformer.param_axes(MODEL), transformer.param_shapes(MODEL))
     with jax.set_mesh(mesh):
         spread = jax.device_put(params, places), sharding.put_batch(mesh, batch)
-        there = evaluate.masked_nll(spread[0], MODEL, spread[1], V, RATIOS, KEY, chunk=5)
+        there = held_out.masked_nll(spread[0], MODEL, spread[1], V, RATIOS, KEY, chunk=5)
     assert set(there) == set(here)
     for task, by_ratio in here.items():
         np.testing.assert_allclose(list(there[task].values()), list(by_ratio.values()), rtol=1e-5)
@@ -129,33 +129,33 @@ def test_rows_that_cannot_be_spread_are_an_error(params):
         jax.set_mesh(sharding.make_mesh(8, 1, 1)),
         pytest.raises(ValueError, match="4 rows can't be spread over 8 data shards"),
     ):
-        evaluate.masked_nll(params, MODEL, rows(), V)
+        held_out.masked_nll(params, MODEL, rows(), V)
 
 
 def test_one_compilation_serves_all_ratios(params):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    compiled = evaluate._hidden_nll(mesh, MODEL, V, 2048)
+    compiled = held_out._hidden_nll(mesh, MODEL, V, 2048)
     before = compiled._cache_size()
     for ratios in ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8)):
-        evaluate.masked_nll(params, MODEL, rows(3), V, ratios)
+        held_out.masked_nll(params, MODEL, rows(3), V, ratios)
     assert compiled._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.1, 1.1, float("nan")])
 def test_ratios_that_hide_nothing_or_more_than_there_is(params, ratio):
     with pytest.raises(ValueError, match="must be in"):
-        evaluate.masked_nll(params, MODEL, rows(), V, (0.5, ratio))
+        held_out.masked_nll(params, MODEL, rows(), V, (0.5, ratio))
 
 
 def test_nothing_hidden_is_no_number(params):
     batch = layout.stack([layout.mmu(V, V.image_ids(np.zeros(N, int)), CHAT, MAX_TEXT)])
-    assert np.isnan(evaluate.masked_nll(params, MODEL, batch, V, (1e-6,))["mmu"][1e-6])
+    assert np.isnan(held_out.masked_nll(params, MODEL, batch, V, (1e-6,))["mmu"][1e-6])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grid(channels):
     images = np.linspace(-1, 1, 5 * 4 * 6 * channels, dtype=np.float32).reshape(5, 4, 6, channels)
-    picture = np.asarray(evaluate.grid(images, 3))
+    picture = np.asarray(held_out.grid(images, 3))
     assert picture.shape[:2] == (2 * 6, 3 * 8)
     for i in range(6):
         tile = picture[6 * (i // 3) :, 8 * (i % 3) :][:6, :8]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mmada_jax.data import digits
-from mmada_jax.measure import evaluate
+from mmada_jax.measure import digits as measured
 
 SCANS = digits.load("test")
 
@@ -49,19 +49,19 @@ class Reader:
 
 @pytest.fixture(scope="module")
 def judge():
-    return evaluate.Judge()
+    return measured.Judge()
 
 
 @pytest.mark.parametrize("error", [0, 1])
 def test_thoughts_are_judged_by_what_follows_them(judge, error):
     model, right = Reader(error), 0 if error else 40
-    count, rows = evaluate.text_cot(model, 40)
+    count, rows = measured.text_cot(model, 40)
     assert dataclasses.astuple(count) == (right, 40)
     assert all(eval(question) == int(want) for question, _, want in rows)
-    count, rows = evaluate.vqa_sum(model, 40)
+    count, rows = measured.vqa_sum(model, 40)
     assert dataclasses.astuple(count) == (right, 40)
     assert rows[0][0].shape == (8, 16, 1)
-    counts, pixels, rows = evaluate.draw_sums(model, judge, 40)
+    counts, pixels, rows = measured.draw_sums(model, judge, 40)
     assert {name: dataclasses.astuple(count) for name, count in counts.items()} == {
         "r2i_thought": (right, 40),
         "r2i_image": (right, 40),
