@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -81,7 +82,7 @@ def test_the_loss_is_found_in_three_files(smoke_config, image_tokenizer, tmp_pat
 
     def note(module, name, end):
         def noted(*args):
-            files = [pathlib.Path(frame.filename) for frame in inspect.stack(0)[1:]]
+            files = [pathlib.Path(frame.filename) for frame in traceback.extract_stack()[:-1]]
             ours = [
                 str(file.relative_to(ROOT)) for file in files if file.is_relative_to(ROOT / "mmada_jax")
             ]
