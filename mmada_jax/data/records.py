@@ -231,7 +231,7 @@ def _gap(last: str, before: str, after: str, following: str) -> str:
     if before or after:
         opens, closes = last in "([{", following in ".,;:!?)]}"
         return "" if (closes and not after) or (opens and not before) else " "
-    # Without spaces on either side a tag parted two words, but not those of a script without spaces.
+    # A tag without spaces on either side has parted two words, except in a script that has no spaces.
     return " " if (last + following).isascii() and (last + following).isalnum() else ""
 
 

@@ -60,7 +60,7 @@ GPU_TFLOPS = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H200": 989, "NVIDIA A100-SXM
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`slices` equal slices of `chip`; `shape` is that of one."""
+    """`slices` equal slices of chips of one kind; `shape` is the shape of one slice."""
 
     name: str  # of the chip
     shape: tuple[int, ...]

@@ -144,8 +144,9 @@ def together(phase: str, timeout: float = math.inf) -> Iterator[dict[str, Any]]:
 
 
 def _settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What decides, beside the configuration, which programs a process compiles and which numbers they
-    give: jax's settings and XLA's options, but for what XLA writes down, and devices, which are counted."""
+    """The settings of jax and the options of XLA. Beside the configuration they decide which programs a
+    process compiles, and which numbers these give. Options that only make XLA write files are left out,
+    and so is the number of devices, which is compared by itself."""
     apart = ("--xla_dump", "--xla_force_host_platform_device_count")
     options = {
         name: " ".join(sorted(x for x in environment.get(name, "").split() if not x.startswith(apart)))
@@ -263,8 +264,8 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def leave() -> None:
-    """Leaves the other processes in good order, if they leave too: those that are left without that end
-    with a stack trace of the coordinator's. It waits for them for some seconds."""
+    """Leaves the other processes in good order, and waits some seconds for them to leave too. A process
+    that the coordinator has left without this ends with a stack trace."""
     with contextlib.suppress(TimeoutError, RuntimeError):
         _call_within(_PATIENCE, jax.distributed.shutdown)
 

@@ -26,7 +26,7 @@ class AxisRules:
     """Logical axis -> mesh axis or axes; None is replicated."""
 
     batch: Any = ("data", "fsdp")
-    all_rows: Any = "data"  # of the devices that share the weights' parts
+    all_rows: Any = "data"  # the rows of all devices that hold parts of the same weights
     length: Any = None
     embed: Any = None
     heads: Any = "tensor"
@@ -136,8 +136,8 @@ def _used(axis):
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": that of the mesh in use, which the compiler may be targeting from
-    another machine, or of the default device."""
+    """ "cpu", "gpu" or "tpu": the platform of the mesh in use, or without a mesh of the default device. The
+    chips of a mesh needn't be in this machine: the compiler can target others."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name

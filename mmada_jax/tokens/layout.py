@@ -158,7 +158,8 @@ def continuation(
 ) -> Batch:
     """Prompts of any length, left-padded to a common one, followed by `n_new` hidden tokens.
 
-    `length` is that of the longest by default; given, batches of different prompts have one shape.
+    `length` is the common length of the prompts, by default the longest. If it is given, batches of
+    different prompts have one shape.
 
     For text generation, chat and image understanding alike. The padding is not valid, so that a
     prompt's result doesn't depend on its neighbours (RoPE is relative: the shift is invisible).
@@ -188,8 +189,8 @@ def answers(vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: Sequence[int]
 
 
 def bucket(length: int) -> int:
-    """The next of a few lengths, at most a quarter longer from 64 tokens on: rows of that length share a
-    compilation."""
+    """The next larger of a few lengths; from 64 tokens on it is at most a quarter longer. Rows of one
+    length share a compilation."""
     step = max(16, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step
 

@@ -54,7 +54,7 @@ class ImageFolder(Records):
 
 
 def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
-    """Path below `folder` and size of each image in a folder of it, and in the folders of that, in order.
+    """Path below `folder` and size of each image in its folders, and in the folders of these, in order.
 
     What is left out is counted; of hidden files the pictures are.
     """

@@ -18,8 +18,8 @@ _IMAGE = ("image", "images")
 
 
 class Llava(Records):
-    """A record from each object of the lists, which are kept in memory: those about one image, or, with
-    `with_images` false, those about none."""
+    """A record from each object of the lists, which are kept in memory: the objects about one image, or
+    with `with_images` false the objects about none."""
 
     def __init__(self, config: Config, root: str, with_images: bool = True):
         self._rows: list[tuple[str, str, dict]] = []

@@ -29,7 +29,7 @@ class Parquet(Records):
             try:
                 with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
                     footer, known = file.metadata, file.schema_arrow.names
-            except Exception as error:  # those of Arrow, of Thrift, and of the system
+            except Exception as error:  # Arrow, Thrift and the system each raise their own
                 raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
             columns = choose(config, known, path, **_USUAL | alone)
             if columns.turns and not columns.image:
@@ -46,7 +46,7 @@ class Parquet(Records):
         super().__init__(config, sum(sizes), stamp_of(self._paths))
 
     def _fresh(self) -> None:
-        # Each group is read under one of these locks: once, though several threads want it.
+        # Each group is read under its lock, so that it is read once, though several threads want it.
         self._locks = [threading.Lock() for _ in range(16)]
         self._lock, self._cache, self._cached = threading.Lock(), collections.OrderedDict(), 0
 

@@ -16,7 +16,7 @@ import numpy as np
 from mmada_jax import files
 from mmada_jax.data.sources.source import Config
 
-# Suffixes of pictures: of the formats that images.open_image reads, and of those that it doesn't.
+# Suffixes of pictures: first of the formats that images.open_image reads, then of formats that it doesn't.
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp")
 UNREAD_IMAGES = (
     "tif", "tiff", "heic", "heif", "avif", "jp2", "jxl", "svg", "ico", "tga", "ppm", "pgm", "pbm",

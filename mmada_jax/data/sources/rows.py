@@ -29,7 +29,8 @@ class Columns(NamedTuple):
 
 
 def choose(config: Config, known: Sequence[str] | None, where: str, **usual: str) -> Columns:
-    """The columns that the config names, else the usual ones; `known` are those that all rows have."""
+    """The columns that the config names, else the usual ones; `known` are the columns that all rows
+    have."""
     asked = {field: getattr(config, field) for field in ("image", "text", "turns", "short")}
     columns = {field: (name,) for field, name in asked.items() if name}
     asked = tuple(filter(None, asked.values()))

@@ -33,7 +33,7 @@ class Tfds(Records):
         try:
             builder = tfds.builder_from_directory(folder)
             splits, features = builder.info.splits, builder.info.features
-        except Exception as error:  # those of JSON, of protocol buffers and of the library's own
+        except Exception as error:  # JSON, protocol buffers and the library each raise their own
             raise ValueError(f"{folder} is no dataset that TFDS can read: {error}") from error
         try:
             parts = splits[config.split].file_instructions

@@ -96,7 +96,7 @@ class Tars(Records):
         return sample, self._keys[sample.key_at : sample.key_end].decode()
 
     def _rows_about(self, key: str) -> Sequence[Mapping]:
-        """What the side file has about a sample, under its key or the last part of that."""
+        """The entry of the side file for a sample, under its key or the last part of its key."""
         return self._about.get(key) or self._about.get(key.rpartition("/")[2], ())
 
     def _key(self, index: int) -> str:
