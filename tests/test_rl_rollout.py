@@ -26,7 +26,7 @@ PROMPTS = [Prompt("3+4", "7"), Prompt("what is 12+12?", "24")]
 
 
 def generate(model, task, prompts, responses=2, seed=0):
-    at = rollout_lib.response_span(task, model.vocab, model.n_image, model.max_text)
+    at = rollout_lib.response_span(task, model.vocab, model.rows)
     places = jax.tree.map(lambda x: x.sharding, model.params)
     run = rollout_lib.make_generate(model.mesh, model.config, model.vocab, at, places)
     job = rollout_lib.lay_out(model, task, prompts, responses)

@@ -103,7 +103,7 @@ def lower_rl(
 ) -> jax.stages.Lowered:
     """One of the three functions of reinforcement learning for a task, not yet compiled."""
     model = dataclasses.replace(model, mesh=mesh)
-    at = response_span(task, model.vocab, model.n_image, model.max_text)
+    at = response_span(task, model.vocab, model.rows)
     optimizer = optim.make(run.optim, run.iterations * run.objective.mu)
     check_rollout_rows(run, mesh)
     with jax.set_mesh(mesh):
@@ -182,10 +182,7 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.P
     mesh = dataclasses.asdict(run.mesh)
     if isinstance(run, RLRun):
         model = rl_model(run, workdir)
-        spans = {
-            n: response_span(t, model.vocab, model.n_image, model.max_text)
-            for n, t in sorted(run.tasks.items())
-        }
+        spans = {n: response_span(t, model.vocab, model.rows) for n, t in sorted(run.tasks.items())}
         task = task or max(spans, key=lambda name: spans[name].row)
         if task not in spans:
             raise ValueError(f"there is no task {task!r}; known: {', '.join(spans)}")

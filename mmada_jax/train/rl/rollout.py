@@ -22,6 +22,7 @@ from mmada_jax.diffusion.decode import Job
 from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
+from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import chat
 from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.train.rl.prompts import Prompt
@@ -40,13 +41,14 @@ class ResponseSpan:
     rule: rules.Rule
 
 
-def response_span(task: Task, vocab: Vocab, n_image: int, max_text: int) -> ResponseSpan:
+def response_span(task: Task, vocab: Vocab, rows: RowShape) -> ResponseSpan:
     """The shape of a task's rows. Raises ValueError if the task's rule can't fill a response."""
     if task.layout == "t2i":
-        task.image.check_length(n_image)
-        return ResponseSpan(max_text + 2, n_image, max_text + n_image + 3, task.image)
+        task.image.check_length(rows.n_image)
+        return ResponseSpan(rows.image.start, rows.n_image, rows.length, task.image)
     task.text.check_length(task.max_new)
-    start = task.max_prompt + (n_image + 3 if task.layout == "mmu" else 0)
+    # In front of a question about an image stand the token of the task, soi, the image and eoi.
+    start = task.max_prompt + (rows.n_image + 3 if task.layout == "mmu" else 0)
     rule = dataclasses.replace(task.text, stop=vocab.eos)
     return ResponseSpan(start, task.max_new, start + task.max_new, rule)
 
@@ -67,7 +69,7 @@ def prompt_ids(model: Model, task: Task, prompt: Prompt) -> list[int]:
 
 def lay_out(model: Model, task: Task, prompts: Sequence[Prompt], responses: int) -> Job:
     """The rows of P prompts, each prompt `responses` times in a row, with the response still masked."""
-    at = response_span(task, model.vocab, model.n_image, model.max_text)
+    at = response_span(task, model.vocab, model.rows)
     ids = [prompt_ids(model, task, prompt) for prompt in prompts]
     unconditional = None
     if task.layout == "t2i":

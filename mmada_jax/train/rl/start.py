@@ -111,7 +111,7 @@ def check_tasks(
                 raise ValueError(
                     f"layout {task.layout} needs an image tokenizer; name it in config.image_tokenizer"
                 )
-            at = response_span(task, model.vocab, model.n_image, model.max_text)
+            at = response_span(task, model.vocab, model.rows)
             if at.row > model.config.max_len:
                 raise ValueError(
                     f"rows have {at.row} tokens, the model takes {model.config.max_len}; lower max_prompt "

@@ -62,7 +62,7 @@ def open_task(
 ) -> OpenTask:
     """The task of that name with its jitted functions; nothing is compiled yet."""
     task = run.tasks[name]
-    at = response_span(task, model.vocab, model.n_image, model.max_text)
+    at = response_span(task, model.vocab, model.rows)
     # By its name, so that other tasks in the run don't change the order.
     seed = int.from_bytes(hashlib.sha256(f"{run.seed} {name}".encode()).digest()[:4])
     order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
