@@ -109,7 +109,7 @@ def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, 
     what = {"program": "rl", "config": "unigrpo"}
     flags = [f"--config.init={model_workdir}", "--config.optim.eps=1e-3"]
 
-    # One dies, maybe while both save; the other doesn't wait for it.
+    # One dies, maybe while both save; the other doesn't wait for it, and both begin where that leaves them.
     with launch_two(free_port, tmp_path / "two", *flags, **what) as (first, second):
         out = ""
         for line in first.stdout:
@@ -128,7 +128,6 @@ def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, 
     with launch_two(free_port, tmp_path / "two", *flags, **what) as (first, second):
         other, out = second.communicate()[0], first.communicate()[0]
         assert (first.returncode, second.returncode) == (0, 0), out + other
-    assert "resuming at iteration" in out
     assert "step" not in other
     with launch(tmp_path / "one", *flags, devices=2, **what) as process:
         out = process.communicate()[0]
