@@ -86,6 +86,17 @@ def test_what_means_nothing_is_one_line(words, line, capsys):
     assert not printed.out
 
 
+def test_a_value_may_begin_with_a_dash():
+    parser = process.Parser()
+    parser.add_argument("--metric")
+    parser.add_argument("-m", "--many", nargs="+")
+    parser.add_argument("--yes", action="store_true")
+    read = parser.parse_args(["--yes", "--metric", "-loss", "-m", "a", "b"])
+    assert (read.metric, read.many, read.yes) == ("-loss", ["a", "b"], True)
+    assert parser.parse_args(["--metric=-loss"]).metric == "-loss"
+    assert parser.parse_args(["--metric", "x", "-m", "a"]).metric == "x"
+
+
 def test_no_program_is_no_success(capsys):
     with pytest.raises(SystemExit) as exit:
         command.main([])

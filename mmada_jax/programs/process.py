@@ -11,6 +11,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import signal
 import sys
 import traceback
@@ -28,8 +29,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
         """Ends for an unknown option, naming the one that looks most like it, before argparse misses
         others. Raises ValueError for a word that means nothing."""
-        known = self.known_options()
-        for word in sys.argv[1:] if args is None else args:
+        known, args = self.known_options(), self._join(sys.argv[1:] if args is None else args)
+        for word in args:
             name = word.partition("=")[0]
             if word == "--":
                 break
@@ -40,6 +41,18 @@ class Parser(argparse.ArgumentParser):
         if left:
             raise ValueError(f"unexpected argument {left[0]!r}; options begin with --")
         return parsed
+
+    def _join(self, args: Sequence[str]) -> list[str]:
+        """Joins an option and its value where that begins with one -, which argparse takes for an option:
+        `--metric -loss` -> `--metric=-loss`."""
+        joined: list[str] = []
+        for word in args:
+            takes = self._option_string_actions.get(joined[-1]) if joined else None
+            if takes and takes.nargs is None and re.match("-[^-]", word):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
 
     def known_options(self) -> list[str]:
         """All options, those of its commands too."""
