@@ -393,6 +393,7 @@ def test_a_run_whose_disk_is_full_for_a_while_loses_no_row(small_disk, tmp_path)
     command = [
         ROOT / "launch/train.py", "--config", ROOT / "configs/vq.py:digits,smoke",
         "--workdir", workdir, f"--config.steps={steps}", "--config.log_every=1", "--config.save_every=1000",
+        "--config.batch_size=8",
     ]  # fmt: skip
     with Program(command, {"XLA_FLAGS": xla_flags(1)}) as process:
         out = []

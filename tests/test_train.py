@@ -230,7 +230,8 @@ def tiny_vq(monkeypatch):
         return loaded._replace(rows=loaded.rows + np.float32(np.nan)) if step in bad else loaded
 
     monkeypatch.setattr(pipeline.Canvases, "load", spoilt)
-    config = vq.get_config("digits,smoke").to_dict() | {"steps": 4, "save_every": 1, "log_every": 1}
+    few = {"steps": 4, "batch_size": 8, "save_every": 1, "log_every": 1}
+    config = vq.get_config("digits,smoke").to_dict() | few
     return config | {"optim": config["optim"] | {"max_skipped": 2}}, bad
 
 
