@@ -49,7 +49,7 @@ EXTRAS = {"torch": ("torch", "transformers"), "aot": ("libtpu",), "gym": ("reaso
 # The files that take longest, in this order: the workers of pytest-xdist then end together.
 LONGEST = (
     "test_distributed", "test_rl_resume", "test_train", "test_rl_update", "test_rl", "test_unigrpo",
-    "test_runs", "test_goldens", "test_api", "test_transformer", "test_evaluate", "test_sample",
+    "test_runs_training", "test_goldens", "test_api", "test_transformer", "test_evaluate", "test_sample",
     "test_folder", "test_denoise", "test_attention",
 )  # fmt: skip
 
