@@ -11,7 +11,6 @@ from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.model import vision
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import CONTROL, chat
 from tests.api_toys import FAST, two_canvases, untrained_model  # noqa: F401
 
@@ -55,79 +54,6 @@ def test_think_and_draw(model):
         assert drawing.codes.shape == (4, 8)
     again = model.think_and_draw(prompts, rule, FAST, seed=1)
     np.testing.assert_array_equal(made[0][1].codes, again[0][1].codes)
-
-
-def test_thinking_hides_the_rest_of_the_slot_and_the_image(model):
-    job = model.think_job(["draw 3+4", "draw"])
-    hidden = job.rows.tokens == model.vocab.mask
-    for i, prompt in enumerate(("draw 3+4", "draw")):
-        start = 1 + len(model.tokenizer.encode(chat(prompt)))
-        want = np.zeros_like(hidden[i])
-        want[start : model.max_text + 1] = True
-        want[model.max_text + 2 : -1] = True
-        np.testing.assert_array_equal(hidden[i], want)
-        assert (job.start_B[i], job.start_B[i] + job.length_B[i]) == (start, model.max_text + 1)
-
-
-# ---- Company, lengths, compilations ------------------------------------------------------------------
-
-
-QUESTIONS = ["7 + 2", "draw 3+4", "1", "what is nine plus eleven plus six?"]
-
-
-def tokens_of(texts):
-    return [text.ids.tolist() for text in texts]
-
-
-@pytest.mark.parametrize(
-    "rule", [TextRule(block=4), TextRule(block=5, temperature=1.0)], ids=["greedy", "hot"]
-)
-@pytest.mark.parametrize("task", ["generate", "answer", "think"])
-def test_a_prompt_gives_the_same_whatever_stands_beside_it(model, canvases, rule, task):
-    def ask(which):
-        seeds, prompts = [10 + i for i in which], [QUESTIONS[i] for i in which]
-        if task == "generate":
-            return tokens_of(model.generate(prompts, rule, seed=seeds))
-        if task == "answer":
-            return tokens_of(model.answer([canvases[i % 2] for i in which], prompts, rule, seed=seeds))
-        return [span.tolist() for span in model.run(model.params, model.think_job(prompts, rule), seeds)]
-
-    which = (0, 1, 2, 3) if task == "generate" else (0, 1, 2)
-    together = ask(which)
-    assert [ask([i])[0] for i in which] == together
-    assert ask(which[::-1])[::-1] == together
-
-
-def test_one_seed_makes_rows_of_their_own(model):
-    same = model.draw(["a handwritten seven"] * 2, FAST, seed=3)
-    assert (same[0].codes != same[1].codes).any()
-    np.testing.assert_array_equal(same[0].codes, model.draw(["a handwritten seven"], FAST, seed=3)[0].codes)
-    with pytest.raises(ValueError, match="2 seeds for 1 rows; give one seed, or one for each row"):
-        model.draw(["a handwritten seven"], FAST, seed=[1, 2])
-
-
-def test_the_length_of_a_row_changes_nothing(model):
-    # Explicit lengths put the same prompt into rows of other lengths: its first tokens see the same.
-    prompts = [model.tokenizer.encode(chat(q)) for q in QUESTIONS[:2]]
-    job = model.text_job([np.array(p) for p in prompts], TextRule(block=4), max_new=8)
-    wider = layout.answers(model.vocab, prompts, [8, 8], 2 * len(job.rows.tokens[0]))
-    spans = [model.run(model.params, dataclasses.replace(job, rows=rows)) for rows in (job.rows, wider)]
-    for a, b in zip(*spans, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_prompts_of_every_length_share_a_compilation(model):
-    rule = TextRule(block=7)
-    for i in range(len(QUESTIONS)):
-        model.generate(QUESTIONS[i : i + 2], rule)
-    most = model.text_job(QUESTIONS[:1], rule).length
-    compiled = decode.decoder(model.mesh, model.config, model.vocab, most, rule)
-    assert compiled._cache_size() == 1
-    for question in QUESTIONS[:2]:
-        for seed in (0, 1):
-            list(model.steps(model.params, model.text_job([question], rule), seed))
-    stepped = decode.stepper(model.mesh, model.config, model.vocab, most, rule)
-    assert stepped._cache_size() == 1
 
 
 def test_inpaint_keeps_what_is_not_covered(model, canvases):
@@ -214,13 +140,6 @@ def test_opposite_extensions_are_mirror_images(
     new, kept = np.split(made, [grid[axis] // 2], axis)
     np.testing.assert_array_equal(kept, codes)
     assert (new == 0).all()
-
-
-def test_steps_show_the_decoding_that_run_makes(model):
-    job = model.draw_job(["a handwritten seven"], FAST)
-    steps = list(model.steps(model.params, job, seed=5))
-    assert len(steps) == FAST.steps
-    np.testing.assert_array_equal(steps[-1], model.run(model.params, job, seed=5))
 
 
 def test_bad_input_is_one_clear_error(model, canvases, tmp_path):
