@@ -6,7 +6,7 @@
 Makes a checkpoint as Hugging Face shards it, copies it, converts it there and back, and compares the
 hashes. Each conversion is a process of its own, beside which its anonymous memory (RssAnon) is
 sampled; each is set against the mean of a `cp` before and one after it. All are timed until the bytes
-are on the disk (sync). The claim is the RATIO of the rates; the times are those of one disk.
+are on the disk (sync). The claim is the RATIO of the rates; the times belong to one disk.
 Everything is deleted at the end.
 """
 

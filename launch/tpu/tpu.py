@@ -338,7 +338,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments, and the command that follows -- where one does."""
+    """Reads the arguments, and the command behind -- for the verbs that take one."""
     split = argv.index("--") if "--" in argv else len(argv)
     top = parser()
     args, command = top.parse_args(argv[:split]), argv[split + 1 :]

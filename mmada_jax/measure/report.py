@@ -67,7 +67,7 @@ def denoising(model: Any) -> tuple[list[np.ndarray], list[str]]:
 
 def page(result: Mapping[str, Any], pictures: Mapping[str, Any], charts: Sequence[Mapping]) -> str:
     """report.html. `result` has the counts of each stage and the seconds, `pictures` what there is to look
-    at, `charts` are those of `curves`."""
+    at, `charts` is what `curves` returns."""
     import jinja2
 
     environment = jinja2.Environment(

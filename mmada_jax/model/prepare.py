@@ -96,7 +96,7 @@ def prepare(
         report = {
             "records": sum(about["records"] for about in done.values()),
             "shards": {path.name: done[path]["records"] for path in parts},
-            # With what the source itself left out, as the images of a tar that have no caption.
+            # The source itself leaves records out too, as images of a tar without a caption.
             "skipped": collections.Counter(skip.reason for skip in skips.all)
             + collections.Counter(source.ignored),
             "source": {"format": config.format, "path": config.path, "fingerprint": source.fingerprint},
@@ -121,7 +121,7 @@ def check(
     if not 0 <= max_skipped <= 1:
         raise ValueError(f"--max_skipped is {max_skipped}; it is a share from 0 to 1")
     if image_tokenizer and not image_size:
-        raise ValueError("--image_tokenizer needs --image_size, that of training (256 or 512)")
+        raise ValueError("--image_tokenizer needs --image_size, the one of training (256 or 512)")
     if not image_tokenizer and (image_size or keep_images):
         raise ValueError(
             "--image_size and --keep_images are for --image_tokenizer; without one images stay the "
@@ -204,7 +204,8 @@ def read(
 
 
 def ahead(pool: ThreadPoolExecutor, load: Callable[[int], typing.Any], indices: list[int]) -> Iterator:
-    """`load` of the indices in order, in threads that are a little ahead of whoever takes the results."""
+    """Calls `load` for each index, in threads, and yields the results in order. At most 4 * RECORDS results
+    wait to be taken."""
     waiting, indices = collections.deque(), iter(indices)
     for index in itertools.islice(indices, 4 * RECORDS):
         waiting.append(pool.submit(load, index))
@@ -247,7 +248,7 @@ def write_shard(
     skips: Skips,
     count: Callable[[int], typing.Any],
 ) -> dict:
-    """Writes a shard, and what `finished` says of it beside it."""
+    """Writes a shard, and beside it a JSON file with its records and what was left out."""
     skipped = []
     with array_record(path) as write:
         while group := list(itertools.islice(loaded, encoder.batch if encoder else RECORDS)):
@@ -293,7 +294,7 @@ def array_record(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
 
 @contextlib.contextmanager
 def library_errors(path: pathlib.Path) -> Iterator[None]:
-    """Errors of ArrayRecord as those of a file."""
+    """Turns an error of ArrayRecord into an OSError that names the file and the remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -304,13 +305,13 @@ def library_errors(path: pathlib.Path) -> Iterator[None]:
 
 
 def count_records(path: pathlib.Path) -> int:
-    """Records of a shard, -1 if it isn't whole: a file that was cut off opens as an empty one."""
+    """Counts the records of a shard. -1: it isn't whole. A file that was cut off opens empty."""
     reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
     return reader.num_records() if reader.ok() else -1
 
 
 def finished(path: pathlib.Path) -> dict | None:
-    """What there is to know of a shard, None if it isn't there or not whole."""
+    """Reads the JSON file beside a shard; None if the shard is missing or not whole."""
     about = path.with_suffix(".json")
     if not (path.is_file() and about.is_file()):
         return None
@@ -328,7 +329,7 @@ def finished(path: pathlib.Path) -> dict | None:
 
 @contextlib.contextmanager
 def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
-    """The folder to write, for this process alone and for data of these settings alone."""
+    """Locks the folder to write for this process. Raises ValueError if it holds data of other settings."""
     path = out / "prepare.json"
     if out.exists() and not path.is_file() and any(p.suffix not in OURS for p in out.iterdir()):
         raise ValueError(f"{out} is there already and holds something else; name another folder")

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", choices=STEPS, help="training (the default), or drawing with guidance; "
                         "of UniGRPO one of the last three, by default all")  # fmt: skip
     parser.add_argument(
-        "--task", default="", help="of a UniGRPO config; by default that of the longest rows"
+        "--task", default="", help="of a UniGRPO config (default: the task with the longest rows)"
     )
     parser.add_argument("--program", metavar="FILE", help="write the compiled program there, as text (HLO)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

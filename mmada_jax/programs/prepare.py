@@ -30,7 +30,7 @@ FIELDS = {
 def parser() -> Parser:
     """The command line."""
     top = Parser(__doc__, prog="mmada prepare")
-    top.add_argument("--format", required=True, choices=FORMATS, help="that of the source")
+    top.add_argument("--format", required=True, choices=FORMATS, help="format of the source")
     top.add_argument("--path", required=True, help="file, folder, glob, or pattern as {00000..00099}.tar")
     top.add_argument("--out", required=True, help="folder to write: new, empty, or one to go on with")
     for name, what in FIELDS.items():

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         return joined
 
     def known_options(self) -> list[str]:
-        """All options, those of its commands too."""
+        """Lists all options, also the options of its commands."""
         found = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):

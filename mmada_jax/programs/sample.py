@@ -68,7 +68,7 @@ def parser() -> Parser:
         task_of[name[2:].replace("-", "_")] = tasks
 
     task_of = {}
-    group = top.add_argument_group("decoding (defaults: those of the model's folder)")
+    group = top.add_argument_group("decoding (defaults: as the model's folder says)")
     add("--steps", (*OF_TEXT, *OF_PICTURES), type=int, help="denoising steps; text: one per token")
     add("--guidance", (*OF_TEXT, *OF_PICTURES), type=float, help="0: none")
     add("--temperature", (*OF_TEXT, *OF_PICTURES), type=float, help="of text, or of the order of pictures")
@@ -80,7 +80,7 @@ def parser() -> Parser:
     add(
         "--prompt",
         ("inpaint", "extend"),
-        help="what the whole picture, or its new part and that beside it, show",
+        help="what the whole picture shows; extend: its new part and the part beside it",
     )
     add("--mask", ("inpaint",), metavar="FILE", help="a picture of the same proportions; white is redrawn")
     add(
@@ -99,7 +99,7 @@ def parser() -> Parser:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line, whose options must be those of its task."""
+    """Reads the command line. Ends with status 2 for an option of another task."""
     top = parser()
     args = top.parse_args(argv)
     for name, tasks in args.task_of.items():

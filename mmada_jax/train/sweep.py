@@ -59,7 +59,7 @@ class Hyper:
 
     @staticmethod
     def zipit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-        """The first trials of all together, then the second ones; of a single one, that each time."""
+        """Joins the first trials of all sweeps, then the second ones. A sweep of one trial repeats it."""
         lengths = sorted({len(sweep) for sweep in sweeps} - {1})
         if len(lengths) > 1:
             raise ValueError(f"zipit got sweeps of {lengths} trials; they need as many, or one")
@@ -68,7 +68,7 @@ class Hyper:
 
     @staticmethod
     def chainit(sweeps: Sequence[list[Overrides]]) -> list[Overrides]:
-        """The trials of all, one sweep after the other."""
+        """The trials of all sweeps, one sweep after the other."""
         return list(itertools.chain(*sweeps))
 
 
@@ -107,7 +107,7 @@ class Trial:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What trial.json holds: status, seconds of all attempts, configuration."""
+        """The content of trial.json: status, seconds of all attempts together, configuration."""
         path = self.folder / "trial.json"
         new = {"status": "waiting", "seconds": 0.0, "config": self.config}
         return read_json(path, dict, keys=tuple(new)) if path.is_file() else new
@@ -126,7 +126,7 @@ class Trial:
 
     @property
     def share(self) -> float:
-        """How much of its steps is done, from 0 to 1."""
+        """The share of its steps that is done, from 0 to 1."""
         return min(1.0, self.values["step"] / self.config["steps"])
 
 
@@ -235,7 +235,7 @@ def run(trials: list[Trial], workdir: pathlib.Path, parallel: int, metric: str, 
                     trial, process, since = ended
                     tell(trial, _end(trial, process.returncode, time.monotonic() - since, metric))
                     write_tables(workdir, trials, metric)
-        finally:  # of an error of our own; otherwise nothing runs
+        finally:  # after an error of our own; otherwise nothing runs any more
             for _, process, _ in running:
                 process.terminate()
             for _, process, _ in running:
