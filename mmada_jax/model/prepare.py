@@ -49,13 +49,13 @@ def prepare(
     shuffle: int | None = None,
     image_tokenizer: str | None = None,
     image_size: int | None = None,
-    resize: images.Resize = "crop",
     keep_images: bool = False,
     max_skipped: float = 0.01,
 ) -> tuple[dict, "Skips"]:
     """Writes the shards that are missing in the folder `out`, and dataset.json, which says what there is.
 
-    With the folder of an image tokenizer images are stored as its codes, of sides of `image_size` pixels.
+    With the folder of an image tokenizer images are stored as its codes, of sides of `image_size` pixels,
+    to which `config.resize` brings them.
     Records are shuffled once by the seed `shuffle`. Returns the content of dataset.json and the records
     that were left out. Raises ValueError or OSError for what can't work, before anything is written if it
     can be known, and as soon as a larger share of the records than `max_skipped` can't be used.
@@ -80,7 +80,7 @@ def prepare(
         out / f"shard-{k:05}-of-{count:05}.array_record": order[k * n : (k + 1) * n] for k in range(count)
     }
     keep = encoder is None or keep_images
-    load = functools.partial(read, source, encoder and encoder.size, resize, keep)
+    load = functools.partial(read, source, encoder and encoder.size, config.resize, keep)
     skips = Skips(max_skipped, len(source))
     with claimed(out, settings):
         # Shards of an earlier call are kept, and what they left out counts.

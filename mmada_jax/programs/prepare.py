@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     from mmada_jax.data import sources
     from mmada_jax.model.prepare import prepare
 
-    of_source = {name: options.pop(name) for name in ("format", "path", "split", *FIELDS)}
+    of_source = {name: options.pop(name) for name in ("format", "path", "split", "resize", *FIELDS)}
     out = options.pop("out")
     report, skips = prepare(sources.Config(**of_source), out, **options)
     print(f"{report['records']:,} records in {len(report['shards'])} shards")
