@@ -153,9 +153,11 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     ):
         # Checked once more: another run in this workdir may have ended since.
         check_same(run, workdir)
+        if what:
+            with together("opening the image tokenizer"):
+                tokenizer = open_image_tokenizer(image_tokenizer_path(run, workdir))
+            keep_image_tokenizer(workdir, tokenizer)
         with together("writing to the workdir"):
-            if what and first_process:
-                keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
             claim_workdir(workdir, config_lib.to_dict(run), program.texts, describe(run, what))
         if checkpoints.latest() is not None:
             state = checkpoints.restore(shapes, shardings)

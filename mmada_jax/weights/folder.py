@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmada_jax.devices.distributed import together
 from mmada_jax.disk import resolved
 from mmada_jax.files import read_json
 from mmada_jax.nets import transformer, vq
@@ -315,26 +316,30 @@ def describe_image_tokenizer(config: vq.Config) -> dict[str, Any]:
 
 def keep_image_tokenizer(workdir: pathlib.Path, source: Source) -> None:
     """Copies an image tokenizer into a workdir, which then needs nothing of the folder that it came from.
-    The copy is there whole or not at all. One process calls this.
+    The copy is there whole or not at all. All processes of a run call this, and the first one writes.
 
     Raises ValueError if the workdir holds another image tokenizer."""
     folder = resolved(workdir) / IMAGE_TOKENIZER
     if source.path == folder:
         return
-    if folder.is_dir():
-        if lazy.sha256(open_image_tokenizer(folder).tensors()) != lazy.sha256(source.tensors()):
-            raise ValueError(
-                f"{folder} is another image tokenizer than the one in {source.path}; choose an empty "
-                "workdir, or remove it"
-            )
-        return
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
-    unfinished.mkdir(parents=True)
-    write_json(unfinished / CONFIG, source.values | magvit_keys.config_to_hf(source.config))
-    record_files(unfinished)
-    write_params(unfinished / "params", source.params, None)
-    unfinished.rename(folder)
+    with together("looking for the image tokenizer of the workdir") as same:
+        # All processes look before the first one writes: what is opened is verified by all together.
+        same["image tokenizer of the workdir"] = kept = folder.is_dir()
+    with together("keeping the image tokenizer"):
+        if kept:
+            if lazy.sha256(open_image_tokenizer(folder).tensors()) != lazy.sha256(source.tensors()):
+                raise ValueError(
+                    f"{folder} is another image tokenizer than the one in {source.path}; choose an empty "
+                    "workdir, or remove it"
+                )
+        elif jax.process_index() == 0:
+            unfinished = folder.with_name(f".{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+            unfinished.mkdir(parents=True)
+            write_json(unfinished / CONFIG, source.values | magvit_keys.config_to_hf(source.config))
+            record_files(unfinished)
+            write_params(unfinished / "params", source.params, None)
+            unfinished.rename(folder)
 
 
 def write_image_tokenizer(folder: pathlib.Path, config: vq.Config, params: Any) -> None:
