@@ -26,8 +26,9 @@ leave() {
   [ -z "$remove" ] || rm -rf --one-file-system "$root"
 }
 trap leave EXIT
-mounted() { # mounted POINT OPTIONS...: mounts there until the end
+mounted() { # mounted POINT OPTIONS...: mounts there until the end, unless a run that was killed has left it
   mkdir -p "$1"
+  ! mountpoint -q "$1" || return 0
   mount "${@:2}" "$1"
   mounts=("$1" ${mounts[@]+"${mounts[@]}"})
 }
