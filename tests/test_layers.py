@@ -34,6 +34,7 @@ PLACE = {name: number for number, name in enumerate(PLACES)}
 NO_JAX = ("tokens", "data")
 LEAN = ("kernels", "nets.transformer", "diffusion")  # accelerator machines have little
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
+FOLDERS = ("mmada_jax", "launch", "configs", "tests")
 PYTORCH = ("torch", "safetensors", "transformers")
 # They travel with checkpoints and are never imported.
 EXPORTED = ("weights.modeling_mmada", "weights.modeling_magvitv2")
@@ -195,3 +196,23 @@ def test_the_reader_sees_jits():
         "@jax.jit\ndef f(): ...\ng = jax.jit(f, in_shardings=1)\n@partial(jax.jit, donate=0)\ndef h(): ..."
     )
     assert sorted(jits(ast.parse(source))) == [(1, set()), (3, {"in_shardings"}), (4, {"donate"})]
+
+
+LOOPS = {("train.supervised", "train"), ("train.rl.loop", "train")}  # written out, to be read from above
+
+
+def test_files_and_functions_are_short():
+    long = []
+    for path in sorted(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py")):
+        name = (
+            path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removeprefix("mmada_jax.")
+        )
+        source = path.read_text()
+        if (lines := source.count("\n")) > 450 and name not in EXPORTED:
+            long.append(f"{path.relative_to(ROOT)} has {lines} lines; 450 are the most")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (name, node.name) not in LOOPS:
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 80:
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {lines} lines")
+    assert not long, "\n".join(long)
