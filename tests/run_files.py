@@ -20,6 +20,7 @@ from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 from mmada_jax.weights import lazy, magvit_keys
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.workdir import record_files
 
 VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
 SIZE, N_CODES = 8, 16
@@ -86,6 +87,7 @@ def write_image_tokenizer(folder):
 
     write_params(folder / "params", jax.tree.map(random, shapes), None)
     (folder / "config.json").write_text(json.dumps(magvit_keys.config_to_hf(VQ)))
+    record_files(folder)
 
 
 @pytest.fixture(scope="module", name="files")
