@@ -185,8 +185,8 @@ def test_wait_looks_until_active(cloud):
 def run_without_sleep(cloud, *argv):
     """As Cloud.run, but its pauses take no time."""
     code = (
-        "import runpy, sys, time; time.sleep = lambda s: None; "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "import os, runpy, sys, time; time.sleep = lambda s: None; sys.argv = sys.argv[1:]; "
+        "sys.path[0] = os.path.dirname(sys.argv[0]); runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     env = os.environ | {"PATH": cloud.path, "STUBS": str(cloud.folder)}
     argv = [sys.executable, "-c", code, TPU, *argv]
