@@ -95,7 +95,7 @@ def lower_draw(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages
     with jax.set_mesh(mesh):
         draw = decode.decoder(mesh, model, plan.vocab, plan.shape.n_image, rules.ImageRule())
         of_rows = [jax.ShapeDtypeStruct((B,), kind) for kind in (np.int32, np.int32, np.uint32, np.int32)]
-        return draw.lower(params, decode.Given(*rows, *of_rows, rows))
+        return draw.lower(params, decode.Placed(*rows, *of_rows, rows))
 
 
 def lower_rl(
