@@ -240,7 +240,9 @@ def test_a_mixture_cuts_its_share_of_the_answers_and_nothing_else(share):
     answers = np.isin(batch.task, [layout.TASKS.index(t) for t in ("lm_chat", "mmu", "r2i")])
     assert same[~answers].all()
     weights = [np.asarray(out.weights_BL)[~answers] for out in (plain, mixed)]
-    np.testing.assert_array_equal(*weights)
+    # Both are programs of their own, whose compiler may round differently.
+    np.testing.assert_array_equal(*(weight > 0 for weight in weights))
+    np.testing.assert_array_max_ulp(*weights, maxulp=4)
     changed = (~same[answers]).mean()
     assert share - 0.15 < changed < share + 0.1
     if share == 1:

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 
-from mmada_jax.programs.process import Parser, keep_memory, quiet
+from mmada_jax.programs.process import Parser, quiet
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,7 +54,6 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here is for an accelerator
     quiet()
-    keep_memory(64 << 20)
     from mmada_jax.train.runs import describe_older
     from mmada_jax.weights.checkpoint import trust
     from mmada_jax.weights.convert import from_torch, to_torch

@@ -129,13 +129,12 @@ def quiet() -> None:
     logging.set_verbosity(logging.FATAL)
 
 
-def keep_memory(pad: int = 2**28) -> None:
-    """Makes glibc keep what this process frees, where jax computes on CPUs, and ask the kernel for `pad`
-    bytes more than it needs.
+def keep_memory() -> None:
+    """Makes glibc keep what this process frees, where jax computes on CPUs.
 
-    XLA asks for its buffers anew in every step, conversion for each array. Handed back to the kernel each
-    time, their pages, which the kernel clears, cost about a sixth of a training step of the digits and a
-    third of a conversion (system time; mallopt(3) names the settings)."""
+    XLA asks for its buffers anew in every step. Handed back to the kernel each time, their pages, which the
+    kernel clears, cost about a sixth of a training step of the digits (system time; mallopt(3) names the
+    settings)."""
     import jax
 
     if jax.default_backend() == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -143,7 +142,7 @@ def keep_memory(pad: int = 2**28) -> None:
         for setting, value in (
             (mmap_max, 0),
             (trim_threshold, 2**31 - 1),
-            (top_pad, pad),
+            (top_pad, 2**28),
             (arena_max, 1),
         ):
             libc.mallopt(setting, value)
