@@ -158,6 +158,6 @@ def test_another_model_is_no_beginning_and_its_workdir_is_left_alone(config, tmp
     with pytest.raises(FileNotFoundError, match=r"config.init: .*nowhere is no workdir of a model"):
         train(config | {"init": "../nowhere"}, tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=r"holds another model \(model.n_layers is 1 there and None now\)"):
+    with pytest.raises(ValueError, match=r"holds another model \(model.n_layers is 1 there and 2 now\)"):
         train(config, tmp_path / "other")
     assert sorted(tmp_path.rglob("*")) == before
