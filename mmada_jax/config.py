@@ -145,10 +145,29 @@ def load_config(source: str, overrides: Mapping[str, str] = types.MappingProxyTy
     config = make(*args)
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config of {path} returns {config!r}; it must be a ConfigDict")
+    override(config, overrides)
+    return config
+
+
+def override(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+    """Puts a Text at each key of `overrides` into a ConfigDict."""
     with config.unlocked(), config.ignore_type():
         for key, text in overrides.items():
             set_key(config, key, Text(text))
-    return config
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags of a program of one's own, which has absl's flags and `config` among them, made by
+    ml_collections' DEFINE_config_file. As in ours, any field of the configuration can be overridden.
+
+    Returns the arguments that are no flags."""
+    from absl import flags
+
+    rest, overrides = split_overrides(argv)
+    sys.argv = rest  # where ml_collections looks for overrides; it knows listed fields alone
+    rest = flags.FLAGS(rest)
+    override(flags.FLAGS["config"].value, overrides)
+    return rest
 
 
 def load_module(path: str) -> types.ModuleType:

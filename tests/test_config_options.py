@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 import types
 import typing
 from typing import Annotated, Literal
 
 import pytest
+from conftest import ROOT
 from ml_collections import ConfigDict
 
 from mmada_jax import config
@@ -161,3 +164,20 @@ def test_what_can_not_be_typed_is_one_line_with_its_path(command_line, option, m
     with pytest.raises((ValueError, SystemExit)) as error:
         runs.parse(command_line(SHORT, f"--config.{option}")[0])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_program_with_flags_of_its_own_overrides_any_field():
+    code = (
+        "import sys\nfrom ml_collections import config_flags\nfrom mmada_jax.config import parse_flags\n"
+        "config = config_flags.DEFINE_config_file('config', None, '')\n"
+        "print(parse_flags(sys.argv)[1:], config.value.data.lm.more.path, config.value.steps)\n"
+    )
+    argv = [
+        "--config",
+        "configs/pretrain.py:digits,smoke",
+        "--config.data.lm.more.path=x",
+        "a",
+        "--config.steps=7",
+    ]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "['a'] x 7\n", done.stderr
