@@ -333,23 +333,22 @@ def keep_image_tokenizer(workdir: pathlib.Path, source: Source) -> None:
                     "workdir, or remove it"
                 )
         elif jax.process_index() == 0:
-            unfinished = folder.with_name(f".{folder.name}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
-            unfinished.mkdir(parents=True)
-            write_json(unfinished / CONFIG, source.values | magvit_keys.config_to_hf(source.config))
-            record_files(unfinished)
-            write_params(unfinished / "params", source.params, None)
-            unfinished.rename(folder)
+            values = source.values | magvit_keys.config_to_hf(source.config)
+            write_image_tokenizer(folder, values, source.params)
 
 
-def write_image_tokenizer(folder: pathlib.Path, config: vq.Config, params: Any) -> None:
-    """Writes an image tokenizer in memory as a checkpoint, whole or not at all; one process does."""
+def write_image_tokenizer(folder: pathlib.Path, values: Mapping[str, Any], params: Any) -> None:
+    """Writes an image tokenizer as a checkpoint, whole or not at all; one process does.
+
+    values  the fields of its config.json
+    params  a tree of Lazy arrays
+    """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-    unfinished.mkdir()
-    write_json(unfinished / "config.json", magvit_keys.config_to_hf(config) | {"dtype": "float32"})
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+    unfinished.mkdir(parents=True)
+    write_json(unfinished / CONFIG, values)
     record_files(unfinished)
-    write_params(unfinished / "params", lazy.lazy(params), None)
+    write_params(unfinished / "params", params, None)
     unfinished.rename(folder)
 
 

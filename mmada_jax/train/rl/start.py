@@ -18,7 +18,7 @@ from mmada_jax.train.rl.rollout import prompt_ids, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
 from mmada_jax.train.runs import relative
-from mmada_jax.weights import llada_keys
+from mmada_jax.weights import lazy, llada_keys, magvit_keys
 from mmada_jax.weights.folder import IMAGE_TOKENIZER, open_folder, write_image_tokenizer
 from mmada_jax.weights.state import all_finite
 from mmada_jax.weights.workdir import check_workdir, has_step, read_config
@@ -172,4 +172,5 @@ def keep_image_tokenizer(workdir: pathlib.Path, model: Model) -> None:
     The first process does it."""
     vision, path = model.vision, workdir / IMAGE_TOKENIZER
     if jax.process_index() == 0 and vision and not path.exists():
-        write_image_tokenizer(path, vision.config, jax.device_get(vision.params))
+        values = magvit_keys.config_to_hf(vision.config) | {"dtype": "float32"}
+        write_image_tokenizer(path, values, lazy.lazy(jax.device_get(vision.params)))
