@@ -16,7 +16,7 @@ from mmada_jax.train.rl.rewards import functions as rewards_lib
 from mmada_jax.train.rl.run import Task
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
-from mmada_jax.weights.workdir import newest_step
+from mmada_jax.weights.workdir import CONFIG, FILES, MODEL, newest_step, read_config, record_files
 
 
 def count_sevens():
@@ -110,7 +110,7 @@ def rolled_out(config, name, masking="unigrpo", **objective):
     """A rollout and what an update needs beside it: run, model, params, the open task, rollout."""
     values = config["objective"] | {"masking": masking} | objective
     run, mesh, prompts, rewards = start.open_run(config | {"objective": values}, "nowhere")
-    model, params = start.load_policy(run, pathlib.Path("nowhere"), mesh)
+    model, params, _ = start.load_policy(run, pathlib.Path("nowhere"), mesh)
     optimizer = optim.make(run.optim, 10)
     with jax.set_mesh(mesh):
         _, shardings = resume.state_shapes(model, optimizer, mesh)
@@ -122,6 +122,17 @@ def rolled_out(config, name, masking="unigrpo", **objective):
 
 def params(workdir):
     return lazy.in_memory(open_params(newest_step(workdir) / "params"))
+
+
+def make_older(workdir):
+    """A workdir of RL as it was left before there was a model.json: config.json described the model."""
+    about = json.loads((workdir / MODEL).read_text())
+    architecture = about["config"] | {"dtype": about["computed"].pop("dtype")}
+    described = {"architecture": architecture} | {key: about[key] for key in ("computed", "generation")}
+    (workdir / CONFIG).write_text(json.dumps(read_config(workdir) | described))
+    for name in (MODEL, FILES):
+        (workdir / name).unlink()
+    record_files(workdir)
 
 
 def history(workdir, metric):

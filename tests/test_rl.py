@@ -108,7 +108,7 @@ def test_old_scores_are_those_of_the_rollouts_policy(config, tmp_path, ahead):
 def test_every_way_of_masking_trains(config, tmp_path, objective):
     tasks = {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}}
     config = config | {"objective": config["objective"] | objective, "tasks": tasks, "iterations": 1}
-    _, before = load_policy(from_dict(RLRun, config), tmp_path, sharding.make_mesh())
+    _, before, _ = load_policy(from_dict(RLRun, config), tmp_path, sharding.make_mesh())
     train(config, tmp_path / "run")
     after = params(tmp_path / "run")
     change = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), before, after)

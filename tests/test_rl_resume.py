@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import resource
@@ -14,15 +15,18 @@ import pytest
 from conftest import xla_flags
 from programs import Program
 
+from mmada_jax.config import from_dict, to_dict
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train.rl import loop
 from mmada_jax.train.rl.loop import train
+from mmada_jax.train.rl.run import RLRun
+from mmada_jax.train.runs import describe_older
 from mmada_jax.weights import lazy
-from mmada_jax.weights.checkpoint import Checkpoints
+from mmada_jax.weights.checkpoint import Checkpoints, trust
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.inspect import inspect
-from mmada_jax.weights.workdir import claim_workdir, newest_step, read_config
-from tests.rl_toys import change, history, one_device, params, rl_config, toy_rewards  # noqa: F401
+from mmada_jax.weights.workdir import CONFIG, MODEL, claim_workdir, newest_step, read_config, record_files
+from tests.rl_toys import change, history, make_older, one_device, params, rl_config, toy_rewards  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -62,25 +66,99 @@ def test_a_run_stands_by_itself(config, tmp_path, image_tokenizer):
     init = shutil.copytree(config["init"], tmp_path / "init")
     config = config | {"init": str(init), "iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
     train(config, tmp_path / "run")
-    old = shutil.copytree(tmp_path / "run", tmp_path / "old")
     init.rename(tmp_path / "moved")
+    # The configuration of the run and the description of its model are two files.
+    assert read_config(tmp_path / "run") == json.loads(json.dumps(to_dict(from_dict(RLRun, config))))
+    assert describe_older(tmp_path / "run") == []
+    claim_workdir(tmp_path / "run", {"program": "rl"})
     model, source = MMaDA.load(tmp_path / "run"), open_folder(image_tokenizer)
     jax.tree.map(np.testing.assert_array_equal, model.vision.params, lazy.in_memory(source.params))
     assert inspect(tmp_path / "run")["image_tokenizer"] == str(tmp_path / "run/image_tokenizer")
+    begun = open_folder(tmp_path / "moved")
+    assert dataclasses.replace(model.config, dtype=begun.config.dtype) == begun.config
+    assert model.defaults == MMaDA.load(tmp_path / "moved").defaults
+
+
+def test_a_run_keeps_the_image_tokenizer_that_it_began_with(config, tmp_path):
+    config = config | {"iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, tmp_path / "run")
     with pytest.raises(ValueError, match="image_tokenizer is '' there and 'x' now"):
         train(config | {"image_tokenizer": "x"}, tmp_path / "run")
 
-    # A workdir of an older version needs the image tokenizer of `init`, and nothing else.
+
+def test_a_run_of_text_alone_resumes(config, tmp_path):
+    init = shutil.copytree(config["init"], tmp_path / "init")
+    (init / MODEL).write_text(
+        json.dumps(json.loads((init / MODEL).read_text()) | {"image_tokenizer": None})
+    )
+    record_files(init)
+    config = config | {"init": str(init), "tasks": {"text": config["tasks"]["text"]}}
+    for iterations in (1, 2):
+        state = train(config | {"iterations": iterations}, tmp_path / "run")
+        assert int(state.step) == 2 * iterations
+    assert open_folder(tmp_path / "run").image_tokenizer is None
+    assert not (tmp_path / "run/image_tokenizer").exists()
+
+
+def test_an_older_run_goes_on_to_the_bit_and_gets_a_model_json(config, tmp_path):
+    init = shutil.copytree(config["init"], tmp_path / "init")
+    config = config | {
+        "init": str(init), "tasks": {"text": config["tasks"]["text"]}, "model": {"remat": "full"},
+    }  # fmt: skip
+    train(config | {"iterations": 2}, tmp_path / "whole")
+    train(config | {"iterations": 1}, tmp_path / "older")
+    make_older(tmp_path / "older")
+    init.rename(tmp_path / "moved")
+    before = open_folder(tmp_path / "older")
+    train(config | {"iterations": 2}, tmp_path / "older")
+    whole, older = (open_folder(tmp_path / name) for name in ("whole", "older"))
+    for name in ("config", "values", "generation", "step"):
+        assert getattr(older, name) == getattr(whole, name), name
+        assert name == "step" or getattr(before, name) == getattr(whole, name), name
+    one, other = (inspect(tmp_path / name)["state_sha256"] for name in ("whole", "older"))
+    assert one == other
+    for name in (MODEL, CONFIG):
+        assert (tmp_path / "older" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_an_older_run_needs_the_image_tokenizer_of_init_and_is_trusted(config, tmp_path, computed):
+    init = shutil.copytree(config["init"], tmp_path / "init")
+    config = config | {"init": str(init), "iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, tmp_path / "run")
+    old = shutil.copytree(tmp_path / "run", tmp_path / "old")
+    make_older(old)
     shutil.rmtree(old / "image_tokenizer")
-    values = read_config(old)
-    del values["computed"]
-    claim_workdir(old, values)
-    with pytest.raises(FileNotFoundError, match=f"image tokenizer of the model in {old} .* name"):
-        MMaDA.load(old)
-    MMaDA.load(old, image_tokenizer=image_tokenizer)
+    if not computed:  # the first form of these workdirs
+        values = read_config(old)
+        del values["computed"]
+        claim_workdir(old, values)
+    init.rename(tmp_path / "moved")
+    for use in (MMaDA.load, describe_older):
+        with pytest.raises(FileNotFoundError, match=f"image tokenizer of the model in {old} .* name"):
+            use(old)
+    MMaDA.load(old, image_tokenizer=tmp_path / "moved/image_tokenizer")
     (tmp_path / "moved").rename(init)
     (init / "checkpoints").rename(tmp_path / "params_of_init")
     MMaDA.load(old)
+    assert describe_older(old) == [old / MODEL]
+    init.rename(tmp_path / "moved")
+    one, other = (open_folder(tmp_path / name) for name in ("run", "old"))
+    assert (one.config, one.values, one.generation) == (other.config, other.values, other.generation)
+    assert other.image_tokenizer == old / "image_tokenizer"
+    assert int(train(config | {"iterations": 2}, old).step) == 4
+
+
+def test_a_run_that_has_lost_its_model_json_is_one_line(config, tmp_path):
+    config = config | {"iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
+    train(config, tmp_path)
+    (tmp_path / MODEL).unlink()
+    trust(tmp_path)
+    assert describe_older(tmp_path) == []
+    with pytest.raises(
+        ValueError, match=r"has no model\.json, which says what model it holds; put it back"
+    ):
+        train(config | {"iterations": 2}, tmp_path)
 
 
 def test_a_broken_policy_is_not_resumed_for_ever(config, tmp_path):

@@ -8,7 +8,6 @@ formats are in `weights.folder`, and the methods that a person calls by name are
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -30,7 +29,7 @@ from mmada_jax.tokens import layout
 from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
-from mmada_jax.weights.folder import Source, image_tokenizer_of
+from mmada_jax.weights.folder import Source
 
 # One, or a list of them.
 Prompts, Captions = Prompt | Sequence[Prompt], str | np.ndarray | Sequence[str | np.ndarray]
@@ -351,14 +350,15 @@ def open_model(
     mesh: jax.sharding.Mesh | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     *,
-    image_tokenizer: str | pathlib.Path | None = None,
+    images: Source | None = None,
     image_size: int | tuple[int, int] | None = None,
     max_text: int | None = None,
 ) -> Model:
     """The model in a folder that is open, on `mesh` (by default all devices), without its params.
 
-    The arguments are those of `serve.api.MMaDA.load`. Raises FileNotFoundError where a tokenizer is
-    missing, ValueError where the folder holds no model or something doesn't fit.
+    `images` is its image tokenizer, open too, None for a model of text alone. The other arguments are
+    those of `serve.api.MMaDA.load`. Raises FileNotFoundError where the text tokenizer is missing,
+    ValueError where the folder holds no model or something doesn't fit.
     """
     if source.is_image_tokenizer:
         raise ValueError(f"{source.path} holds an image tokenizer; name the folder of a model")
@@ -367,7 +367,6 @@ def open_model(
         raise FileNotFoundError(f"{source.path} has no tokenizer.json; copy that of the model there")
     config, codes = source.config, source.values.get("codebook_size") or 0
     vocab = tokenizer.vocab(codes, config.vocab)
-    images = image_tokenizer_of(source, image_tokenizer)
     down = images.config.downsampling if images else 16
     grid = inputs.image_grid(source.values, down, image_size)
     is_told = (image_size, max_text) != (None, None)

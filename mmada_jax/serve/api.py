@@ -23,7 +23,7 @@ from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model.inputs import Direction, Seed
 from mmada_jax.model.model import Captions, Counts, Model, Prompts, Questions, open_model
 from mmada_jax.model.results import HIDDEN
-from mmada_jax.weights.folder import open_folder
+from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -62,9 +62,8 @@ class MMaDA(Model):
         Raises FileNotFoundError if there is no model, ValueError if it isn't one or doesn't fit.
         """
         source = open_folder(path, step=step)
-        model = open_model(
-            source, mesh, dtype, image_tokenizer=image_tokenizer, image_size=image_size, max_text=max_text
-        )
+        images = image_tokenizer_of(source, image_tokenizer)
+        model = open_model(source, mesh, dtype, images=images, image_size=image_size, max_text=max_text)
         return cls(model.place(source.params, dtype), **vars(model))
 
     def __repr__(self) -> str:

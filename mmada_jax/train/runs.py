@@ -24,11 +24,13 @@ from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import LLADA, Vocab
 from mmada_jax.train.optim import Config as OptimConfig
+from mmada_jax.weights import older
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
     Source,
     describe_image_tokenizer,
     describe_model,
+    image_tokenizer_of,
     keep_image_tokenizer,
     open_folder,
     open_image_tokenizer,
@@ -340,14 +342,24 @@ def describe(run: VQRun | ModelRun, what: Plan | None) -> dict[str, Any]:
 
 
 def describe_older(workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the model.json of a workdir of stage 1 or 2 from before there was one, and a copy of its image
-    tokenizer into it. Returns the files that were written."""
+    """Writes the model.json of a workdir of a model from before there was one, and a copy of the model's
+    image tokenizer into it. Returns the files that were written."""
     values = read_config(workdir) if (workdir / CONFIG).is_file() else {}
-    if values.get("program") != "model" or (workdir / MODEL).is_file():
+    if (workdir / MODEL).is_file():
         return []
-    run = parse(values)
-    keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
-    claim_workdir(workdir, values, model=describe(run, plan(run, workdir)))
+    if values.get("program") == "model":
+        run = parse(values)
+        images = open_image_tokenizer(image_tokenizer_path(run, workdir))
+        about = describe(run, plan(run, workdir))
+    elif older.describes_rl(values):
+        images = image_tokenizer_of(open_folder(workdir, weights=False))
+        about = older.describe(workdir, values) | {"image_tokenizer": images and IMAGE_TOKENIZER}
+    else:
+        return []
+    if images:
+        keep_image_tokenizer(workdir, images)
+    alone = {key: value for key, value in values.items() if key not in older.DESCRIPTION}
+    claim_workdir(workdir, alone, model=about)
     return [workdir / MODEL]
 
 

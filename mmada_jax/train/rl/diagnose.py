@@ -50,7 +50,7 @@ def diagnose(
     run, mesh, prompts, rewards = open_run(config, workdir)
     for masking in maskings:  # raises for a mu that doesn't fit
         dataclasses.replace(run.objective, masking=masking)
-    model, params = load_policy(run, pathlib.Path(workdir), mesh)
+    model, params, _ = load_policy(run, pathlib.Path(workdir), mesh)
     check_tasks(run, model, prompts, rewards)
     found = {}
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):

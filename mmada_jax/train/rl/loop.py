@@ -25,20 +25,13 @@ from mmada_jax.train.metrics import Metrics, tell
 from mmada_jax.train.rl.report import Laps, rollout_metrics, shown_names, transcripts
 from mmada_jax.train.rl.resume import InFlight, frozen_reference, resume, state_shapes, to_checkpoint
 from mmada_jax.train.rl.rollout import read_responses
-from mmada_jax.train.rl.start import (
-    check_same_run,
-    check_tasks,
-    keep_image_tokenizer,
-    load_policy,
-    open_run,
-    workdir_config,
-)
+from mmada_jax.train.rl.start import check_same_run, check_tasks, load_policy, open_run, write_workdir
 from mmada_jax.train.rl.tasks import judge, open_task, rollout_inputs
 from mmada_jax.train.rl.update import UpdateBatch, choose
 from mmada_jax.train.runs import same_in_all
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.state import TrainState, start_state
-from mmada_jax.weights.workdir import TOKENIZER, claim_workdir, refuse_busy
+from mmada_jax.weights.workdir import refuse_busy
 
 
 def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
@@ -57,7 +50,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         same |= same_in_all(run, workdir)
     connect_axes(mesh)
     with together("loading the model"):
-        model, params = load_policy(run, workdir, mesh)
+        model, params, images = load_policy(run, workdir, mesh)
         check_tasks(run, model, prompts, rewards)
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
@@ -79,8 +72,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
             stack.enter_context(combined)
         # Once more, now that the workdir is ours: another run may have ended in it since the first check.
         check_same_run(run, workdir)
-        claim_workdir(workdir, workdir_config(run, model), {TOKENIZER: model.tokenizer.to_json()})
-        keep_image_tokenizer(workdir, model)
+        write_workdir(run, workdir, model, images)
         shapes, shardings = state_shapes(model, optimizer, mesh)
         tasks = {
             name: open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)

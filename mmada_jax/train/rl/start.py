@@ -11,6 +11,7 @@ import numpy as np
 
 from mmada_jax import config as config_lib
 from mmada_jax.devices import sharding
+from mmada_jax.devices.distributed import together
 from mmada_jax.model.model import Model, open_model
 from mmada_jax.train.rl.prompts import Prompt, open_prompts
 from mmada_jax.train.rl.rewards.functions import Combined
@@ -18,10 +19,16 @@ from mmada_jax.train.rl.rollout import prompt_ids, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
 from mmada_jax.train.runs import relative
-from mmada_jax.weights import lazy, llada_keys, magvit_keys
-from mmada_jax.weights.folder import IMAGE_TOKENIZER, open_folder, write_image_tokenizer
+from mmada_jax.weights.folder import (
+    IMAGE_TOKENIZER,
+    Source,
+    describe_model,
+    image_tokenizer_of,
+    keep_image_tokenizer,
+    open_folder,
+)
 from mmada_jax.weights.state import all_finite
-from mmada_jax.weights.workdir import check_workdir, has_step, read_config
+from mmada_jax.weights.workdir import TOKENIZER, check_workdir, claim_workdir, has_step
 
 # A checkpoint means something only with these groups of the configuration as they were when it was made.
 FIXED_GROUPS = ("program", "init", "ahead", "reference_dtype", "objective")
@@ -32,9 +39,6 @@ FREE_FIELDS = tuple(
     for field in dataclasses.fields(UniGRPOConfig)
     if field.name not in ("mu", "kl")
 )
-# Fields of the transformer's configuration that config.json keeps beside the architecture, with the values
-# of the model in `init`.
-KEPT_COMPUTATION = ("attention", "pad", "remat", "unroll")
 
 
 def open_run(
@@ -134,43 +138,38 @@ def check_tasks(
             raise ValueError(f"config.tasks.{name}: {error}") from error
 
 
-def load_policy(run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh) -> tuple[Model, Any]:
-    """The model without its params, and the float32 params on the mesh that the run starts from.
+def load_policy(
+    run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+) -> tuple[Model, Any, Source | None]:
+    """The model without its params, the float32 params on the mesh that the run starts from, and the
+    model's image tokenizer, None for a model of text alone.
 
     A run that goes on reads its own workdir and nothing of `init`; its params, None here, are in its
-    checkpoint. Raises FileNotFoundError or ValueError if there is no such model.
+    checkpoint. All processes call this, because what is opened is verified by all together. Raises
+    FileNotFoundError or ValueError if there is no such model.
     """
     if not run.init:
         raise ValueError("config.init is empty; name the workdir of a model, as that of configs/cot.py")
-    vision = relative(run.image_tokenizer, workdir) if run.image_tokenizer else None
-    computed = read_config(workdir).get("computed") if has_step(workdir) else None
-    if computed is None:  # a new run, or one of an older version, whose config.json lacks it
-        source = open_folder(relative(run.init, workdir))
-        model = open_model(source, mesh, "float32", image_tokenizer=vision)
-        params, computed = model.place(source.params, "float32"), {}
+    resumed, vision, params = has_step(workdir), None, None
+    source = open_folder(workdir if resumed else relative(run.init, workdir), weights=not resumed)
+    if run.image_tokenizer and not (resumed and (workdir / IMAGE_TOKENIZER).is_dir()):
+        vision = relative(run.image_tokenizer, workdir)
+    images = image_tokenizer_of(source, vision)
+    model = open_model(source, mesh, "float32", images=images)
+    if not resumed:
+        params = model.place(source.params, "float32")
         if not all_finite(params):
             raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
-    else:
-        model, params = open_model(open_folder(workdir, weights=False), mesh, "float32"), None
-    config = dataclasses.replace(model.config, **computed | run.model)
-    return dataclasses.replace(model, config=config), params
+    config = dataclasses.replace(model.config, **run.model)
+    return dataclasses.replace(model, config=config), params, images
 
 
-def workdir_config(run: RLRun, model: Model) -> dict[str, Any]:
-    """The content of the workdir's config.json: the run, the architecture in the words of a checkpoint, how
-    the model is computed, and its rules of generation."""
-    values = llada_keys.config_to_hf(model.config, model.vocab, model.grid, model.max_text)
-    return config_lib.to_dict(run) | {
-        "architecture": values | {"dtype": model.config.dtype},
-        "computed": {name: getattr(model.config, name) for name in KEPT_COMPUTATION},
-        "generation": model.defaults.values(),
-    }
-
-
-def keep_image_tokenizer(workdir: pathlib.Path, model: Model) -> None:
-    """Copies the image tokenizer into the workdir, so that the workdir needs nothing of `init` any more.
-    The first process does it."""
-    vision, path = model.vision, workdir / IMAGE_TOKENIZER
-    if jax.process_index() == 0 and vision and not path.exists():
-        values = magvit_keys.config_to_hf(vision.config) | {"dtype": "float32"}
-        write_image_tokenizer(path, values, lazy.lazy(jax.device_get(vision.params)))
+def write_workdir(run: RLRun, workdir: pathlib.Path, model: Model, images: Source | None) -> None:
+    """Writes what the workdir holds of the run and of its model beside the steps. All processes call this,
+    and the first one writes."""
+    if images:
+        keep_image_tokenizer(workdir, images)
+    generation, draws = model.defaults.values(), images is not None
+    about = describe_model(model.config, model.vocab, model.grid, model.max_text, generation, draws)
+    with together("writing to the workdir"):
+        claim_workdir(workdir, config_lib.to_dict(run), {TOKENIZER: model.tokenizer.to_json()}, about)
