@@ -301,11 +301,7 @@ def test_memory_does_not_grow_with_the_model(capfd):
         capture_output=True, text=True, check=True, cwd=ROOT,
     )  # fmt: skip
     idle_gb = int(idle.stdout.split("RssAnon:")[1].split()[0]) * 1024 / 1e9
-    # On a busy machine threads that write wait with their pieces, so the best of three runs counts.
-    for _ in range(3):
-        report = bench.main(["convert", "--shrink", "4"])
-        if all(report[way]["peak_anonymous_gb"] < idle_gb + 4 / 16 for way in ("from-torch", "to-torch")):
-            break
+    report = bench.main(["convert", "--shrink", "4"])
     assert report["equal"]
     assert report["gigabytes"] == pytest.approx(16.17 / 16, rel=0.01)
     for way in ("from-torch", "to-torch"):

@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 
-from mmada_jax.programs.process import Parser, quiet
+from mmada_jax.programs.process import Parser, quiet, share_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing here is for an accelerator
     quiet()
+    share_memory()
     from mmada_jax.train.runs import describe_older
     from mmada_jax.weights.checkpoint import trust
     from mmada_jax.weights.convert import from_torch, to_torch
