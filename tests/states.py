@@ -54,6 +54,13 @@ def restore(workdir, shapes, shardings):
         return checkpoints.restore(shapes, shardings)
 
 
+def counting(monkeypatch, module, name):
+    """Lets a function of a module note the first argument of each of its calls; the list of these."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: calls.append(args[0]) or function(*args))
+    return calls
+
+
 def raising(error):
     def call(*_, **__):
         raise error

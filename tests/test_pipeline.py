@@ -215,6 +215,8 @@ def test_what_is_left_out_is_said_when_training_starts(monkeypatch, capsys):
     rows = types.SimpleNamespace(opened={"t2i": {"a": source, "b": Listed([Record("y")])}}, encodes=False)
     rows.places, rows.rows, rows.load = [("t2i", 0)], {"t2i": 1}, lambda *_: None
     monkeypatch.setattr(supervised, "open_data", lambda *_: rows)
+    monkeypatch.setattr(supervised, "image_tokenizer_path", lambda *_: "image_tokenizer")
+    monkeypatch.setattr(supervised, "open_image_tokenizer", lambda _: None)
     with pytest.raises(AttributeError, match="no more is needed here"):
         supervised.model_program(Nothing(), "workdir", None, Nothing())
     assert capsys.readouterr().out == (

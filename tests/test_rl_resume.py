@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import xla_flags
 from programs import Program
+from states import counting
 
 from mmada_jax.config import from_dict, to_dict
 from mmada_jax.serve.api import MMaDA
@@ -21,7 +22,7 @@ from mmada_jax.train.rl import loop
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.run import RLRun
 from mmada_jax.train.runs import describe_older
-from mmada_jax.weights import lazy
+from mmada_jax.weights import folder, lazy
 from mmada_jax.weights.checkpoint import Checkpoints, trust
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.inspect import inspect
@@ -79,11 +80,14 @@ def test_a_run_stands_by_itself(config, tmp_path, image_tokenizer):
     assert model.defaults == MMaDA.load(tmp_path / "moved").defaults
 
 
-def test_a_run_keeps_the_image_tokenizer_that_it_began_with(config, tmp_path):
+def test_a_run_keeps_the_image_tokenizer_that_it_began_with(config, tmp_path, monkeypatch):
     config = config | {"iterations": 1, "tasks": {"text": config["tasks"]["text"]}}
     train(config, tmp_path / "run")
     with pytest.raises(ValueError, match="image_tokenizer is '' there and 'x' now"):
         train(config | {"image_tokenizer": "x"}, tmp_path / "run")
+    verified = counting(monkeypatch, folder, "verify_manifest")
+    train(config, tmp_path / "run")
+    assert verified == [tmp_path / "run/image_tokenizer/params"]
 
 
 def test_a_run_of_text_alone_resumes(config, tmp_path):

@@ -12,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from states import raising, tiny
+from states import counting, raising, tiny
 
 from mmada_jax import disk
 from mmada_jax.data import digits
@@ -20,7 +20,7 @@ from mmada_jax.nets import transformer
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import runs, supervised
 from mmada_jax.train.supervised import train
-from mmada_jax.weights import lazy
+from mmada_jax.weights import folder, lazy
 from mmada_jax.weights.checkpoint import Checkpoints, newest_params, trust
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
@@ -256,6 +256,14 @@ def test_resuming_an_older_workdir_describes_its_model(smoke_config, image_token
     assert older["step"] == 2
     assert older["state_sha256"] == whole["state_sha256"]
     same_source(open_folder(tmp_path / "older"), open_folder(tmp_path / "whole"))
+
+
+def test_a_start_verifies_the_image_tokenizer_once(smoke_config, image_tokenizer, tmp_path, monkeypatch):
+    config = smoke_config | {"image_tokenizer": str(image_tokenizer), "steps": 1}
+    train(config | {"eval_every": 0}, tmp_path)
+    verified = counting(monkeypatch, folder, "verify_manifest")
+    train(config | {"eval_every": 1}, tmp_path)
+    assert verified == [tmp_path / IMAGE_TOKENIZER / "params"]
 
 
 def test_another_image_tokenizer_in_the_workdir_is_refused(workdir, image_tokenizer):

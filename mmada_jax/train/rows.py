@@ -12,14 +12,16 @@ from mmada_jax.data import pipeline, sources
 from mmada_jax.tokens import layout
 from mmada_jax.train.runs import ModelRun, Plan, image_tokenizer_path, relative
 from mmada_jax.weights import lazy
-from mmada_jax.weights.folder import open_image_tokenizer
+from mmada_jax.weights.folder import Source, open_image_tokenizer
 from mmada_jax.weights.workdir import DATA, differences, has_step
 
 
-def open_data(run: ModelRun, workdir: pathlib.Path, what: Plan) -> pipeline.Pipeline:
-    """The rows of a run, from its sources. Raises where those can't be opened, don't fit the model, or
-    where the workdir's run had others."""
-    rows_of = open_rows(run, workdir, what, "data", run.batch_size, run.cond_dropout)
+def open_data(
+    run: ModelRun, workdir: pathlib.Path, what: Plan, images: Source | None = None
+) -> pipeline.Pipeline:
+    """The rows of a run, from its sources; see `open_rows`. Raises where those can't be opened, don't fit
+    the model, or where the workdir's run had others."""
+    rows_of = open_rows(run, workdir, what, "data", run.batch_size, images, run.cond_dropout)
     known = workdir / DATA
     if has_step(workdir) and known.is_file() and not run.data_may_change:
         changed = list(differences("data", files.read_json(known, dict), rows_of.description))
@@ -33,10 +35,20 @@ def open_data(run: ModelRun, workdir: pathlib.Path, what: Plan) -> pipeline.Pipe
 
 
 def open_rows(
-    run: ModelRun, workdir: pathlib.Path, what: Plan, key: str, size: int, cond_dropout: float = 0.0
+    run: ModelRun,
+    workdir: pathlib.Path,
+    what: Plan,
+    key: str,
+    size: int,
+    images: Source | None = None,
+    cond_dropout: float = 0.0,
 ) -> pipeline.Pipeline:
-    """Batches of `size` rows from the sources under config.`key`. Raises ValueError or OSError where those
-    can't be opened, or hold codes of images that aren't those of this run."""
+    """Batches of `size` rows from the sources under config.`key`.
+
+    `images` is the image tokenizer of the run. Where it isn't given, it is opened if sources hold codes of
+    images. Raises ValueError or OSError where sources can't be opened, or hold codes of images that aren't
+    those of this run.
+    """
     data = getattr(run, key)
     rows = {task: n for task, n in pipeline.rows_per_task(run.mixture, size).items() if n}
     root = str(relative(run.data_root, workdir)) if run.data_root else ""
@@ -48,8 +60,8 @@ def open_rows(
         if layout.image_start(task, run.max_text) and sources.codes_of(source)
     }
     if with_codes:
-        path = image_tokenizer_path(run, workdir)
-        sha256 = lazy.sha256(open_image_tokenizer(path).tensors())
+        images = images or open_image_tokenizer(image_tokenizer_path(run, workdir))
+        sha256 = lazy.sha256(images.tensors())
     for where, info in with_codes.items():
         if what.shape.pixels[:2] != (info.get("image_size"),) * 2:
             raise ValueError(
@@ -59,8 +71,8 @@ def open_rows(
         if info.get("image_tokenizer") != sha256:
             raise ValueError(
                 f"{where} has the codes of another image tokenizer (sha256 "
-                f"{str(info.get('image_tokenizer'))[:16]}) than {path} ({sha256[:16]}); name that one as "
-                "image_tokenizer, or prepare it again"
+                f"{str(info.get('image_tokenizer'))[:16]}) than {images.path} ({sha256[:16]}); name that "
+                "one as image_tokenizer, or prepare it again"
             )
     return pipeline.Pipeline(
         what.tokenizer, what.vocab, data, opened, rows, what.shape, run.seed,

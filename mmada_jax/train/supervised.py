@@ -55,16 +55,9 @@ from mmada_jax.train.runs import (
     same_in_all,
 )
 from mmada_jax.weights.checkpoint import Checkpoints
-from mmada_jax.weights.folder import IMAGE_TOKENIZER, keep_image_tokenizer, open_image_tokenizer
+from mmada_jax.weights.folder import IMAGE_TOKENIZER, Source, keep_image_tokenizer, open_image_tokenizer
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
-from mmada_jax.weights.workdir import (
-    DATA,
-    TOKENIZER,
-    check_workdir,
-    claim_workdir,
-    has_step,
-    refuse_busy,
-)
+from mmada_jax.weights.workdir import DATA, TOKENIZER, check_workdir, claim_workdir, has_step, refuse_busy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +79,10 @@ class Program:
     """What the loop of `train` needs to know of a run.
 
     `load` gives those rows of a step that lie on the devices of this process. `encode` takes rows placed
-    on the devices and gives the batch that the objective prepares. `start` are the params to begin with,
-    as Lazy arrays, None for random ones. `evaluate` takes (params, step, metrics), gives values and shows
-    samples in the metrics. `data` describes the data; a resumed run compares it with what it had before.
+    on the devices and gives the batch that the objective prepares. `images` is the image tokenizer of a
+    model's run. `start` are the params to begin with, as Lazy arrays, None for random ones. `evaluate`
+    takes (params, step, metrics), gives values and shows samples in the metrics. `data` describes the data;
+    a resumed run compares it with what it had before.
     """
 
     objective: Objective
@@ -97,6 +91,7 @@ class Program:
     tokens_per_step: int
     flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # from a step's values; 0: unknown
     tokenizer: TextTokenizer | None = None
+    images: Source | None = None
     accumulate: int = 1
     start: Any = None
     evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
@@ -153,10 +148,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     ):
         # Checked once more: another run in this workdir may have ended since.
         check_same(run, workdir)
-        if what:
-            with together("opening the image tokenizer"):
-                tokenizer = open_image_tokenizer(image_tokenizer_path(run, workdir))
-            keep_image_tokenizer(workdir, tokenizer)
+        if program.images:
+            keep_image_tokenizer(workdir, program.images)
         with together("writing to the workdir"):
             claim_workdir(workdir, config_lib.to_dict(run), program.texts, describe(run, what))
         if checkpoints.latest() is not None:
@@ -353,7 +346,9 @@ def model_program(
 ) -> Program:
     """The program of a model: its objective, on rows of its data."""
     what = what or plan(run, workdir, start=not has_step(workdir))
-    data = open_data(run, workdir, what)
+    # All processes open it, once in a run: all of them together verify its files.
+    images = open_image_tokenizer(image_tokenizer_path(run, workdir))
+    data = open_data(run, workdir, what, images)
     say_left_out(data, "data")
     # One row of each task: raises if no record of its sources can be used.
     data.load(0, [data.places.index((task, 0)) for task in data.rows])
@@ -365,11 +360,14 @@ def model_program(
         logits = round(values["scored"]) * what.model.vocab
         return 3 * transformer.forward_flops(what.model, run.batch_size, what.shape.length, logits)
 
-    vision = None
+    evaluate = None
     if data.encodes or run.eval_every:
-        codec = open_image_tokenizer(image_tokenizer_path(run, workdir))
-        vision = Vision.place(codec.params, codec.config, mesh)
+        vision = Vision.place(images.params, images.config, mesh)
         encode = vision.row_encoder(what.vocab, run.max_text)
+    if run.eval_every:
+        rows = open_rows(run, workdir, what, "held_out", run.eval_rows, images)
+        say_left_out(rows, "held_out")
+        evaluate = evaluation(run, what, vision, encode, rows)
     return Program(
         objective=model_objective(run, what.model, what.vocab),
         load=data.load,
@@ -377,25 +375,24 @@ def model_program(
         tokens_per_step=run.batch_size * what.shape.length,
         flops_per_step=flops,
         tokenizer=what.tokenizer,
+        images=images,
         accumulate=run.accumulate,
         start=what.start and what.start.params,
-        evaluate=evaluation(run, workdir, what, vision, encode) if run.eval_every else None,
+        evaluate=evaluate,
         data=data.description,
     )
 
 
 def evaluation(
     run: ModelRun,
-    workdir: pathlib.Path,
     what: Plan,
     vision: Vision,
     encode: Callable[[pipeline.RawRows], layout.Batch],
+    rows: pipeline.Pipeline,
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
     """A function (params, step, metrics) -> values on the held-out rows, which shows samples in the
-    metrics. The rows are loaded when it is first called, and are the same ever after."""
+    metrics. `rows` are loaded when it is first called, and are the same ever after."""
     mesh = vision.mesh
-    rows = open_rows(run, workdir, what, "held_out", run.eval_rows)
-    say_left_out(rows, "held_out")
     own = sharding.own_rows(mesh, run.eval_rows)
 
     model = Model(
