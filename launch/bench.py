@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from mmada_jax.programs.process import Parser, ending
+from mmada_jax.programs.process import Parser, ending, keep_memory, keep_memory_on_cpus
 
 # Name -> what is timed.
 NAMES = {
@@ -48,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> object:
         sys.exit(2)
     if name in WHOLE:
         return importlib.import_module(WHOLE[name]).main(words)
+    keep_memory()  # as training does
     benchmark = importlib.import_module(f"launch.benchmarks.{name}")
     parser = Parser(benchmark.__doc__, prog=f"mmada bench {name}")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers there, too")
     benchmark.add_options(parser)
     args = parser.parse_args(words)
+    keep_memory_on_cpus()
     report = benchmark.measure(args)
     print(benchmark.as_text(report))
     if args.json:

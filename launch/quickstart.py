@@ -24,7 +24,7 @@ from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
 from mmada_jax.measure.report import curves, denoising, page, results
-from mmada_jax.programs.process import ending, keep_memory, keep_programs
+from mmada_jax.programs.process import ending, keep_memory, keep_memory_on_cpus, keep_programs
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics
 from mmada_jax.train.rl import loop as rl
@@ -111,6 +111,7 @@ def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}"
     keep_memory()
     keep_programs()
+    keep_memory_on_cpus()
 
     # ---- Train: nothing that is done is done again -------------------------------------------------
     for number, (name, what) in enumerate(STAGES.items(), 1):

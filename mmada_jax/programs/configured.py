@@ -59,9 +59,10 @@ def connect(args: argparse.Namespace, program: str, parse: Callable[[Any], Any])
 
     from mmada_jax.config import to_dict
     from mmada_jax.devices.distributed import initialize_distributed, together
-    from mmada_jax.programs.process import keep_memory, quiet
+    from mmada_jax.programs.process import keep_memory, keep_memory_on_cpus, quiet
 
     quiet()
+    keep_memory()
     initialize_distributed(
         args.coordinator, args.num_processes, args.process_id, args.distributed, args.connect_timeout
     )
@@ -70,4 +71,4 @@ def connect(args: argparse.Namespace, program: str, parse: Callable[[Any], Any])
     # The devices of all processes are asked for when all are sure to do so.
     with together(program, args.connect_timeout) as same:
         same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}
-    keep_memory()
+    keep_memory_on_cpus()

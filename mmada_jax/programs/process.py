@@ -130,18 +130,28 @@ def quiet() -> None:
 
 
 def keep_memory() -> None:
-    """Makes glibc keep what this process frees, where jax computes on CPUs.
+    """Makes glibc keep what this process frees. Call it before jax has threads: a thread keeps the pool of
+    memory that it began with.
 
     XLA asks for its buffers anew in every step. Handed back to the kernel each time, their pages, which the
-    kernel clears, cost about a sixth of a training step of the digits (system time; mallopt(3) names the
-    settings)."""
+    kernel clears, cost more than a quarter of a training step of the digits (system time; mallopt(3) names
+    the settings)."""
+    _tell_malloc(_MMAP_MAX, 0)
+    _tell_malloc(_TRIM_THRESHOLD, 2**31 - 1)
+    _tell_malloc(_TOP_PAD, 2**28)
+    _tell_malloc(_ARENA_MAX, 1)
+
+
+def keep_memory_on_cpus() -> None:
+    """Takes `keep_memory` back, with glibc's defaults, if jax computes elsewhere: the many threads of such a
+    host need pools of their own."""
     import jax
 
-    if jax.default_backend() == "cpu":
-        _tell_malloc(_MMAP_MAX, 0)
-        _tell_malloc(_TRIM_THRESHOLD, 2**31 - 1)
-        _tell_malloc(_TOP_PAD, 2**28)
-        _tell_malloc(_ARENA_MAX, 1)
+    if jax.default_backend() != "cpu":
+        _tell_malloc(_MMAP_MAX, 2**16)
+        _tell_malloc(_TRIM_THRESHOLD, 2**17)
+        _tell_malloc(_TOP_PAD, 2**17)
+        _tell_malloc(_ARENA_MAX, 0)
 
 
 def share_memory() -> None:
