@@ -70,7 +70,7 @@ def of_digits() -> ConfigDict:
         },
         "image_tokenizer": "../image_tokenizer",
         "max_text": 24,
-        "steps": 450,
+        "steps": 800,
         "batch_size": 32,
         "save_every": 200,
         "answer_block": 4,

@@ -77,7 +77,7 @@ def of_digits() -> ConfigDict:
         "image_tokenizer": "",  # workdir of a configs/vq.py run; empty: WORKDIR/image_tokenizer
         "text_vocab": 384,
         "max_text": 24,
-        "steps": 650,
+        "steps": 750,
         "batch_size": 32,
         "save_every": 200,
         "answer_block": 4,

@@ -46,7 +46,7 @@ def of_digits() -> ConfigDict:
         "program": "rl",
         "init": "../cot",
         "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "iterations": 18,
+        "iterations": 36,
         "tasks": {
             "arithmetic": {
                 "layout": "lm_chat",

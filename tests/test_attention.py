@@ -140,6 +140,10 @@ class TestPlain(AttentionChecks):
     implementation = "plain"
 
 
+class TestCpu(AttentionChecks):
+    implementation = "cpu"
+
+
 class TestXla(AttentionChecks):
     implementation = "xla"
 

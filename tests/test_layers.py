@@ -15,7 +15,7 @@ FLOORS = {
     "sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds sources.webdataset "
     "sources texts pipeline",
     "devices": "chips sharding distributed hlo",
-    "kernels": "reference tpu attention",
+    "kernels": "reference cpu tpu attention",
     "nets": "transformer vq clip",
     "diffusion": "schedule loss corrupt rules denoise decode",
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "

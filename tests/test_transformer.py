@@ -239,13 +239,14 @@ def test_what_is_kept_is_not_computed_again(params):
         ).count("dot_general")
 
     nothing_again = products("none")
-    # Scores; the output of attention; the product after it; gate and up; q, k and v.
+    # Scores; the output of attention; the product after it; gate and up, one product on a CPU; q, k and v,
+    # another one.
     assert products("attention+middle+qkv+mlp") == nothing_again + 1
     assert products("middle+qkv+mlp") == nothing_again + 2
     assert products("attention+qkv+mlp") == nothing_again + 2
     assert products("qkv+mlp") == nothing_again + 3
-    assert products("qkv") == nothing_again + 5
-    assert products("full") == nothing_again + 8
+    assert products("qkv") == nothing_again + 4
+    assert products("full") == nothing_again + 5
 
 
 def test_unknown_names_of_what_is_kept_are_an_error():

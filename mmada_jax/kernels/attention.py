@@ -6,9 +6,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmada_jax.devices import sharding
 from mmada_jax.devices.sharding import USE
-from mmada_jax.kernels import KEPT, reference, tpu
+from mmada_jax.kernels import KEPT, cpu, reference, tpu
 
-IMPLEMENTATIONS = ("auto", "plain", "xla", "cudnn", "tpu")
+IMPLEMENTATIONS = ("auto", "plain", "cpu", "xla", "cudnn", "tpu")
 
 
 def attention(
@@ -72,7 +72,7 @@ def choose(q_BHSK: jax.Array, k_BGTK: jax.Array) -> str:
     if platform == "gpu":
         half = q_BHSK.dtype in (jnp.bfloat16, jnp.float16)
         return "cudnn" if half and K <= 128 and K % 8 == 0 else "xla"
-    return "plain"  # on a CPU XLA fuses the definition as well as anything
+    return "cpu"
 
 
 def _tpu(*inputs):
@@ -130,4 +130,4 @@ def _reorder(x, order_BT, axis):
     return jax.vmap(row)(x, order_BT)
 
 
-_KERNELS = {"xla": _xla, "cudnn": _cudnn, "tpu": _tpu}
+_KERNELS = {"cpu": cpu.attention, "xla": _xla, "cudnn": _cudnn, "tpu": _tpu}

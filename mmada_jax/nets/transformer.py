@@ -46,7 +46,7 @@ class Config(Ranged):
     rope_theta: Annotated[float, Range(0, 1e12, above=True)] = 500000.0
     norm_eps: Annotated[float, Range(0, 1, above=True)] = 1e-5
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    attention: Literal["auto", "plain", "xla", "cudnn", "tpu"] = "auto"
+    attention: Literal["auto", "plain", "cpu", "xla", "cudnn", "tpu"] = "auto"
     pad: Literal["hard", "soft"] = "hard"  # soft: the additive bias that the reference trains with
     # What the backward pass recomputes: "none", nothing; "full", each layer from its input; else what
     # isn't named, as "attention+qkv" (names of KEEPABLE).
@@ -222,58 +222,64 @@ def _turn(x_BHLK):
     return jnp.einsum("BHLK,KJ->BHLJ", x_BHLK, turn_KK.astype(x_BHLK.dtype), precision=precision)
 
 
-def _product(letters: str, h_BLD: jax.Array, w: jax.Array) -> jax.Array:
-    """jnp.einsum of hidden states [B, L, D] with a weight [D, ...].
+def _products(h_BLD: jax.Array, *products: tuple[str, jax.Array]) -> list[jax.Array]:
+    """jnp.einsum of hidden states [B, L, D] with weights [D, ...], each given behind its letters.
 
     On CPUs the tokens of all rows are the rows of one matrix, in both passes. XLA would transpose copies
-    of the operands instead, which takes as long as a third of the product.
+    of the operands instead, which takes as long as a third of the product. Weights that lie whole on each
+    device are joined to one matrix, since a wide product is faster than several narrow ones.
     """
     if sharding.platform() != "cpu":
-        return jnp.einsum(letters, h_BLD, w)
-    (B, L, D), (_, *wide) = h_BLD.shape, w.shape
-    product = _of_rows(h_BLD.reshape(B * L, D), w.reshape(D, -1)).reshape(B, L, *wide)
-    _, of_w, out = letters.replace("->", ",").split(",")
-    return jnp.einsum(f"BL{of_w[1:]}->{out}", product)
+        return [jnp.einsum(letters, h_BLD, w) for letters, w in products]
+    (B, L, D), shapes = h_BLD.shape, [w.shape[1:] for _, w in products]
+    h_ND, weights = h_BLD.reshape(B * L, D), [w.reshape(D, -1) for _, w in products]
+    if sharding.parts("heads") == sharding.parts("mlp") == 1:
+        made = _of_rows(h_ND, weights)
+    else:
+        made = [_of_rows(h_ND, [w_DM])[0] for w_DM in weights]
+    out = []
+    for (letters, _), wide, out_NM in zip(products, shapes, made, strict=True):
+        _, of_w, of_out = letters.replace("->", ",").split(",")
+        out.append(jnp.einsum(f"BL{of_w[1:]}->{of_out}", out_NM.reshape(B, L, *wide)))
+    return out
 
 
 @jax.custom_vjp
-def _of_rows(h_ND, w_DM):
-    return jnp.einsum("ND,DM->NM", h_ND, w_DM)
+def _of_rows(h_ND, weights_DM):
+    out_NM = jnp.einsum("ND,DM->NM", h_ND, jnp.concatenate(weights_DM, axis=1))
+    return jnp.split(out_NM, _ends(weights_DM), axis=1)
 
 
-def _of_rows_fwd(h_ND, w_DM):
-    return _of_rows(h_ND, w_DM), (h_ND, w_DM)
+def _of_rows_fwd(h_ND, weights_DM):
+    return _of_rows(h_ND, weights_DM), (h_ND, weights_DM)
 
 
-def _of_rows_bwd(saved, grad_NM):
-    h_ND, w_DM = saved
-    return jnp.einsum("NM,DM->ND", grad_NM, w_DM), jnp.einsum("ND,NM->DM", h_ND, grad_NM)
+def _of_rows_bwd(saved, grads_NM):
+    h_ND, weights_DM = saved
+    grad_NM, w_DM = jnp.concatenate(grads_NM, axis=1), jnp.concatenate(weights_DM, axis=1)
+    dw_DM = jnp.einsum("ND,NM->DM", h_ND, grad_NM)
+    return jnp.einsum("NM,DM->ND", grad_NM, w_DM), jnp.split(dw_DM, _ends(weights_DM), axis=1)
 
 
 _of_rows.defvjp(_of_rows_fwd, _of_rows_bwd)
 
 
-def _wide() -> str:
-    """The order of the axes within the MLP: features first spares TPUs a pass over memory, and costs CPUs
-    one."""
-    return "BLF" if sharding.platform() == "cpu" else "FBL"
-
-
-def _widen(h_BLD, w_DF):
-    """A product with a large weight, [B, L, F] or [F, B, L]."""
-    on_cpu = sharding.platform() == "cpu"
-    return _product("BLD,DF->BLF", h_BLD, w_DF) if on_cpu else _widen_in_quarters(h_BLD, w_DF)
+def _ends(weights_DM):
+    """The columns at which the next weight begins."""
+    return np.cumsum([w_DM.shape[1] for w_DM in weights_DM])[:-1]
 
 
 @jax.custom_vjp
-def _widen_in_quarters(h_BLD, w_DF):
-    """The gradient is formed in quarters: the sum of one over the devices is hidden behind the next, and
+def _widen(h_BLD, w_DF):
+    """A product with a large weight; features first spares TPUs a pass over memory, and costs CPUs one.
+
+    The gradient is formed in quarters: the sum of one over the devices is hidden behind the next, and
     nothing hides the last sums of a layer."""
     return jnp.einsum("BLD,DF->FBL", h_BLD, w_DF)
 
 
 def _widen_fwd(h_BLD, w_DF):
-    return _widen_in_quarters(h_BLD, w_DF), (h_BLD, w_DF)
+    return _widen(h_BLD, w_DF), (h_BLD, w_DF)
 
 
 def _widen_bwd(saved, grad_FBL):
@@ -283,7 +289,7 @@ def _widen_bwd(saved, grad_FBL):
     return jnp.einsum("FBL,DF->BLD", grad_FBL, w_DF), jnp.concatenate(quarters)
 
 
-_widen_in_quarters.defvjp(_widen_fwd, _widen_bwd)
+_widen.defvjp(_widen_fwd, _widen_bwd)
 
 
 _BLOCK_AXES = {
@@ -338,9 +344,12 @@ class _Block(nn.Module):
         # M all heads side by side: a transpose is a pass over memory.
         h_BLD = norm("attn_norm_D", x_BLD)
         heads, kv_heads = (c.d_model, c.n_heads, c.d_head), (c.d_model, c.n_kv_heads, c.d_head)
-        q_BHLK = _product("BLD,DHK->BHLK", h_BLD, weight("q_DHK", heads, width))
-        k_BGLK = _product("BLD,DGK->BGLK", h_BLD, weight("k_DGK", kv_heads, width))
-        v_BLM = _product("BLD,DM->BLM", h_BLD, weight("v_DGK", kv_heads, width, heads_merged=True))
+        q_BHLK, k_BGLK, v_BLM = _products(
+            h_BLD,
+            ("BLD,DHK->BHLK", weight("q_DHK", heads, width)),
+            ("BLD,DGK->BGLK", weight("k_DGK", kv_heads, width)),
+            ("BLD,DM->BLM", weight("v_DGK", kv_heads, width, heads_merged=True)),
+        )
         att_BLM = attention(
             checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv"),
             checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv"),
@@ -350,15 +359,22 @@ class _Block(nn.Module):
             soft=c.pad == "soft",
         )
         o_MD = weight("o_HKD", (c.n_heads, c.d_head, c.d_model), width * depth, heads_merged=True)
-        x_BLD += _product("BLM,MD->BLD", att_BLM, o_MD)
+        x_BLD += _products(att_BLM, ("BLM,MD->BLD", o_MD))[0]
         x_BLD = checkpoint_name(sharding.constrain(x_BLD, "batch", "length", "embed"), "middle")
 
         h_BLD = norm("mlp_norm_D", x_BLD)
-        gate = _widen(h_BLD, weight("gate_DF", (c.d_model, c.d_mlp), width))
-        up = _widen(h_BLD, weight("up_DF", (c.d_model, c.d_mlp), width))
+        gate_DF = weight("gate_DF", (c.d_model, c.d_mlp), width)
+        up_DF = weight("up_DF", (c.d_model, c.d_mlp), width)
+        if sharding.platform() == "cpu":
+            gate, up = _products(h_BLD, ("BLD,DF->BLF", gate_DF), ("BLD,DF->BLF", up_DF))
+        else:
+            gate, up = _widen(h_BLD, gate_DF), _widen(h_BLD, up_DF)
         down_FD = weight("down_FD", (c.d_mlp, c.d_model), depth / math.sqrt(c.d_mlp))
         act = jax.nn.silu(checkpoint_name(gate, "mlp")) * checkpoint_name(up, "mlp")
-        x_BLD += _product(f"{_wide()},FD->BLD", act, down_FD)
+        if sharding.platform() == "cpu":
+            x_BLD += _products(act, ("BLF,FD->BLD", down_FD))[0]
+        else:
+            x_BLD += jnp.einsum("FBL,FD->BLD", act, down_FD)
         return sharding.constrain(x_BLD, "batch", "length", "embed"), None
 
 

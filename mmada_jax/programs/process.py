@@ -143,8 +143,8 @@ def keep_memory() -> None:
 
 
 def keep_memory_on_cpus() -> None:
-    """Takes `keep_memory` back, with glibc's defaults, if jax computes elsewhere: the many threads of such a
-    host need pools of their own."""
+    """Takes `keep_memory` back, with glibc's defaults, if jax computes elsewhere: such a host has many
+    threads, which need pools of their own."""
     import jax
 
     if jax.default_backend() != "cpu":
