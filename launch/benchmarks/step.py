@@ -38,7 +38,7 @@ def measure(args):
     B, L = args.rows, args.length
     if device.platform == "cpu":
         config, B, L = transformer.Config(128, 2, 4, 2, 256, 512, remat=args.remat), 2, 33
-    names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "xla")}.get(device.platform, ("cpu", "plain"))
+    names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "xla")}.get(device.platform, ("cpu", "xla"))
     runs = {name: step(config, name, B, L) for name in names}
     ms = timing.in_ms(timing.take_turns(runs, args.repeats))
     # The head is multiplied with masked positions only.
