@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Makes the environment and runs ruff and the tests.
-#   bash launch/test.sh [pytest options]         what runs without PyTorch, libtpu and a compiler
+#   bash launch/test.sh [pytest options]         what is quick, without PyTorch, libtpu and a compiler
 #   bash launch/test.sh --all [pytest options]   everything; PyTorch is large, pycosat may want a compiler
 set -euo pipefail
 extras=digits,rl,test
+which=(-m "not slow")
 if [ "${1-}" = --all ]; then
   extras=aot,digits,gym,rl,torch,test
+  which=()
   shift
 fi
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$extras"
@@ -17,4 +19,4 @@ print("Python", sys.version.split()[0], *(f"{name} {found.get(name, '-')}" for n
 END
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${which[@]+"${which[@]}"} "$@"

@@ -79,6 +79,7 @@ def test_the_hash_is_that_of_the_bytes_in_key_order(weights, tmp_path):
     assert inspect(publish(tmp_path / "other", changed))["sha256"] != digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_the_published_image_tokenizer_there_and_back(tmp_path):
     shapes = load_golden("magvitv2_state_dict_shapes")[0]
     pool = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
@@ -292,6 +293,7 @@ def test_float16_is_too_small_for_some(weights, tmp_path):
     expect_error(src, tmp_path / "dst", key, "beyond the range of float16", more=("--dtype", "float16"))
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(capfd):
     # The 8B-shaped run (README) may take 4 GB. 1/16 of it may take a 16th of that, beyond what a process
     # holds that has only imported everything.

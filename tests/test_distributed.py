@@ -105,6 +105,7 @@ def test_two_processes_train_as_one_does_and_stop_and_resume_together(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *states)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, tmp_path):
     what = {"program": "rl", "config": "unigrpo"}
     flags = [f"--config.init={model_workdir}", "--config.optim.eps=1e-3"]

@@ -29,6 +29,7 @@ def count_digits():
     return score
 
 
+@pytest.mark.slow
 def test_the_reward_of_a_toy_problem_rises(config, tmp_path, monkeypatch):
     # An untrained model can learn to say numbers.
     monkeypatch.setitem(rewards_lib.REWARDS, "digits", count_digits)

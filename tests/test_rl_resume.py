@@ -253,12 +253,13 @@ def test_a_workdir_holds_one_run(config, tmp_path):
     train(config | {"seed": 5}, workdir)  # from here on
 
 
+@pytest.mark.slow
 def test_launch_goes_on_after_a_kill_and_ctrl_c(model_workdir, tmp_path):
     def launch(workdir, number=None, step=0):
         """Runs until a step is shown, where the process gets a signal; what it printed."""
         command = [
             ROOT / "launch/rl.py", "--config", ROOT / "configs/unigrpo.py:digits,smoke",
-            "--workdir", workdir, f"--config.init={model_workdir}", "--config.iterations=12",
+            "--workdir", workdir, f"--config.init={model_workdir}", "--config.iterations=8",
             "--config.save_every=1",
         ]  # fmt: skip
         with Program(command, {"XLA_FLAGS": xla_flags(1)}, new_session=True) as process:
@@ -271,10 +272,10 @@ def test_launch_goes_on_after_a_kill_and_ctrl_c(model_workdir, tmp_path):
         return out
 
     launch(tmp_path / "whole")
-    launch(tmp_path / "run", signal.SIGKILL, 3)
-    assert "stopped by SIGINT after iteration" in launch(tmp_path / "run", signal.SIGINT, 6)[-1]
+    launch(tmp_path / "run", signal.SIGKILL, 2)
+    assert "stopped by SIGINT after iteration" in launch(tmp_path / "run", signal.SIGINT, 4)[-1]
     stopped = int(newest_step(tmp_path / "run").name) // 2
-    assert 6 <= stopped < 12
+    assert 4 <= stopped < 8
     assert f"resuming at iteration {stopped}\n" in "".join(launch(tmp_path / "run"))
     one, other = (inspect(tmp_path / name)["state_sha256"] for name in ("whole", "run"))
     assert one == other

@@ -89,6 +89,7 @@ def test_padding_and_what_follows_the_end_have_no_gradient(config):
         jax.tree.map(np.testing.assert_array_equal, gradients(rollout.tokens_RL), gradients(other))
 
 
+@pytest.mark.slow
 def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that_of_ratios(
     config, tmp_path
 ):

@@ -1,6 +1,7 @@
 """The training program: one compilation, exact resume after whatever, bad configurations, metrics."""
 
 import contextlib
+import functools
 import pathlib
 import random
 import re
@@ -222,7 +223,10 @@ def test_a_step_whose_params_give_no_gradient_is_not_resumed_for_ever(tmp_path):
 
 @pytest.fixture
 def tiny_vq(monkeypatch):
-    """A run of the image tokenizer that saves each step; steps in `bad` get pixels that are NaN."""
+    """A run of the image tokenizer on one device, which saves each step; steps in `bad` get pixels that are
+    NaN."""
+    one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", one)
     bad, load = set(), pipeline.Canvases.load
 
     def spoilt(self, step, which):

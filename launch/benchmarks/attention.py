@@ -88,9 +88,7 @@ def as_text(rows):
 def times(n):
     """Medians in ms of each implementation, in turns, and the other's over the chosen one's."""
     device = jax.devices()[0]
-    chosen, other = {"tpu": ("tpu", "splash"), "gpu": ("cudnn", "xla")}.get(
-        device.platform, ("cpu", "xla")
-    )
+    chosen, other = {"tpu": ("tpu", "splash"), "gpu": ("cudnn", "xla")}.get(device.platform, ("cpu", "xla"))
     rows = []
     for name, shape in (SMALL if device.platform == "cpu" else SHAPES).items():
         for direction in ("forward", "backward") if shape[1] == shape[2] else ("forward",):
