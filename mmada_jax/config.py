@@ -8,10 +8,10 @@ before anything is computed.
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import inspect
 import math
 import os
+import pathlib
 import sys
 import types
 import typing
@@ -174,11 +174,13 @@ def load_module(path: str) -> types.ModuleType:
     """Runs a Python file; the module. Raises FileNotFoundError if there is none."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no config file {path!r}; name one like configs/pretrain.py")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    if spec is None:
+    if not path.endswith(".py"):
         raise ValueError(f"{path} is no Python file; a config file is one like configs/pretrain.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Python's import would take the bytecode of a file that was changed within the same second and has the
+    # same length.
+    module = types.ModuleType("config_file")
+    module.__file__ = path
+    exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), module.__dict__)
     return module
 
 

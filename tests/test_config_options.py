@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -181,3 +182,12 @@ def test_a_program_with_flags_of_its_own_overrides_any_field():
     ]
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "['a'] x 7\n", done.stderr
+
+
+def test_a_file_that_is_changed_at_once_is_read_anew(tmp_path):
+    path = tmp_path / "config.py"
+    for steps in (3, 4):
+        path.write_text(f"def get_config(arg):\n    return {{'steps': {steps}}}\n")
+        os.utime(path, (0, 0))
+        assert config.load_module(str(path)).get_config(None) == {"steps": steps}
+    assert [file.name for file in tmp_path.iterdir()] == ["config.py"]
