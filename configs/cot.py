@@ -40,7 +40,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.update(n_layers=4, unroll=4)
         config.optim.lr = 1.5e-3
     if form == "fast":
-        config.steps = 90
+        config.steps = 80
         config.model.update(n_layers=2, unroll=1)
         config.optim.update(lr=3e-3, warmup=15)
     return config

@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.mixture.update(t2i=10, lm_chat=8, mmu=13)
         config.optim.update(lr=2e-3, warmup=50)
     if form == "fast":
-        config.steps = 180
+        config.steps = 160
         config.model.update(n_layers=2, unroll=1)  # one layer is compiled, not both
         config.mixture.update(t2i=14, lm_chat=1, mmu=16)
         config.loss.lm_chat = 0.5

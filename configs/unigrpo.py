@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if form == "full":
         config.iterations = 72
         config.tasks.arithmetic.update(groups=24, turns=3)
-        config.optim.update(lr=1e-4, warmup=30)
+        config.optim.warmup = 30
     if form == "fast":
         config.iterations, config.objective.mu, config.optim.warmup = 4, 2, 2
         config.tasks.arithmetic.turns = 1
@@ -46,7 +46,7 @@ def of_digits() -> ConfigDict:
         "program": "rl",
         "init": "../cot",
         "model": {"dtype": "float32", "attention": "auto", "remat": "none"},
-        "iterations": 36,
+        "iterations": 24,
         "tasks": {
             "arithmetic": {
                 "layout": "lm_chat",
@@ -75,7 +75,7 @@ def of_digits() -> ConfigDict:
         "save_every": 20,
         "samples_every": 20,
         "optim": {
-            "lr": 2e-4, "warmup": 8, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
+            "lr": 1e-4, "warmup": 16, "floor": 0.1, "b2": 0.98, "weight_decay": 0.0,
         },
     })  # fmt: skip
 

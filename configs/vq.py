@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
     arg = parse_arg(arg, presets=("digits",), preset="digits", forms=("full", "fast", "smoke"), form="")
     smoke = arg["form"] == "smoke"
-    steps = {"": 180, "full": 400, "fast": 80, "smoke": 4}[arg["form"]]
+    steps = {"": 180, "full": 400, "fast": 70, "smoke": 4}[arg["form"]]
     return ConfigDict({
         "program": "vq",
         "preset": arg["preset"],

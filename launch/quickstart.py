@@ -80,7 +80,7 @@ HELP = {"full": "more steps and cases: what docs/results.md quotes", "fast": "fe
 FORMS = {
     "default": form("digits", Cases(100, 200), {}),
     "full": form("digits,full", Cases(300, 400), FULL_FLOORS),
-    "fast": form("digits,fast", Cases(50, 50), {}),
+    "fast": form("digits,fast", Cases(40, 40), {}),
 }
 
 
