@@ -75,12 +75,25 @@ FULL_FLOORS = {
     "cot": {"vqa_sum": 0.5, "text_cot": 0.8, "r2i_image": 0.75, "t2i_one": 0.95},
     "unigrpo": {"text_cot_sampled": 0.7, "t2i_one_unguided": 0.9},
 }
+# The least of five seeds less three standard errors (`mmada bench seeds`; docs/results.md has the means).
+DEFAULT_FLOORS = {
+    "tokenizer": {"reconstructed_digit": 0.93},
+    "pretrain": {"vqa_one": 0.64, "vqa_two": 0.39, "t2i_one": 0.67, "t2i_two": 0.29, "inpaint": 0.54},
+    "cot": {
+        "vqa_sum": 0.44, "text_cot": 0.4, "r2i_thought": 0.52, "r2i_image": 0.38, "t2i_one": 0.62,
+        "vqa_two": 0.36,
+    },
+    "unigrpo": {
+        "text_cot_sampled": 0.27, "text_cot": 0.38, "vqa_sum": 0.4, "t2i_one_unguided": 0.65,
+        "t2i_one": 0.78,
+    },
+}  # fmt: skip
+FAST_FLOORS = {"tokenizer": {"reconstructed_digit": 0.86}, "pretrain": {"vqa_one": 0.17}}
 HELP = {"full": "more steps and cases: what docs/results.md quotes", "fast": "fewer steps and cases"}
-# A floor comes from five seeds (`mmada bench seeds`). The forms without one have not had these runs yet.
 FORMS = {
-    "default": form("digits", Cases(100, 200), {}),
+    "default": form("digits", Cases(100, 200), DEFAULT_FLOORS),
     "full": form("digits,full", Cases(300, 400), FULL_FLOORS),
-    "fast": form("digits,fast", Cases(40, 40), {}),
+    "fast": form("digits,fast", Cases(40, 40), FAST_FLOORS),
 }
 
 
