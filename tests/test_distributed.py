@@ -156,6 +156,7 @@ for config, workdir in json.loads(runs):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_show_samples_of_every_kind(smoke_config, image_tokenizer, free_port, tmp_path):
     scan = ((digits.canvas(*digits.load("test").pixels[:2])[..., 0] + 1) * 127.5).astype(np.uint8)
     Image.fromarray(scan).save(tmp_path / "scan.png")

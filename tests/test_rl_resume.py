@@ -34,7 +34,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("ahead", "kl", "dtype"),
-    [(0, "old", "float32"), (0, "reference", "bfloat16"), (1, "reference", "float32")],
+    [
+        pytest.param(0, "old", "float32", marks=pytest.mark.slow),
+        pytest.param(0, "reference", "bfloat16", marks=pytest.mark.slow),
+        (1, "reference", "float32"),
+    ],
 )
 def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
     objective = config["objective"] | {"kl": kl, "beta": 0.1}
