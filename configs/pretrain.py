@@ -6,8 +6,8 @@ r"""Stage 1: one model on text, image understanding and image generation togethe
     mmada aot --config configs/pretrain.py:8b,phase=3 --topology v5p:4x4x4
 
 `digits`: scans of handwritten digits; the image tokenizer is trained first if there is none.
-`,full`: a layer more, twice the steps; docs/results.md quotes it. `,fast`: a layer less, a quarter of the
-steps.
+`,full`: a layer more and more steps; `,fast`: a layer less and fewer steps. docs/results.md says
+what each reaches.
 
 `8b,phase=1` (2, 3): the published phases of MMaDA-8B. What they read lies beside the workdir: in data/
 folders that `mmada prepare` made, named as below, each with one of held-out records, NAME_held_out;

@@ -171,7 +171,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def load_module(path: str) -> types.ModuleType:
-    """Runs a Python file; the module. Raises FileNotFoundError if there is none."""
+    """Runs a Python file; the module. Raises FileNotFoundError if there is none, and ValueError if its name
+    doesn't end in .py."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no config file {path!r}; name one like configs/pretrain.py")
     if not path.endswith(".py"):
