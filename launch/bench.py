@@ -1,36 +1,139 @@
 """Times a part of the project: prints a table, and with --json PATH writes the numbers as well.
 
-Each name is a file in launch/benchmarks/, in which `add_options` adds to the command line, `measure` gives
-what --json writes, and `as_text` the table. Those of attention and step need jax, flax and numpy alone.
+The options of each benchmark are here. The benchmark itself is a file in launch/benchmarks/, in which
+`measure` gives what --json writes, and `as_text` the table. Those of attention and step need jax, flax and
+numpy alone.
 """
 
+import argparse
+import ast
 import difflib
 import importlib
 import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from mmada_jax.programs.process import Parser, ending, keep_memory, keep_memory_on_cpus
+from launch import quickstart
+from mmada_jax.programs.process import Parser, ending, start_jax
 
-# Name -> what is timed.
-NAMES = {
-    "twin": "a training step and decoding, against the same model in plain PyTorch",
-    "step": "a training step at the 8B's width, with each attention",
-    "attention": "attention at the model's shapes, each implementation",
-    "convert": "conversion of a checkpoint, against cp, and its memory",
-    "data": "the input of training: images per second",
-    "rl": "UniGRPO on digits: several seeds and maskings, before and after",
-    "seeds": "the quickstart with several seeds: mean, least share and deviation of each metric",
+PRESETS = ("digits", "tiny")
+SPLITS = ("train", "validation", "test")
+MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
+
+
+def twin_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench twin`."""
+    parser.add_argument("--preset", choices=PRESETS, default="digits")
+    parser.add_argument("--repeats", type=int, default=31, help="timed calls of each task per side")
+    parser.add_argument(
+        "--rows", type=int, default=32, help="training batch; generation takes a quarter of it"
+    )
+
+
+def step_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench step`."""
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=1539)
+    parser.add_argument("--remat", default="attention+middle+qkv+mlp")
+    parser.add_argument("--repeats", type=repeats, default=10)
+
+
+def attention_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench attention`."""
+    parser.add_argument("--repeats", type=repeats, default=20)
+    parser.add_argument("--schedule", metavar="TOPOLOGY", help="as v5e:2x2, v5p:2x2x1 or v6e:2x2")
+
+
+def convert_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench convert`."""
+    parser.add_argument("--shrink", type=int, default=1, help="divides the widths and the vocabulary")
+    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
+
+
+def data_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench data`."""
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
+    parser.add_argument("--workers", type=int, default=0, help="processes with that many threads each")
+    parser.add_argument("--images", type=int, default=1000, help="how many there are (default: 1000)")
+    parser.add_argument("--side", type=int, default=256, help="shorter side of the files (default: 256)")
+    parser.add_argument("--image_size", type=int, default=256, help="pixels of a row (default: 256)")
+    parser.add_argument("--seconds", type=float, default=5, help="of each measurement (default: 5)")
+    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
+
+
+def rl_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench rl`."""
+    parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
+    parser.add_argument("--workdir", default="runs/benchmark_rl", help="default: %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--maskings",
+        nargs="+",
+        choices=MASKINGS,
+        default=["exact", "unigrpo", "full", "random", "trace"],
+        metavar="MASKING",
+        help=f"of {', '.join(MASKINGS)} (all but coupled)",
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    parser.add_argument(
+        "--n", type=at_least_one, default=1200, help="cases of each sampled metric (%(default)s)"
+    )
+
+
+def seeds_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench seeds`."""
+    forms = ("default", *quickstart.FORMS)
+    parser.add_argument("--workdir", default="runs/seeds", help="default: %(default)s")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--form", choices=forms, default="default", help="default: %(default)s")
+
+
+def repeats(text: str) -> int:
+    """Reads the number of timed calls: at least 2, since quartiles are formed of them."""
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is too few; at least 2")
+    return int(text)
+
+
+def at_least_one(text: str) -> int:
+    """Reads a number of cases: at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is too few; at least 1")
+    return int(text)
+
+
+class Benchmark(NamedTuple):
+    """`what` is timed, the options are added by `add_options`, and jax is started by `start`."""
+
+    what: str
+    add_options: Callable[[Parser], None]
+    start: Callable[[], None] = start_jax
+
+
+BENCHMARKS = {
+    "twin": Benchmark(
+        "a training step and decoding, against the same model in plain PyTorch", twin_options
+    ),
+    "step": Benchmark("a training step at the 8B's width, with each attention", step_options),
+    "attention": Benchmark("attention at the model's shapes, each implementation", attention_options),
+    "convert": Benchmark("conversion of a checkpoint, against cp, and its memory", convert_options),
+    "data": Benchmark("the input of training: images per second", data_options),
+    "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
+    "seeds": Benchmark(
+        "the quickstart with several seeds: mean, least share and deviation of each metric",
+        seeds_options,
+        quickstart.start,
+    ),
 }
-# Those with a report and a workdir of their own.
-WHOLE = {"rl": "launch.benchmark_rl", "seeds": "launch.benchmark_quickstart"}
 HELP = (
     "usage: mmada bench NAME [options]\n\n"
-    + "".join(f"  {name:11} {what}\n" for name, what in NAMES.items())
+    + "".join(f"  {name:11} {benchmark.what}\n" for name, benchmark in BENCHMARKS.items())
     + "\nmmada bench NAME --help tells the options of each."
 )
 
@@ -41,25 +144,28 @@ def main(argv: Sequence[str] | None = None) -> object:
     if name in ("-h", "--help"):
         print(HELP)
         return None
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
+    if name not in BENCHMARKS:
+        near = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
-        print(f"error: unknown benchmark {name!r}{hint} Known: {', '.join(NAMES)}", file=sys.stderr)
+        print(f"error: unknown benchmark {name!r}{hint} Known: {', '.join(BENCHMARKS)}", file=sys.stderr)
         sys.exit(2)
-    if name in WHOLE:
-        return importlib.import_module(WHOLE[name]).main(words)
-    keep_memory()  # as training does
-    benchmark = importlib.import_module(f"launch.benchmarks.{name}")
-    parser = Parser(benchmark.__doc__, prog=f"mmada bench {name}")
+    parser = Parser(description(name), prog=f"mmada bench {name}")
     parser.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the numbers there, too")
-    benchmark.add_options(parser)
+    BENCHMARKS[name].add_options(parser)
     args = parser.parse_args(words)
-    keep_memory_on_cpus()
+    BENCHMARKS[name].start()
+    benchmark = importlib.import_module(f"launch.benchmarks.{name}")
     report = benchmark.measure(args)
     print(benchmark.as_text(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
     return report
+
+
+def description(name: str) -> str:
+    """The docstring of a benchmark, which is read without importing what the benchmark computes with."""
+    source = (pathlib.Path(__file__).parent / "benchmarks" / f"{name}.py").read_text()
+    return ast.get_docstring(ast.parse(source)) or ""
 
 
 if __name__ == "__main__":

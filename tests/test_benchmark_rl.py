@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from configs import unigrpo
-from launch import benchmark_rl
+from launch import bench
+from launch.benchmarks import rl as benchmark_rl
 from mmada_jax.serve.api import MMaDA
 
 
@@ -26,14 +27,14 @@ def test_the_test_for_two_proportions_is_that_of_the_chi_square(before, after):
 
 def test_measures_are_counts_and_mean_rewards(model_workdir):
     config = unigrpo.get_config("digits")
-    result, pictures = benchmark_rl.measure(MMaDA.load(model_workdir), config, 10)
+    result, pictures = benchmark_rl.measure_model(MMaDA.load(model_workdir), config, 10)
     assert set(result) == {*benchmark_rl.COUNTS, "rewards"}
     assert all(result[name]["total"] == 10 for name in benchmark_rl.COUNTS)
     assert 0 <= result["rewards"]["drawing"] <= 1
     assert 0 <= result["rewards"]["arithmetic"] <= 2.5
     assert len(pictures["sums"]) == len(pictures["drawn"][0]) == 10
     known = {name: {"correct": 7, "total": 9} for name in ("text_cot", "vqa_sum", "t2i_one")}
-    again, _ = benchmark_rl.measure(MMaDA.load(model_workdir), config, 10, known=known)
+    again, _ = benchmark_rl.measure_model(MMaDA.load(model_workdir), config, 10, known=known)
     assert again == result | known
     lines = benchmark_rl.table({"exact": {3: (result, result), 5: (result, result)}})
     assert len(lines) == 5
@@ -48,20 +49,19 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
         measured.append(args)
         raise InterruptedError
 
-    monkeypatch.setattr(benchmark_rl, "measure", measure)
-    flags = ["benchmark_rl", "--init", str(model_workdir), "--workdir", str(tmp_path / "run")]
-    monkeypatch.setattr("sys.argv", flags)
+    monkeypatch.setattr(benchmark_rl, "measure_model", measure)
+    words = ["rl", "--init", str(model_workdir), "--workdir", str(tmp_path / "run")]
     with pytest.raises(InterruptedError):
-        benchmark_rl.main()
+        bench.main(words)
     digits = unigrpo.get_config("digits,full")
     digits.optim.lr = 1.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(unigrpo, "get_config", lambda _: digits)
         with pytest.raises(ValueError, match=r"lr is 0\.0001 there and 1"):
-            benchmark_rl.main()
+            bench.main(words)
     monkeypatch.setattr(benchmark_rl, "fingerprint", lambda _: "another")
     with pytest.raises(ValueError, match="holds another model"):
-        benchmark_rl.main()
+        bench.main(words)
     assert len(measured) == 1
 
 
@@ -69,17 +69,15 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
     ("flags", "message"),
     [
         (["--maskings", "exact", "luck"], "invalid choice: 'luck'"),
-        (["--n", "0"], "--n is 0"),
+        (["--n", "0"], "argument --n: 0 is too few"),
         (["--init", "nowhere"], "nowhere"),
     ],
 )
-def test_bad_input_is_refused_at_once(model_workdir, tmp_path, monkeypatch, capsys, flags, message):
+def test_bad_input_is_refused_at_once(model_workdir, tmp_path, capsys, flags, message):
     workdir = tmp_path / "run"
-    monkeypatch.setattr(
-        "sys.argv", ["benchmark_rl", "--init", str(model_workdir), "--workdir", str(workdir), *flags]
-    )
+    words = ["rl", "--init", str(model_workdir), "--workdir", str(workdir), *flags]
     with pytest.raises((SystemExit, OSError)) as error:
-        benchmark_rl.main()
+        bench.main(words)
     assert message in capsys.readouterr().err + str(error.value)
     assert not workdir.exists()
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import platform
 import re
@@ -12,6 +13,7 @@ import typing
 
 import pytest
 
+from launch import bench
 from mmada_jax.programs import command, convert, prepare, process
 from mmada_jax.programs.command import PROGRAMS
 
@@ -36,17 +38,20 @@ def test_help_lists_all_programs(capsys):
 
 def test_help_imports_nothing_that_takes_time():
     # What a program computes with is imported when it computes.
+    modules_of = {name: module for name, (module, _) in PROGRAMS.items() if name != "bench"}
+    modules_of |= {f"bench {name}": f"launch.benchmarks.{name}" for name in bench.BENCHMARKS}
+    calls = [words.split() for words in modules_of]
     code = f"""
 import contextlib, io, json, sys
 from mmada_jax.programs import command
 before = set(sys.modules)
 ended = {{}}
-for name in {OURS!r}:
+for words in {calls!r}:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         try:
-            command.main([name, "--help"])
+            command.main([*words, "--help"])
         except SystemExit as exit:
-            ended[name] = exit.code, shown.getvalue()
+            ended[" ".join(words)] = exit.code, shown.getvalue()
 print(json.dumps([ended, sorted({{name.partition(".")[0] for name in sys.modules}})]))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -54,9 +59,9 @@ print(json.dumps([ended, sorted({{name.partition(".")[0] for name in sys.modules
     ended, modules = json.loads(run.stdout)
     heavy = {"absl", "flax", "grain", "jax", "ml_collections", "numpy", "optax", "orbax", "PIL", "sklearn"}
     assert not (loaded := heavy & set(modules)), loaded
-    for name in OURS:
-        code, shown = ended[name]
-        doc = importlib.import_module(PROGRAMS[name][0]).__doc__
+    assert set(ended) == set(modules_of)
+    for name, (code, shown) in ended.items():
+        doc = importlib.import_module(modules_of[name]).__doc__
         assert code == 0
         assert shown.startswith(f"usage: mmada {name} ")
         assert doc.splitlines()[0] in shown
@@ -130,14 +135,20 @@ def test_files_that_describe_nothing(text, named, message, tmp_path, monkeypatch
 
 
 def test_options_know_what_the_library_knows():
-    from mmada_jax.data import images, sources
+    from launch import quickstart, quickstart_stages
+    from mmada_jax.data import digits, images, sources
+    from mmada_jax.nets.transformer import PRESETS
     from mmada_jax.train.aot import RL
+    from mmada_jax.train.rl.unigrpo import MASKINGS
     from mmada_jax.weights.lazy import DTYPES
 
     assert set(prepare.FORMATS) == set(sources.FORMATS) - {"arrayrecord", "digits"}
     assert typing.get_args(images.Resize) == prepare.RESIZE
     assert tuple(DTYPES) == convert.DTYPES
     assert set(RL) <= set(importlib.import_module("mmada_jax.programs.aot").STEPS)
+    assert (bench.SPLITS, bench.MASKINGS) == (digits.SPLITS, MASKINGS)
+    assert set(bench.PRESETS) < set(PRESETS)
+    assert {"default", *quickstart.FORMS} == set(quickstart_stages.FORMS)
 
 
 def test_the_package_installs_the_command(monkeypatch):
@@ -196,14 +207,14 @@ def test_errors_of_ours_have_a_traceback(monkeypatch):
 def test_what_a_step_frees_is_kept():
     code = """
 import resource, numpy as np
-from mmada_jax.programs.process import keep_memory
+from mmada_jax.programs.process import start_jax
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(8):
         np.ones(2**23)  # 64 MB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 without = faults()
-keep_memory()
+start_jax()
 np.ones(2**23)
 print(without, faults())
 """
@@ -211,6 +222,34 @@ print(without, faults())
     assert run.returncode == 0, run.stderr
     without, kept = map(int, run.stdout.split())
     assert kept < without / 100, (without, kept)
+
+
+COMPUTING = ["quickstart", "train", "rl", *(f"bench {name}" for name in bench.BENCHMARKS)]
+
+
+@pytest.mark.parametrize("name", COMPUTING)
+def test_programs_that_compute_keep_what_they_free(name, tmp_path, monkeypatch):
+    from launch import quickstart
+
+    told, options = [], ["--workdir", str(tmp_path)]
+    monkeypatch.setattr(process, "_tell_malloc", told.append)
+    monkeypatch.setattr(quickstart, "keep_programs", lambda: None)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
+    computes = {
+        "quickstart": "launch.quickstart_stages.complete",
+        "train": "mmada_jax.train.supervised.train",
+        "rl": "mmada_jax.train.rl.loop.train",
+    }.get(name, f"launch.benchmarks.{name.partition(' ')[2]}.measure")
+    if name in ("train", "rl"):
+        options += ["--config", {"train": "configs/vq.py:digits", "rl": "configs/unigrpo.py:digits"}[name]]
+        options[-1] = str(ROOT / options[-1])
+    if name.startswith("bench"):
+        options = []
+        monkeypatch.setattr(computes.replace(".measure", ".as_text"), str)
+    began = []
+    monkeypatch.setattr(computes, lambda *_: began.append(len(told)))
+    command.main([*name.split(), *options])
+    assert began == [1] and len(told) == 1, "told once, before what computes, and kept on a CPU"
 
 
 def test_scripts_leave_the_platform_and_the_allocator_to_the_user():

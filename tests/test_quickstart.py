@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from launch import benchmark_quickstart, quickstart
+from launch import quickstart_stages as quickstart
+from launch.benchmarks import seeds
 
 
 def result(*shares, total=100):
@@ -56,20 +57,18 @@ def test_a_workdir_has_one_form_and_one_seed(tmp_path):
 @pytest.mark.parametrize("n", [10, 100, 1000])
 def test_a_floor_is_below_its_share_and_nearer_with_more_cases(n):
     shares = np.linspace(0, 1, 11)
-    of_shares = [benchmark_quickstart.floor(share, n) for share in shares]
+    of_shares = [seeds.floor(share, n) for share in shares]
     assert all(0 <= floor <= share for floor, share in zip(of_shares, shares, strict=True))
     assert of_shares[-1] < 1
     assert all(
-        benchmark_quickstart.floor(share, 4 * n) > floor
-        for share, floor in zip(shares, of_shares, strict=True)
-        if floor
+        seeds.floor(share, 4 * n) > floor for share, floor in zip(shares, of_shares, strict=True) if floor
     )
     # Three standard errors of a share of one half are 1.5/sqrt(n).
-    assert benchmark_quickstart.floor(0.5, n) == pytest.approx(max(0, 0.5 - 1.5 / n**0.5))
+    assert seeds.floor(0.5, n) == pytest.approx(max(0, 0.5 - 1.5 / n**0.5))
 
 
 def test_the_table_of_seeds_has_mean_least_and_deviation():
-    lines = benchmark_quickstart.table([result(0.5, 1.0), result(0.7, 1.0), result(0.9, 1.0)])
+    lines = seeds.table([result(0.5, 1.0), result(0.7, 1.0), result(0.9, 1.0)])
     rows = {
         line.split("|")[2].strip(): [cell.strip() for cell in line.split("|")[3:-1]] for line in lines[2:4]
     }

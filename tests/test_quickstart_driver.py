@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 DRIVER = """
 import itertools, json, os, pathlib, resource, signal, sys, types
 from PIL import Image
-from launch import quickstart
+from launch import quickstart_stages as quickstart
 from mmada_jax.programs.process import fail
 
 root = pathlib.Path(sys.argv[1])
@@ -64,14 +64,13 @@ def start(workdir, dies=None, full=False):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
         return "<p>" * 100_000
 
-    quickstart.keep_memory = quickstart.keep_programs = lambda: None
     quickstart.train, quickstart.rl = train, types.SimpleNamespace(train=train)
     quickstart.measure_stages, quickstart.page, quickstart.write_whole = measure_stages, page, write
     quickstart.results, quickstart.curves = lambda pictures: Image.new("L", (8, 8)), lambda histories: []
     quickstart.table = lambda result: []
     status = 0
     try:
-        quickstart.main(["--workdir", str(workdir)], {"default": form})
+        quickstart.complete(workdir, "default", 0, {"default": form})
     except Exception as error:
         try:
             fail(error)

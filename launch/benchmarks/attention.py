@@ -11,7 +11,6 @@ one head. A bundle knows nothing of waiting for memory, so this is a comparison 
 arithmetic and not a time. Needs jax, flax and numpy; --schedule also libtpu (the extra `aot`).
 """
 
-import argparse
 import functools
 import glob
 import os
@@ -41,22 +40,9 @@ SMALL = {"small": (2, 129, 129, 4, 2), "small block": (2, 32, 256, 4, 4)}
 D_HEAD = 128
 
 
-def add_options(parser):
-    """Those beside --json."""
-    parser.add_argument("--repeats", type=repeats, default=20)
-    parser.add_argument("--schedule", metavar="TOPOLOGY", help="as v5e:2x2, v5p:2x2x1 or v6e:2x2")
-
-
 def measure(args):
     """A row for each shape and direction: times in ms, or bundles."""
     return schedules(args.schedule) if args.schedule else times(args.repeats)
-
-
-def repeats(text):
-    """The argument of --repeats: at least 2, for quartiles."""
-    if int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text} is too few; at least 2")
-    return int(text)
 
 
 def as_text(rows):

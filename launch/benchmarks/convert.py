@@ -27,12 +27,6 @@ from mmada_jax.weights import hub, lazy, llada_keys
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those beside --json."""
-    parser.add_argument("--shrink", type=int, default=1, help="divides the widths and the vocabulary")
-    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-
-
 def measure(args: argparse.Namespace) -> dict:
     """All numbers of a run."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

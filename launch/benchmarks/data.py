@@ -33,17 +33,6 @@ ROWS = {"t2i": 8, "mmu": 8}
 N_ROWS = sum(ROWS.values())
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those beside --json."""
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
-    parser.add_argument("--workers", type=int, default=0, help="processes with that many threads each")
-    parser.add_argument("--images", type=int, default=1000, help="how many there are (default: 1000)")
-    parser.add_argument("--side", type=int, default=256, help="shorter side of the files (default: 256)")
-    parser.add_argument("--image_size", type=int, default=256, help="pixels of a row (default: 256)")
-    parser.add_argument("--seconds", type=float, default=5, help="of each measurement (default: 5)")
-    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-
-
 def measure(args: argparse.Namespace) -> dict:
     """All numbers of a run."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -16,19 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from launch.benchmarks import timing
-from launch.benchmarks.attention import repeats
 from mmada_jax.devices import chips
 from mmada_jax.diffusion import loss
 from mmada_jax.nets import transformer
-
-
-def add_options(parser):
-    """Those beside --json."""
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1539)
-    parser.add_argument("--remat", default="attention+middle+qkv+mlp")
-    parser.add_argument("--repeats", type=repeats, default=10)
 
 
 def measure(args):

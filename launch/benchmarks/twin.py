@@ -53,15 +53,6 @@ LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 Tasks = dict[str, Callable[[], Any]]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those beside --json."""
-    parser.add_argument("--preset", choices=("digits", "tiny"), default="digits")
-    parser.add_argument("--repeats", type=int, default=31, help="timed calls of each task per side")
-    parser.add_argument(
-        "--rows", type=int, default=32, help="training batch; generation takes a quarter of it"
-    )
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers of a run. Raises ValueError for options out of their range."""
     if args.rows < 4 or args.repeats < 1:

@@ -51,24 +51,25 @@ def add_processes(parser: Parser) -> None:
 
 
 def connect(args: argparse.Namespace, program: str, parse: Callable[[Any], Any]) -> None:
-    """Meets the other processes of the run; all must run the same program with the same configuration,
-    which `parse` makes whole."""
+    """Starts jax and meets the other processes of the run. All must run the same program with the same
+    configuration, which `parse` makes whole."""
     import os
 
     import jax
 
     from mmada_jax.config import to_dict
     from mmada_jax.devices.distributed import initialize_distributed, together
-    from mmada_jax.programs.process import keep_memory, keep_memory_on_cpus, quiet
+    from mmada_jax.programs.process import quiet, start_jax
+
+    def meet():
+        initialize_distributed(
+            args.coordinator, args.num_processes, args.process_id, args.distributed, args.connect_timeout
+        )
+        with together(program, args.connect_timeout) as same:
+            same |= {"config": to_dict(parse(args.config)), "workdir": os.path.abspath(args.workdir)}
+        # The devices of all processes are asked for when all are sure to do so.
+        with together(program, args.connect_timeout) as same:
+            same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}
 
     quiet()
-    keep_memory()
-    initialize_distributed(
-        args.coordinator, args.num_processes, args.process_id, args.distributed, args.connect_timeout
-    )
-    with together(program, args.connect_timeout) as same:
-        same |= {"config": to_dict(parse(args.config)), "workdir": os.path.abspath(args.workdir)}
-    # The devices of all processes are asked for when all are sure to do so.
-    with together(program, args.connect_timeout) as same:
-        same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}
-    keep_memory_on_cpus()
+    start_jax(meet)

@@ -15,7 +15,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 
@@ -129,46 +129,42 @@ def quiet() -> None:
     logging.set_verbosity(logging.FATAL)
 
 
-def keep_memory() -> None:
-    """Makes glibc keep what this process frees. Call it before jax has threads: a thread keeps the pool of
-    memory that it began with.
+def start_jax(connect: Callable[[], None] = lambda: None) -> None:
+    """Starts jax in a process that keeps the memory that it frees, if jax computes on CPUs.
 
     XLA asks for its buffers anew in every step. Handed back to the kernel each time, their pages, which the
-    kernel clears, cost more than a quarter of a training step of the digits (system time; mallopt(3) names
-    the settings)."""
-    _tell_malloc(_MMAP_MAX, 0)
-    _tell_malloc(_TRIM_THRESHOLD, 2**31 - 1)
-    _tell_malloc(_TOP_PAD, 2**28)
-    _tell_malloc(_ARENA_MAX, 1)
+    kernel clears, cost more than a quarter of a training step of the digits (system time). glibc is told to
+    keep them before jax has threads, since a thread keeps the pool of memory that it began with. A host of
+    accelerators has many threads, which need pools of their own: it gets glibc's defaults back as soon as
+    jax knows its devices.
 
-
-def keep_memory_on_cpus() -> None:
-    """Takes `keep_memory` back, with glibc's defaults, if jax computes elsewhere: such a host has many
-    threads, which need pools of their own."""
+    Programs that compute call this when they have read their options; nothing may ask jax for its devices
+    before. `connect` meets the other processes of a run, which comes before the devices too.
+    """
     import jax
 
+    _tell_malloc({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**28, _ARENA_MAX: 1})
+    connect()
     if jax.default_backend() != "cpu":
-        _tell_malloc(_MMAP_MAX, 2**16)
-        _tell_malloc(_TRIM_THRESHOLD, 2**17)
-        _tell_malloc(_TOP_PAD, 2**17)
-        _tell_malloc(_ARENA_MAX, 0)
+        _tell_malloc({_MMAP_MAX: 2**16, _TRIM_THRESHOLD: 2**17, _TOP_PAD: 2**17, _ARENA_MAX: 0})
 
 
 def share_memory() -> None:
     """Makes the threads of this process take memory from two pools of glibc's instead of one for each
     thread. What a thread frees stays in its pool, where threads of other pools can't use it: a conversion
     held twice as much on a busy machine. Call it before threads are started."""
-    _tell_malloc(_ARENA_MAX, 2)
+    _tell_malloc({_ARENA_MAX: 2})
 
 
 # Settings of mallopt(3).
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 
-def _tell_malloc(setting: int, value: int) -> None:
+def _tell_malloc(settings: Mapping[int, int]) -> None:
     """Other C libraries than glibc may lack mallopt; then nothing happens."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(setting, value)
+        for setting, value in settings.items():
+            libc.mallopt(setting, value)
 
 
 def keep_programs() -> None:

@@ -2,48 +2,39 @@
 
     mmada bench seeds --workdir runs/seeds --seeds 0 1 2 3 4
 
-Writes WORKDIR/seeds.md: of every metric the mean, the least share, the deviation among the seeds, and the
-least share less three standard errors, which is what a floor of launch/quickstart.py is. The runs are in
-WORKDIR/seed-N. What is done already isn't done again, so that several of these, each with seeds of its own,
-can share a workdir; ask for all of them in the end.
+Writes WORKDIR/seeds.md. A row has the mean of a metric, its least share, its deviation among the seeds, and
+the least share less three standard errors, which is its floor in launch/quickstart_stages.py. The runs are
+in WORKDIR/seed-N. What is done already isn't done again, so that several of these, each with seeds of its
+own, can share a workdir; ask for all of them in the end.
 """
 
 import argparse
 import json
 import math
-import os
 import pathlib
-import sys
-from collections.abc import Sequence
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 
-from launch import quickstart
+from launch import quickstart_stages
 from mmada_jax.disk import write_whole
-from mmada_jax.programs.process import ending
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run what isn't done yet, then the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", default="runs/seeds", help="default: %(default)s")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--form", choices=quickstart.FORMS, default="default", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    workdir, form = pathlib.Path(args.workdir), quickstart.FORMS[args.form]
+def measure(args: argparse.Namespace) -> dict[int, dict]:
+    """Runs what isn't done yet, and writes the table. Reports of the quickstart by seed."""
+    workdir, form = pathlib.Path(args.workdir), quickstart_stages.FORMS[args.form]
     results = {}
     for seed in args.seeds:
         folder = workdir / f"seed-{seed}"
-        quickstart.claim(folder, {"form": args.form, "seed": seed})
-        results[seed] = quickstart.run(folder, form, seed)
-    lines = table(list(results.values()))
+        quickstart_stages.claim(folder, {"form": args.form, "seed": seed})
+        results[seed] = quickstart_stages.run(folder, form, seed)
     write_whole(workdir / "seeds.json", json.dumps(results, indent=1))
-    write_whole(workdir / "seeds.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_whole(workdir / "seeds.md", as_text(results) + "\n")
+    return results
+
+
+def as_text(results: dict[int, dict]) -> str:
+    """The table."""
+    return "\n".join(table(list(results.values())))
 
 
 def table(results: list[dict]) -> list[str]:
@@ -80,8 +71,3 @@ def floor(share: float, n: int) -> float:
     case are counted in the error: without them none would follow from a share of 0 or 1."""
     smooth = (share * n + 1) / (n + 2)
     return max(0.0, share - 3 * math.sqrt(smooth * (1 - smooth) / n))
-
-
-if __name__ == "__main__":
-    with ending():
-        main()

@@ -15,15 +15,11 @@ import io
 import itertools
 import json
 import math
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-import jax
 import numpy as np
 
 from configs import unigrpo as config_file
@@ -32,12 +28,10 @@ from mmada_jax.diffusion.rules import ImageRule
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
-from mmada_jax.programs.process import ending
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.rewards.functions import Combined
-from mmada_jax.train.rl.unigrpo import MASKINGS
 from mmada_jax.weights.manifest import fingerprint
 from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, newest_step
 
@@ -51,27 +45,9 @@ CAVEAT = (
 COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_one")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Train and measure what isn't yet, then the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
-    parser.add_argument("--workdir", default="runs/benchmark_rl", help="default: %(default)s")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--maskings",
-        nargs="+",
-        choices=MASKINGS,
-        default=["exact", "unigrpo", "full", "random", "trace"],
-        metavar="MASKING",
-        help=f"of {', '.join(MASKINGS)} (all but coupled)",
-    )
-    parser.add_argument("--split", choices=digits.SPLITS, default="test", help="default: %(default)s")
-    parser.add_argument("--n", type=int, default=1200, help="cases of each sampled metric (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n is {args.n}; it must be at least 1")
+def measure(args: argparse.Namespace) -> dict[str, dict[int, tuple[dict, dict]]]:
+    """Trains and measures what isn't yet, and writes the report. Counts and rewards by masking and seed,
+    before and after."""
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
@@ -88,13 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         before = workdir / f"before-{seed}-{name}"
         print(f"{masking}, seed {seed}", flush=True)
         if not before.is_file():
-            result, _ = measure(start, config, args.n, args.split, seed)
+            result, _ = measure_model(start, config, args.n, args.split, seed)
             write_whole(before, json.dumps(result, indent=1))
         if not (folder / name).is_file():
             began = time.perf_counter()
             train_to_the_end(config, folder)
             seconds = time.perf_counter() - began
-            result, _ = measure(MMaDA.load(folder), config, args.n, args.split, seed)
+            result, _ = measure_model(MMaDA.load(folder), config, args.n, args.split, seed)
             write_whole(folder / name, json.dumps(result | {"seconds": round(seconds, 1)}, indent=1))
 
     # ---- Report -------------------------------------------------------------------------------------
@@ -109,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for masking in args.maskings
     }
     write_whole(workdir / "report.json", json.dumps(results, indent=1))
-    write_whole(workdir / "report.md", "\n".join([*table(results), "", CAVEAT]) + "\n")
+    write_whole(workdir / "report.md", as_text(results) + "\n")
     rewards = {
         masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in args.seeds]
         for masking in args.maskings
     }
     write_curves(workdir / "rewards.png", rewards)
-    print("\n".join(table(results)))
-    print(f"\n{workdir.absolute()}: report.md, report.json, rewards.png")
+    print(f"{workdir.absolute()}: report.md, report.json, rewards.png", flush=True)
+    return results
 
 
 def train_to_the_end(config, workdir) -> None:
@@ -125,7 +101,7 @@ def train_to_the_end(config, workdir) -> None:
         sys.exit(143)  # as a shell has it for SIGTERM
 
 
-def measure(
+def measure_model(
     model: MMaDA,
     config,
     n: int,
@@ -177,6 +153,11 @@ def two_proportions(before: tuple[int, int], after: tuple[int, int]) -> tuple[fl
     deviation = math.sqrt(share * (1 - share) * (1 / n + 1 / m))
     z = (y / m - x / n) / deviation if deviation else 0.0
     return z, math.erfc(abs(z) / math.sqrt(2))
+
+
+def as_text(results: dict[str, dict[int, tuple[dict, dict]]]) -> str:
+    """The table, and what its p means."""
+    return "\n".join([*table(results), "", CAVEAT])
 
 
 def table(results: dict[str, dict[int, tuple[dict, dict]]]) -> list[str]:
@@ -236,9 +217,3 @@ def curves(rewards: dict[str, list[list[dict]]]):
         axis.set(title=f"{task}: mean reward of the rollouts", xlabel="iteration")
         axis.legend(fontsize=8)
     return figure
-
-
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    with ending():
-        main()
