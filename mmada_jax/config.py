@@ -26,7 +26,7 @@ from mmada_jax.ranges import FieldsOf, hints, problems
 T = TypeVar("T")
 
 
-class Text(str):
+class TypedText(str):
     """A value as it was typed on the command line: `from_dict` reads it as the type of its field."""
 
     __slots__ = ()
@@ -129,8 +129,8 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
 def load_config(source: str, overrides: Mapping[str, str] = types.MappingProxyType({})) -> ConfigDict:
     """The ConfigDict that `source`, FILE or FILE:ARG, describes: FILE's get_config(), or get_config(ARG).
 
-    Each of `overrides` becomes a Text at its key, listed in the file or not, in groups that are made where
-    there are none. Raises ValueError or OSError for a file that describes nothing.
+    Each of `overrides` becomes a TypedText at its key, listed in the file or not, in groups that are made
+    where there are none. Raises ValueError or OSError for a file that describes nothing.
     """
     path, colon, arg = source.partition(":")
     make = getattr(load_module(path), "get_config", None)
@@ -150,10 +150,10 @@ def load_config(source: str, overrides: Mapping[str, str] = types.MappingProxyTy
 
 
 def override(config: ConfigDict, overrides: Mapping[str, str]) -> None:
-    """Puts a Text at each key of `overrides` into a ConfigDict."""
+    """Puts a TypedText at each key of `overrides` into a ConfigDict."""
     with config.unlocked(), config.ignore_type():
         for key, text in overrides.items():
-            set_key(config, key, Text(text))
+            set_key(config, key, TypedText(text))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -220,7 +220,7 @@ def set_key(config: MutableMapping[str, Any], key: str, value: Any) -> None:
     if not all((*groups, name)):
         raise ValueError(f"{key!r} is no config key; name one like optim.lr")
     for i, group in enumerate(groups):
-        if isinstance(config.get(group), Text) and isinstance(_literal(config[group]), dict):
+        if isinstance(config.get(group), TypedText) and isinstance(_literal(config[group]), dict):
             config[group] = _literal(config[group])
         if config.get(group) is None:
             config[group] = {}
@@ -246,7 +246,7 @@ def _literal(text: str) -> Any:
         return str(text)
 
 
-def _read(kind: Any, text: Text) -> Any:
+def _read(kind: Any, text: TypedText) -> Any:
     """What was typed, as a value of this type; as it is where that can't be done."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is str:
@@ -277,11 +277,11 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
             raise ValueError(problem)
         return converted
     if origin in (typing.Union, types.UnionType):
-        none = value is None or (isinstance(value, Text) and value.lower() in ("none", "null"))
+        none = value is None or (isinstance(value, TypedText) and value.lower() in ("none", "null"))
         if none and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, path)
-    if isinstance(value, Text):
+    if isinstance(value, TypedText):
         value = _read(kind, value)
     if isinstance(value, np.generic):
         value = value.item()
@@ -320,7 +320,7 @@ def _is_group(kind: Any) -> bool:
 
 def _convert_fields(fields: FieldsOf, value: Any, path: str) -> dict[str, Any]:
     """Some fields of a dataclass, by name."""
-    value = _group(_literal(value) if isinstance(value, Text) else value, path)
+    value = _group(_literal(value) if isinstance(value, TypedText) else value, path)
     for key in value:
         if key not in fields.names:
             known = [f"{path}.{name}" for name in fields.names]

@@ -71,7 +71,7 @@ def bytes_tokenizer():
 def make(tokenizer, opened, mixture=None, size=20, weights=None, **options):
     mixture = mixture or {task: MIXTURE.get(task, 1) for task in opened}
     data = {
-        task: {name: sources.Config(weight=(weights or {}).get(name, 1.0)) for name in of_task}
+        task: {name: sources.SourceConfig(weight=(weights or {}).get(name, 1.0)) for name in of_task}
         for task, of_task in opened.items()
     }
     options = {"seed": 0, "cond_dropout": 0.0} | options

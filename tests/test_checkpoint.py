@@ -25,7 +25,7 @@ from mmada_jax.weights.workdir import (
 
 
 def test_a_state_comes_back_on_another_mesh(tmp_path):
-    optimizer = optim.make(optim.Config(), 10)
+    optimizer = optim.make(optim.OptimConfig(), 10)
     init, _, eight = place(sharding.make_mesh(fsdp=4, tensor=2), optimizer)
     state = init_state(jax.random.key(0), init, optimizer, eight)
     state = state._replace(step=jnp.int32(7))
@@ -44,7 +44,7 @@ def test_a_state_comes_back_on_another_mesh(tmp_path):
 def test_moments_lie_as_their_params_do():
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     for name in ("adamw", "muon"):
-        _, shapes, shardings = place(mesh, optim.make(optim.Config(name=name), 10))
+        _, shapes, shardings = place(mesh, optim.make(optim.OptimConfig(name=name), 10))
         wanted = {
             (path[-1].key, x.shape): s.spec
             for (path, x), s in zip(

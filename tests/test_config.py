@@ -243,7 +243,7 @@ def test_every_number_that_a_configuration_can_reach_has_a_range():
             assert issubclass(cls, Ranged), cls
     for name, cls in ALL.items():
         found = [n for field, kind in hints(cls).items() for n in numbers_of(kind, field)]
-        if found and (cls.__name__ == "Config" or cls.__name__.endswith(("Rule", "Run"))):
+        if found and cls.__name__.endswith(("Config", "Rule", "Run")):
             assert issubclass(cls, Ranged) or name == "weights.lazy.Rule", name
         if issubclass(cls, Ranged):
             assert all(limits for _, limits, *_ in found), f"{name} has numbers without ranges: {found}"

@@ -97,7 +97,7 @@ def test_every_field_can_be_typed(cls, base):
             text = value = "full" if path.endswith("remat") else "pow2"
         values = ConfigDict(base)
         with values.ignore_type():
-            config.set_key(values, path, config.Text(text))
+            config.set_key(values, path, config.TypedText(text))
             at = config.from_dict(cls, values)
         for name in path.split("."):
             at = at[name] if isinstance(at, dict) else getattr(at, name)

@@ -71,7 +71,7 @@ ENTRY %main (x.0: bf16[4,6]) -> bf16[4,6] {
 
 @pytest.fixture(scope="module")
 def program():
-    return hlo.Program(TEXT, trips=3)
+    return hlo.CompiledProgram(TEXT, trips=3)
 
 
 def test_loops_count(program):
@@ -113,7 +113,7 @@ def test_taps_outside_of_the_operand_do_not_count(lhs, rhs, out, window, pairs):
         f"  ROOT %c = f32[5,{out},7]{{2,1,0}} convolution(%l, %r), window={{{window}}}, "
         "dim_labels=b0f_0io->b0f\n}\n"
     )
-    assert hlo.Program(text).matmul_flops() == 2 * 5 * 7 * 11 * pairs
+    assert hlo.CompiledProgram(text).matmul_flops() == 2 * 5 * 7 * 11 * pairs
 
 
 def test_a_program_of_the_cpu_is_read_too():
@@ -121,4 +121,4 @@ def test_a_program_of_the_cpu_is_read_too():
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
     text = jax.jit(f).lower(jnp.ones((8, 16)), jnp.ones((5, 16, 16))).compile().as_text()
-    assert list(hlo.Program(text).loops().values()) == [5]
+    assert list(hlo.CompiledProgram(text).loops().values()) == [5]

@@ -32,7 +32,7 @@ def test_without_warm_up_the_first_step_is_whole():
 
 
 def test_adamw_is_that_of_the_textbook():
-    config = optim.Config(lr=0.1, warmup=0, floor=1.0, b1=0.8, b2=0.9, weight_decay=0.1, clip=0)
+    config = optim.OptimConfig(lr=0.1, warmup=0, floor=1.0, b1=0.8, b2=0.9, weight_decay=0.1, clip=0)
     optimizer = optim.make(config, 10)
     params = {"w": jnp.array([1.0, -2.0])}
     opt_state = optimizer.init(params)
@@ -46,7 +46,7 @@ def test_adamw_is_that_of_the_textbook():
 
 
 def test_gradients_are_clipped_by_their_global_norm():
-    config = optim.Config(lr=1.0, warmup=0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip=1.0)
+    config = optim.OptimConfig(lr=1.0, warmup=0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip=1.0)
     update = optim.make(config, 10).update
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     grads = {"a": jnp.array([30.0]), "b": jnp.array([40.0])}
@@ -61,7 +61,7 @@ def params():
 
 
 def test_muon_orthogonalises_every_matrix_of_the_blocks_and_adamw_does_the_rest(params):
-    config = optim.Config(name="muon", lr=1.0, warmup=0, weight_decay=0.0, clip=0)
+    config = optim.OptimConfig(name="muon", lr=1.0, warmup=0, weight_decay=0.0, clip=0)
     optimizer = optim.make(config, 10)
     rng = np.random.default_rng(0)
     merged = {"q_DHK": (16, 16), "o_HKD": (16, 16), "gate_DF": (16, 32), "down_FD": (32, 16)}
@@ -90,7 +90,7 @@ def test_muon_orthogonalises_the_convolutions_within_an_image_tokenizer():
     shapes = {name: shapes[name] for name in ("conv_in_w", "conv_out_w", "conv_in_b", "mid_block_1")}
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
-    optimizer = optim.make(optim.Config(name="muon", lr=1.0, warmup=0, weight_decay=0.0, clip=0), 10)
+    optimizer = optim.make(optim.OptimConfig(name="muon", lr=1.0, warmup=0, weight_decay=0.0, clip=0), 10)
     updates, _ = jax.jit(optimizer.update)(params, jax.jit(optimizer.init)(params), params)
     for name, update in updates["mid_block_1"].items():
         if name.endswith("_w"):
@@ -104,7 +104,7 @@ def test_muon_orthogonalises_the_convolutions_within_an_image_tokenizer():
 def test_eps_reaches_the_params_that_muon_leaves_to_adamw(params):
     updates = []
     for eps in (1e-8, 1.0):
-        optimizer = optim.make(optim.Config(name="muon", lr=1.0, warmup=0, eps=eps, clip=0), 10)
+        optimizer = optim.make(optim.OptimConfig(name="muon", lr=1.0, warmup=0, eps=eps, clip=0), 10)
         update = jax.jit(optimizer.update)
         updates.append(update(params, jax.jit(optimizer.init)(params), params)[0]["embed_VD"])
     assert np.abs(updates[1]).max() < 0.9 * np.abs(updates[0]).max()
@@ -112,7 +112,7 @@ def test_eps_reaches_the_params_that_muon_leaves_to_adamw(params):
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_rest_in_the_dtype_that_is_asked_for(params, name):
-    config = optim.Config(name=name, moments="bfloat16")
+    config = optim.OptimConfig(name=name, moments="bfloat16")
     shapes = jax.eval_shape(optim.make(config, 10).init, params)
     assert np.dtype(jnp.bfloat16) in {x.dtype for x in jax.tree.leaves(shapes)}
     config = dataclasses.replace(config, moments="float32")
@@ -145,7 +145,7 @@ def same_bits(a, b):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad):
-    config = optim.Config(warmup=0, lr=0.1)
+    config = optim.OptimConfig(warmup=0, lr=0.1)
     first, second, third = run(config, [1.0, bad, 1.0])
     before, after, state, new_state = second
     assert same_bits(before, after)
@@ -156,7 +156,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(bad):
 
 
 def test_a_spike_is_skipped_once_there_is_a_mean_to_compare_it_with():
-    config = optim.Config(warmup=0, lr=0.1, spike=3.0, spike_window=4)
+    config = optim.OptimConfig(warmup=0, lr=0.1, spike=3.0, spike_window=4)
     norms = [1.0, 50.0, 1.0, 1.0, 1.0, 100.0, 1.0, 9.0, 100.0]
     steps = list(run(config, norms))
     # Mean of the first four: 13.25. Then it moves a quarter of the way: 10.2, 7.9, 8.2.
@@ -164,11 +164,11 @@ def test_a_spike_is_skipped_once_there_is_a_mean_to_compare_it_with():
     means = [float(s.mean_norm) for *_, s in steps]
     np.testing.assert_allclose(means[3:6], [53 / 4, 53 / 4 + (1 - 53 / 4) / 4, means[4]], rtol=1e-6)
     assert int(steps[-1][-1].accepted) == 7
-    assert not any(same_bits(a, b) for a, b, *_ in run(optim.Config(warmup=0, lr=0.1), norms))
+    assert not any(same_bits(a, b) for a, b, *_ in run(optim.OptimConfig(warmup=0, lr=0.1), norms))
 
 
 def test_a_run_ends_after_so_many_in_a_row():
-    config = optim.Config(max_skipped=3)
+    config = optim.OptimConfig(max_skipped=3)
     *_, (*_, two) = run(config, [1.0, np.nan, 1.0, np.nan, np.nan])
     assert optim.check_streak(config, two, lambda accepted: 7) == 2
     *_, (*_, three) = run(config, [1.0, np.nan, 1.0] + [np.nan] * 3)
@@ -182,7 +182,7 @@ def test_a_run_ends_after_so_many_in_a_row():
 
 
 def test_the_learning_rate_is_that_of_the_update():
-    config = optim.Config(lr=2.0, warmup=10, b1=0, b2=0, eps=1e-30, weight_decay=0, clip=0)
+    config = optim.OptimConfig(lr=2.0, warmup=10, b1=0, b2=0, eps=1e-30, weight_decay=0, clip=0)
     for before, after, _, state in run(config, [1.0, 1.0, np.nan, 1.0]):
         if int(state.streak) == 0:  # Adam without memory takes the sign of the gradient
             step = float(before["w"][0] - after["w"][0])
@@ -196,4 +196,4 @@ def test_the_learning_rate_is_that_of_the_update():
 )
 def test_settings_of_the_guard_that_make_no_sense(change, message):
     with pytest.raises(ValueError, match=message):
-        optim.Config(**change)
+        optim.OptimConfig(**change)

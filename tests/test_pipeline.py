@@ -128,7 +128,7 @@ def test_batches_do_not_depend_on_processes(tokenizer, tmp_path, capfd):
     # Slow: each process imports all of this anew. Both kinds of source go to them, in memory and a file.
     lines = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(9))
     (tmp_path / "lines.jsonl").write_text(lines)
-    config = sources.Config(path=str(tmp_path / "lines.jsonl"), format="jsonl")
+    config = sources.SourceConfig(path=str(tmp_path / "lines.jsonl"), format="jsonl")
     opened = {"t2i": {"a": with_codes("a", 30)}, "lm": {"c": sources.open_source(config)}}
     rows = make(tokenizer, opened, size=4)
     load = functools.partial(rows.load, which=range(4))
@@ -198,7 +198,7 @@ def test_a_list_of_llava_goes_to_chat_without_its_images(tokenizer, tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
     rows = [{"conversations": talk}] * 2 + [{"image": "0.png", "conversations": talk}] * 3
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    config = sources.Config(f"{tmp_path}/x.json", "llava")
+    config = sources.SourceConfig(f"{tmp_path}/x.json", "llava")
     data = {"lm_chat": {"a": config}, "mmu": {"b": config}}
     opened = pipeline.open_sources(data, ("lm_chat", "mmu"))
     assert pipeline.left_out(opened, "held_out") == [
@@ -237,11 +237,11 @@ def test_errors_of_opening_name_the_source_whatever_their_type(tmp_path):
     (tmp_path / "images" / "a").mkdir(parents=True)
     (tmp_path / "images" / "a" / "0.png").write_bytes(png(0))
     (tmp_path / "labels").write_bytes("a: größe".encode("latin-1"))
-    config = sources.Config("images", "imagefolder", labels="labels")
+    config = sources.SourceConfig("images", "imagefolder", labels="labels")
     with pytest.raises(ValueError, match=r"config.data.t2i.x: .*labels, line 1: byte 0xf6 is no UTF-8"):
         pipeline.open_sources({"t2i": {"x": config}}, ("t2i",), str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"config.data.t2i.x: .*nowhere doesn't exist"):
-        pipeline.open_sources({"t2i": {"x": sources.Config("nowhere")}}, ("t2i",), str(tmp_path))
+        pipeline.open_sources({"t2i": {"x": sources.SourceConfig("nowhere")}}, ("t2i",), str(tmp_path))
 
 
 def test_a_source_without_a_usable_record_is_an_error(tokenizer):
@@ -276,9 +276,9 @@ def test_too_many_unreadable_records_end_the_run():
     ("data", "message"),
     [
         ({}, "no source with a weight"),
-        ({"lm": {"a": sources.Config(weight=0.0)}}, "no source with a weight"),
+        ({"lm": {"a": sources.SourceConfig(weight=0.0)}}, "no source with a weight"),
         (
-            {"lm": {"a": sources.Config(path="nowhere.jsonl", format="jsonl")}},
+            {"lm": {"a": sources.SourceConfig(path="nowhere.jsonl", format="jsonl")}},
             "config.data.lm.a: .*nowhere",
         ),
     ],

@@ -77,7 +77,7 @@ def test_r2i_rows_think(tokenizer):
 
 def test_a_think_prompt_leads_the_users_words(tokenizer):
     rows = make(tokenizer, {"lm_chat": {"d": dialogues(1)}}, size=1, think_prompt="think")
-    think = dataclasses.replace(rows, data={"lm_chat": {"d": sources.Config(think=True)}})
+    think = dataclasses.replace(rows, data={"lm_chat": {"d": sources.SourceConfig(think=True)}})
     plain, led = (r.load(0).rows.batch for r in (rows, think))
     assert "think\nq 0" in tokenizer.decode(led.tokens[0])
     assert "think" not in tokenizer.decode(plain.tokens[0])
@@ -103,7 +103,7 @@ def test_a_conversation_ends_with_its_last_answer(tokenizer):
 def test_rendered_conversations_stay_as_they_are(tokenizer):
     text = str(chat("as they have it", "yes"))
     plain = make(tokenizer, {"lm_chat": {"d": Listed([Record("x", texts=(text,))])}}, size=1)
-    said = dataclasses.replace(plain, data={"lm_chat": {"d": sources.Config(rendered=True)}})
+    said = dataclasses.replace(plain, data={"lm_chat": {"d": sources.SourceConfig(rendered=True)}})
     batch = said.load(0).rows.batch
     assert tokenizer.decode(batch.tokens[0, batch.target[0]]) == tokenizer.decode(tokenizer.encode("\nyes"))
     assert "rendered" in str(said.description) and "rendered" not in str(plain.description)
@@ -130,7 +130,7 @@ def test_control_tokens_in_data_are_ordinary_text(tokenizer, task, rendered):
     def row(text):
         source = Listed([spelled(task, text)], info={"codes": N_IMAGE})
         rows = make(tokenizer, {task: {"a": source}}, size=1, cut_long=True)
-        rows = dataclasses.replace(rows, data={task: {"a": sources.Config(rendered=rendered)}})
+        rows = dataclasses.replace(rows, data={task: {"a": sources.SourceConfig(rendered=rendered)}})
         batch = rows.load(0).rows.batch
         return [i for i in batch.tokens[0] if i in control and i not in (vocab.pad, vocab.eos)]
 

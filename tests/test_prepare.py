@@ -245,7 +245,7 @@ def test_from_tars(prepare, tokenizer, tmp_path):
     assert [record.texts for record in found] == [(f"caption {i}",) for i in kept]
     pixels = [images.resize(images.open_image(files[i]), 16) for i in kept]
     np.testing.assert_array_equal(np.stack([r.codes for r in found]), api_codes(tokenizer, pixels))
-    again = sources.open_source(sources.Config(str(tmp_path / "out")))
+    again = sources.open_source(sources.SourceConfig(str(tmp_path / "out")))
     assert len(again) == 11
     np.testing.assert_array_equal(again[10].codes, found[10].codes)
 

@@ -26,7 +26,7 @@ from data_files import (
 
 from mmada_jax.data import digits, sources
 from mmada_jax.data.records import Record, pack
-from mmada_jax.data.sources import FORMATS, Config, open_source
+from mmada_jax.data.sources import FORMATS, SourceConfig, open_source
 
 
 @pytest.fixture(scope="module")
@@ -61,26 +61,26 @@ def formats(tmp_path_factory, tfds_folder):
 
     stem = str(root)
     return {
-        "arrayrecord": (Config(f"{stem}/prepared"), prepared),
-        "tfds": (Config(str(tfds_folder), "tfds"), None),
+        "arrayrecord": (SourceConfig(f"{stem}/prepared"), prepared),
+        "tfds": (SourceConfig(str(tfds_folder), "tfds"), None),
         "webdataset": (
-            Config(f"{stem}/{{00000..00001}}.tar", "webdataset"),
+            SourceConfig(f"{stem}/{{00000..00001}}.tar", "webdataset"),
             lambda i: caption(f"0000{i // (N // 2)}/{i:04d}", i),
         ),
         "parquet": (
-            Config(f"{stem}/a.parquet", "parquet", image="image"),
+            SourceConfig(f"{stem}/a.parquet", "parquet", image="image"),
             lambda i: caption(f"a.parquet:{i}", i),
         ),
         "jsonl": (
-            Config(f"{stem}/a.jsonl", "jsonl", image_root=f"{stem}/images"),
+            SourceConfig(f"{stem}/a.jsonl", "jsonl", image_root=f"{stem}/images"),
             lambda i: caption(f"a.jsonl:{i + 1}", i),
         ),
         "llava": (
-            Config(f"{stem}/llava.json", "llava", image_root=f"{stem}/images"),
+            SourceConfig(f"{stem}/llava.json", "llava", image_root=f"{stem}/images"),
             lambda i: Record(f"llava.json:{i}", picture(i), turns=tuple(talk(i))),
         ),
         "imagefolder": (
-            Config(f"{stem}/folder", "imagefolder"),
+            SourceConfig(f"{stem}/folder", "imagefolder"),
             lambda i: Record(f"big_cat_{i // 10}/{i:04d}.png", picture(i), texts=(f"big cat {i // 10}",)),
         ),
     }
@@ -168,13 +168,13 @@ def test_paths_are_relative_to_the_root_and_so_are_fingerprints(tmp_path):
     for root in (tmp_path / "a", tmp_path / "b"):
         write_images(root / "images", 2)
         write_lines(root / "x.jsonl", [{"image": "0.png", "text": "t"}])
-        source = open_source(Config("x.jsonl", "jsonl", image_root="images"), str(root))
+        source = open_source(SourceConfig("x.jsonl", "jsonl", image_root="images"), str(root))
         assert source[0].image == picture(0)
         prints.append(source.fingerprint)
     assert prints[0] == prints[1]
     write_lines(tmp_path / "b" / "x.jsonl", [{"image": "1.png", "text": "t"}])
     assert (
-        open_source(Config("x.jsonl", "jsonl", image_root="images"), f"{tmp_path}/b").fingerprint
+        open_source(SourceConfig("x.jsonl", "jsonl", image_root="images"), f"{tmp_path}/b").fingerprint
         not in prints
     )
 
@@ -193,7 +193,7 @@ def test_fingerprints_change_with_the_data(tmp_path, name):
         write_shard(tmp_path / "x.array_record", [Record(f"{j}", texts=("t",))] * count)
 
     path = {"arrayrecord": "x.array_record", "webdataset": "x.tar", "llava": "x.json", "imagefolder": "f"}
-    config = Config(path.get(name, f"x.{name}"), name)
+    config = SourceConfig(path.get(name, f"x.{name}"), name)
     seen = set()
     for j, count in ((0, 2), (1, 2), (1, 3)):
         write(j, count)
@@ -206,7 +206,7 @@ def test_fingerprints_change_with_the_data(tmp_path, name):
 def test_fingerprints_see_both_ends_of_a_large_file(tmp_path):
     def fingerprint(first, last):
         write_lines(tmp_path / "x.jsonl", [{"text": text} for text in (first, "x" * 10**6, last)])
-        return open_source(Config("x.jsonl", "jsonl"), str(tmp_path)).fingerprint
+        return open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path)).fingerprint
 
     assert len({fingerprint("a", "a"), fingerprint("b", "a"), fingerprint("a", "b")}) == 3
 
@@ -214,13 +214,13 @@ def test_fingerprints_see_both_ends_of_a_large_file(tmp_path):
 def test_digits_are_opened_by_kind_and_split(monkeypatch):
     asked = []
     monkeypatch.setattr(digits, "open_records", lambda *args: asked.append(args), raising=False)
-    open_source(Config("captions", "digits", split="test"))
+    open_source(SourceConfig("captions", "digits", split="test"))
     assert asked == [("captions", "test")]
 
 
 def test_unknown_formats_and_fields_without_use_are_errors(formats):
     with pytest.raises(ValueError, match="unknown format 'csv' of x; known: arrayrecord, tfds"):
-        open_source(Config("x", "csv"))
+        open_source(SourceConfig("x", "csv"))
     config = dataclasses.replace(formats["imagefolder"][0], text="t", captions="c")
     with pytest.raises(ValueError, match="format 'imagefolder' has no use for text, captions"):
         open_source(config)
@@ -230,7 +230,7 @@ def test_unknown_formats_and_fields_without_use_are_errors(formats):
 
 
 def lines_at(root, path):
-    source = open_source(Config(path, "jsonl"), str(root))
+    source = open_source(SourceConfig(path, "jsonl"), str(root))
     return [source[i].texts[0] for i in range(len(source))]
 
 
@@ -265,7 +265,7 @@ def test_paths_that_lead_nowhere_are_errors(tmp_path, path, message):
     (tmp_path / "blank.jsonl").write_text("\n\r\n\n")
     (tmp_path / "empty").mkdir()
     with pytest.raises((FileNotFoundError, ValueError), match=message.replace("ROOT", str(tmp_path))):
-        open_source(Config(path, "jsonl"), str(tmp_path))
+        open_source(SourceConfig(path, "jsonl"), str(tmp_path))
 
 
 @pytest.mark.parametrize("given", ["webdataset", "parquet", "jsonl", "llava", "arrayrecord"])
@@ -274,19 +274,19 @@ def test_files_of_another_format_are_refused_by_name(formats, given):
         path = formats[name][0].path
         if name != given:
             with pytest.raises(ValueError, match=f"is not of format '{given}'; it looks like '{name}'"):
-                open_source(Config(path, given))
+                open_source(SourceConfig(path, given))
 
 
 def test_compressed_files_are_refused(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(ValueError, match="is compressed, which has no random access; decompress it first"):
-        open_source(Config("x.tar.gz", "webdataset"), str(tmp_path))
+        open_source(SourceConfig("x.tar.gz", "webdataset"), str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["tfds", "imagefolder"])
 def test_formats_of_folders_want_one(formats, name):
     with pytest.raises(ValueError, match=f"isn't one folder, which format '{name}' expects"):
-        open_source(Config(formats["jsonl"][0].path, name))
+        open_source(SourceConfig(formats["jsonl"][0].path, name))
 
 
 # ---- What libraries raise ----------------------------------------------------------------------------

@@ -7,14 +7,14 @@ import pytest
 from data_files import POINTER, N, picture, talk, write_images, write_prepared, write_shard
 
 from mmada_jax.data.records import LeftOut, Record
-from mmada_jax.data.sources import Config, open_source
+from mmada_jax.data.sources import SourceConfig, open_source
 
 
 def test_prepared_records_tell_what_they_are(tmp_path):
     info = write_prepared(tmp_path / "p")
-    source = open_source(Config("p"), str(tmp_path))
+    source = open_source(SourceConfig("p"), str(tmp_path))
     assert source.info == info | {"image_tokenizer": "ab12", "codes": 0}
-    bare = open_source(Config("p/*.array_record"), str(tmp_path))
+    bare = open_source(SourceConfig("p/*.array_record"), str(tmp_path))
     assert len(bare) == N
     assert bare.info == {}
 
@@ -27,7 +27,7 @@ def test_shards_that_are_not_whole_are_refused(tmp_path):
 
     def refused(message, path="p", kind=ValueError):
         with pytest.raises(kind, match=message):
-            open_source(Config(path), str(tmp_path))
+            open_source(SourceConfig(path), str(tmp_path))
 
     for size in range(0, len(whole) - 1, len(whole) // 7):
         shard.write_bytes(whole[:size])
@@ -50,18 +50,18 @@ def test_a_dataset_json_must_fit(tmp_path):
     for change in changes:
         (folder / "dataset.json").write_text(json.dumps(info | change))
         with pytest.raises(ValueError, match=r"dataset.json doesn't add up; prepare the records again"):
-            open_source(Config(str(folder)))
+            open_source(SourceConfig(str(folder)))
     (folder / "dataset.json").write_text(json.dumps(info | {"shards": {"../x": N}}))
     with pytest.raises(ValueError, match=r"path '../x' leads out of"):
-        open_source(Config(str(folder)))
+        open_source(SourceConfig(str(folder)))
     (folder / "dataset.json").write_text("{")
     with pytest.raises(ValueError, match=r"dataset.json is no JSON"):
-        open_source(Config(str(folder)))
+        open_source(SourceConfig(str(folder)))
     with pytest.raises(ValueError, match="is a folder among several paths"):
-        open_source(Config(f"{folder} {folder}/00000.array_record"))
+        open_source(SourceConfig(f"{folder} {folder}/00000.array_record"))
     (folder / "dataset.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"dataset.json doesn't exist; mmada prepare writes it"):
-        open_source(Config(str(folder)))
+        open_source(SourceConfig(str(folder)))
 
 
 def test_a_damaged_record_is_named_and_the_others_are_read(tmp_path):
@@ -70,7 +70,7 @@ def test_a_damaged_record_is_named_and_the_others_are_read(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.find(picture(7)[-40:])] ^= 1
     path.write_bytes(data)
-    source = open_source(Config(str(path)))
+    source = open_source(SourceConfig(str(path)))
     for i in set(range(N)) - {7}:
         assert source[i].image == picture(i)
     with pytest.raises(ValueError, match=r"x.array_record: record 'x.array_record:7': .+"):
@@ -79,11 +79,11 @@ def test_a_damaged_record_is_named_and_the_others_are_read(tmp_path):
 
 def test_tfds_features_are_chosen_by_name(tfds_folder, tmp_path):
     def opened(**fields):
-        source = open_source(Config(str(tfds_folder), "tfds", **fields))
+        source = open_source(SourceConfig(str(tfds_folder), "tfds", **fields))
         return {source[i].image: source[i] for i in range(len(source))}
 
     assert len(opened(split="test")) == 3
-    lists = open_source(Config(str(tfds_folder), "tfds", image="images"))
+    lists = open_source(SourceConfig(str(tfds_folder), "tfds", image="images"))
     read, left_out = {}, []
     for i in range(N):
         try:
@@ -107,15 +107,15 @@ def test_tfds_features_are_chosen_by_name(tfds_folder, tmp_path):
 def test_tfds_folders_that_do_not_fit_are_errors(tfds_folder, tmp_path):
     known = "image, images, kind, several, talk, text"
     with pytest.raises(ValueError, match=f"has no 'caption'; it has: {known}"):
-        open_source(Config(str(tfds_folder), "tfds", text="caption"))
+        open_source(SourceConfig(str(tfds_folder), "tfds", text="caption"))
     for split in ("dev", "train[:"):
         with pytest.raises(ValueError, match=f"has no split '{re.escape(split)}'; known: train, test"):
-            open_source(Config(str(tfds_folder), "tfds", split=split))
+            open_source(SourceConfig(str(tfds_folder), "tfds", split=split))
     with pytest.raises(FileNotFoundError, match=r"name the folder of a prepared version, such as .*/1.0.0"):
-        open_source(Config(str(tfds_folder.parent), "tfds"))
+        open_source(SourceConfig(str(tfds_folder.parent), "tfds"))
     (tmp_path / "dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match="is no dataset that TFDS can read"):
-        open_source(Config(str(tmp_path), "tfds"))
+        open_source(SourceConfig(str(tmp_path), "tfds"))
 
 
 def test_tfds_shards_that_are_not_whole_are_refused(tfds_folder, tmp_path):
@@ -123,8 +123,8 @@ def test_tfds_shards_that_are_not_whole_are_refused(tfds_folder, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (shard,) = tmp_path.glob("*train.array_record*")
     config, fingerprint = (
-        Config(str(tmp_path), "tfds"),
-        open_source(Config(str(tfds_folder), "tfds")).fingerprint,
+        SourceConfig(str(tmp_path), "tfds"),
+        open_source(SourceConfig(str(tfds_folder), "tfds")).fingerprint,
     )
     assert open_source(config).fingerprint == fingerprint
     write_shard(shard, [Record("r", texts=("t",))] * 5)
@@ -151,7 +151,7 @@ def test_names_of_classes(tmp_path, lines, texts):
     (tmp_path / "images" / ".cache").mkdir()
     if lines:
         (tmp_path / "labels").write_text(lines)
-    config = Config("images", "imagefolder", labels="labels" if lines else "")
+    config = SourceConfig("images", "imagefolder", labels="labels" if lines else "")
     source = open_source(config, str(tmp_path))
     assert [source[i].key for i in range(3)] == ["n01/0.png", "n01/1.png", "n02/0.png"]
     assert [source[i].texts for i in range(3)] == [(texts[0],), (texts[0],), (texts[1],)]
@@ -171,16 +171,16 @@ def test_names_that_do_not_fit_the_classes_are_errors(tmp_path, lines, missing):
         write_images(tmp_path / "images" / name, 1)
     (tmp_path / "labels").write_text(lines)
     with pytest.raises(ValueError, match=f"labels names no class {missing}"):
-        open_source(Config("images", "imagefolder", labels="labels"), str(tmp_path))
+        open_source(SourceConfig("images", "imagefolder", labels="labels"), str(tmp_path))
 
 
 def test_folders_without_classes_or_images_are_errors(tmp_path):
     write_images(tmp_path / "flat", 1)
     with pytest.raises(ValueError, match="flat has no folders; expected one for each class"):
-        open_source(Config("flat", "imagefolder"), str(tmp_path))
+        open_source(SourceConfig("flat", "imagefolder"), str(tmp_path))
     (tmp_path / "bare" / "class").mkdir(parents=True)
     with pytest.raises(ValueError, match="bare has no record that can be used"):
-        open_source(Config("bare", "imagefolder"), str(tmp_path))
+        open_source(SourceConfig("bare", "imagefolder"), str(tmp_path))
 
 
 def test_pictures_of_an_image_folder_are_read_or_counted(tmp_path):
@@ -195,7 +195,7 @@ def test_pictures_of_an_image_folder_are_read_or_counted(tmp_path):
     (tmp_path / "dog" / "i.png").symlink_to(tmp_path / "nowhere")
     (tmp_path / "dog" / "j.png").symlink_to(tmp_path / "cat" / "a.png")
     (tmp_path / "k.png").write_bytes(picture(1))
-    source = open_source(Config(str(tmp_path), "imagefolder"))
+    source = open_source(SourceConfig(str(tmp_path), "imagefolder"))
     found = {source[i].key: source[i].texts[0] for i in range(len(source))}
     assert found == {f"cat/{name}": "cat" for name in names} | {"dog/j.png": "dog"}
     assert source.ignored == {
@@ -207,7 +207,7 @@ def test_pictures_of_an_image_folder_are_read_or_counted(tmp_path):
 
 def test_labels_are_utf8_with_or_without_a_mark(tmp_path):
     write_images(tmp_path / "images" / "n01", 1)
-    config = Config("images", "imagefolder", labels="labels")
+    config = SourceConfig("images", "imagefolder", labels="labels")
     (tmp_path / "labels").write_text("\ufeffn01: größe")
     assert open_source(config, str(tmp_path))[0].texts == ("größe",)
     for data, message in (
@@ -223,19 +223,19 @@ def test_pointers_in_place_of_prepared_files_are_named(tmp_path, tfds_folder):
     write_prepared(tmp_path / "p")
     (tmp_path / "p" / "00001.array_record").write_bytes(POINTER)
     with pytest.raises(ValueError, match=r"00001.array_record is a pointer of git LFS"):
-        open_source(Config("p"), str(tmp_path))
+        open_source(SourceConfig("p"), str(tmp_path))
     (tmp_path / "p" / "dataset.json").write_bytes(POINTER)
     with pytest.raises(ValueError, match=r"dataset.json is a pointer of git LFS"):
-        open_source(Config("p"), str(tmp_path))
+        open_source(SourceConfig("p"), str(tmp_path))
     for path in tfds_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for name in ("features.json", "dataset_info.json"):
         (tmp_path / name).write_bytes(POINTER)
         with pytest.raises(ValueError, match=f"{name} is a pointer of git LFS"):
-            open_source(Config(str(tmp_path), "tfds"))
+            open_source(SourceConfig(str(tmp_path), "tfds"))
 
 
 def test_what_was_left_out_in_preparing_is_known_to_the_source(tmp_path):
     info = write_prepared(tmp_path / "p")
     (tmp_path / "p" / "dataset.json").write_text(json.dumps(info | {"skipped": {"no image": 7}}))
-    assert open_source(Config("p"), str(tmp_path)).ignored == {"no image": 7}
+    assert open_source(SourceConfig("p"), str(tmp_path)).ignored == {"no image": 7}

@@ -7,7 +7,7 @@ import pytest
 from data_files import DEEP, POINTER, picture, talk, write_images, write_lines
 
 from mmada_jax.data.records import LeftOut, Record
-from mmada_jax.data.sources import Config, open_source
+from mmada_jax.data.sources import SourceConfig, open_source
 
 
 def test_json_lines(tmp_path):
@@ -19,7 +19,7 @@ def test_json_lines(tmp_path):
     ]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "x.jsonl").write_text(f"{lines[0]}\r\n\n{lines[1]}\n[1]\n{{]\n{lines[2]}")
-    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    source = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     assert len(source) == 5
     assert source[0] == Record("x.jsonl:1", texts=("a",))
     assert source[1] == Record("x.jsonl:3", picture(0), texts=("b", "c"), short="s")
@@ -34,7 +34,7 @@ def test_json_lines(tmp_path):
 
 def test_lines_of_spaces_are_no_rows(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\n   \n{"text": "a"}\n\t \r\n \r\n{"text": "b"}\n    ')
-    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    source = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     assert [source[i] for i in range(len(source))] == [
         Record("x.jsonl:3", texts=("a",)), Record("x.jsonl:6", texts=("b",)),
     ]  # fmt: skip
@@ -50,7 +50,7 @@ def test_roles_by_the_names_that_data_sets_have(tmp_path):
         for q, a in names
     ]
     write_lines(tmp_path / "x.jsonl", rows)
-    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    source = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     want = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     assert [source[i].turns for i in range(len(source))] == [want] * len(rows)
 
@@ -62,17 +62,17 @@ def test_an_image_of_nothing_is_none(tmp_path, image):
     rows = [{"image": image, "conversations": talk(0)}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     write_lines(tmp_path / "x.jsonl", rows)
-    config = Config("x.json", "llava")
+    config = SourceConfig("x.json", "llava")
     with pytest.raises(ValueError, match=r"no record that can be used .no image: 1"):
         open_source(config, str(tmp_path))
     assert open_source(config, str(tmp_path), with_images=False)[0].turns == tuple(talk(0))
-    assert open_source(Config("x.jsonl", "jsonl"), str(tmp_path))[0].image is None
+    assert open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))[0].image is None
 
 
 def test_llavas_rows_may_have_messages(tmp_path):
     write_images(tmp_path, 1)
     (tmp_path / "x.json").write_text(json.dumps([{"images": ["0.png"], "messages": talk(0)}]))
-    source = open_source(Config("x.json", "llava"), str(tmp_path))
+    source = open_source(SourceConfig("x.json", "llava"), str(tmp_path))
     assert source[0] == Record("x.json:0", picture(0), turns=tuple(talk(0)))
 
 
@@ -83,7 +83,7 @@ def test_the_place_of_an_image_leaves_its_captions(tmp_path):
         {"text": "a <image>"},
     ]
     write_lines(tmp_path / "x.jsonl", rows)
-    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    source = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     assert source[0] == Record("x.jsonl:1", picture(0), texts=("a cat",), short="cat")
     assert source[1].texts == ("a <image>",)  # markup, about no image
 
@@ -124,9 +124,9 @@ def test_rows_that_are_no_records_are_errors(tmp_path, row, fields, message):
     (tmp_path / "empty.png").touch()
     write_lines(tmp_path / "x.jsonl", [row])
     with pytest.raises(ValueError, match=f"no record that was tried can be read.*x.jsonl:1': .*{message}"):
-        open_source(Config("x.jsonl", "jsonl", **fields), str(tmp_path))
+        open_source(SourceConfig("x.jsonl", "jsonl", **fields), str(tmp_path))
     write_lines(tmp_path / "x.jsonl", [row, {"caption": "c", "brief": "b", "text": "t"}])
-    source = open_source(Config("x.jsonl", "jsonl", **fields), str(tmp_path))
+    source = open_source(SourceConfig("x.jsonl", "jsonl", **fields), str(tmp_path))
     assert source[1].texts
     with pytest.raises(ValueError, match=message):
         source[0]
@@ -135,7 +135,7 @@ def test_rows_that_are_no_records_are_errors(tmp_path, row, fields, message):
 def test_deep_json_is_a_bad_record_and_no_crash(tmp_path):
     (tmp_path / "x.jsonl").write_text("[" * 200_000 + "\n" + '{"text": "a"}\n')
     write_lines(tmp_path / "y.jsonl", [{"text": "a"}])
-    deep = open_source(Config("y.jsonl x.jsonl", "jsonl"), str(tmp_path))
+    deep = open_source(SourceConfig("y.jsonl x.jsonl", "jsonl"), str(tmp_path))
     with pytest.raises(ValueError, match="line 1 is JSON that is nested too deeply"):
         deep[1]
     assert deep[2].texts == ("a",)
@@ -157,7 +157,7 @@ def test_llava_rows(tmp_path):
         "row",
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    source = open_source(Config("x.json", "llava"), str(tmp_path))
+    source = open_source(SourceConfig("x.json", "llava"), str(tmp_path))
     assert source.ignored == {"no image": 1, "several images": 1, "no object": 1}
     assert len(source) == 5
     assert source[0] == Record("x.json:0", picture(0), turns=(*talk(0), *talk(1)))
@@ -182,7 +182,7 @@ def test_llava_files_without_use_are_refused(tmp_path, text, message):
     write_images(tmp_path, 1)
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_source(Config("x.json", "llava"), str(tmp_path))
+        open_source(SourceConfig("x.json", "llava"), str(tmp_path))
 
 
 def about(**image):
@@ -197,8 +197,8 @@ def test_a_list_of_one_image_is_an_image(tmp_path):
     ]  # fmt: skip
     (tmp_path / "x.json").write_text(json.dumps(rows))
     write_lines(tmp_path / "x.jsonl", rows)
-    llava = open_source(Config("x.json", "llava"), str(tmp_path))
-    lines = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    llava = open_source(SourceConfig("x.json", "llava"), str(tmp_path))
+    lines = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     for source in (llava, lines):
         assert [source[i].image for i in range(4)] == [picture(i) for i in (0, 1, 0, 1)]
     assert llava.ignored == {"several images": 1}
@@ -215,7 +215,7 @@ def test_the_place_of_an_image_goes_from_every_turn(tmp_path, form):
     turns = [{"from": role, "value": text} for role, text in zip(roles, contents, strict=True)]
     rows = [{"image": "0.png", "conversations": turns}]
     (tmp_path / "x").write_text(json.dumps(rows if form == "llava" else rows[0]))
-    record = open_source(Config("x", form), str(tmp_path))[0]
+    record = open_source(SourceConfig("x", form), str(tmp_path))[0]
     assert [t["content"] for t in record.turns] == ["What\r\nis it?", "It is.", "", "Red"]
     assert not record.lacks_image
 
@@ -224,7 +224,7 @@ def test_a_conversation_about_an_image_that_is_not_there_says_so(tmp_path):
     markup = {"role": "assistant", "content": "An RSS feed has <image> in <channel>."}
     rows = [{"turns": talk(0, head="<image>\n")}, {"turns": talk(0)}, {"turns": [talk(0)[0], markup]}]
     write_lines(tmp_path / "x.jsonl", rows)
-    source = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    source = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     assert [source[i].lacks_image for i in range(3)] == [True, False, False]
     assert source[0].turns == source[1].turns
     assert source[2].turns[1] == markup
@@ -240,8 +240,8 @@ def test_rows_of_llava_about_images_or_about_none(tmp_path):
         about(images=["0.png"] * 2),
     ]
     (tmp_path / "x.json").write_text(json.dumps(rows))
-    with_images = open_source(Config("x.json", "llava"), str(tmp_path))
-    without = open_source(Config("x.json", "llava"), str(tmp_path), with_images=False)
+    with_images = open_source(SourceConfig("x.json", "llava"), str(tmp_path))
+    without = open_source(SourceConfig("x.json", "llava"), str(tmp_path), with_images=False)
     assert [with_images[i].key for i in range(len(with_images))] == ["x.json:1"]
     assert [without[i].key for i in range(len(without))] == ["x.json:0", "x.json:2"]
     assert with_images.ignored == {"no image": 2, "video or audio": 1, "several images": 1}
@@ -254,16 +254,16 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
     write_images(tmp_path, 1)
     (tmp_path / "x.jsonl").write_text("".join(f"\ufeff{json.dumps(row)}\n" for _ in range(2)))
     (tmp_path / "x.json").write_text("\ufeff" + json.dumps([row]))
-    lines = open_source(Config("x.jsonl", "jsonl"), str(tmp_path))
+    lines = open_source(SourceConfig("x.jsonl", "jsonl"), str(tmp_path))
     assert [lines[i].texts for i in range(2)] == [("a",), ("a",)]
-    assert open_source(Config("x.json", "llava"), str(tmp_path))[0].turns == tuple(talk(0))
+    assert open_source(SourceConfig("x.json", "llava"), str(tmp_path))[0].turns == tuple(talk(0))
 
 
 @pytest.mark.parametrize(("form", "text"), [("llava", DEEP), ("llava", "[" + DEEP), ("llava", "[\x00]")])
 def test_lists_that_are_no_json_are_one_line_that_names_the_file(tmp_path, form, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x.json is (JSON that is nested too deeply|no JSON).*; exp"):
-        open_source(Config("x.json", form), str(tmp_path))
+        open_source(SourceConfig("x.json", form), str(tmp_path))
 
 
 def test_pointers_and_pipes_are_named_and_never_waited_for(tmp_path):
@@ -271,27 +271,27 @@ def test_pointers_and_pipes_are_named_and_never_waited_for(tmp_path):
     (tmp_path / "x.json").write_bytes(POINTER)
     for name, form in (("x.jsonl", "jsonl"), ("x.json", "llava")):
         with pytest.raises(ValueError, match=f"{name} is a pointer of git LFS.*git lfs pull"):
-            open_source(Config(name, form), str(tmp_path))
+            open_source(SourceConfig(name, form), str(tmp_path))
     (tmp_path / "0.png").write_bytes(POINTER)
     os.mkfifo(tmp_path / "1.png")
     write_lines(
         tmp_path / "y.jsonl", [{"text": "t", "image": f"{i}.png"} for i in range(2)] + [{"text": "t"}]
     )
-    source = open_source(Config("y.jsonl", "jsonl"), str(tmp_path))
+    source = open_source(SourceConfig("y.jsonl", "jsonl"), str(tmp_path))
     for i, reason in enumerate(("git lfs pull", "no regular file")):
         with pytest.raises(ValueError, match=f"record 'y.jsonl:{i + 1}': .*{i}.png .*{reason}"):
             source[i]
     os.mkfifo(tmp_path / "z.jsonl")
     with pytest.raises(ValueError, match=r"z.jsonl is no regular file"):
-        open_source(Config("z.jsonl", "jsonl"), str(tmp_path))
+        open_source(SourceConfig("z.jsonl", "jsonl"), str(tmp_path))
 
 
 def test_packed_files_of_a_folder_are_not_passed_over(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
     write_lines(tmp_path / "b.JSONL", [{"text": "b"}])
     (tmp_path / "c.csv").write_text("something else")
-    source = open_source(Config(str(tmp_path), "jsonl"))
+    source = open_source(SourceConfig(str(tmp_path), "jsonl"))
     assert [source[i].texts for i in range(len(source))] == [("a",), ("b",)]
     (tmp_path / "d.jsonl.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(ValueError, match=r"d.jsonl.gz is compressed, .*decompress it, or name the"):
-        open_source(Config(str(tmp_path), "jsonl"))
+        open_source(SourceConfig(str(tmp_path), "jsonl"))

@@ -17,12 +17,12 @@ from data_files import (
 
 from mmada_jax.data import sources
 from mmada_jax.data.records import LeftOut, Record
-from mmada_jax.data.sources import Config, open_source
+from mmada_jax.data.sources import SourceConfig, open_source
 
 
 def open_parquet(path, columns, size=4, **fields):
     pq.write_table(pa.table(columns), path, row_group_size=size)
-    return open_source(Config(str(path), "parquet", **fields))
+    return open_source(SourceConfig(str(path), "parquet", **fields))
 
 
 def test_parquet_columns(tmp_path):
@@ -109,7 +109,7 @@ def test_parquet_reads_only_what_it_needs_and_keeps_what_fits(tmp_path, monkeypa
 def test_parquet_files_follow_each_other(tmp_path):
     for name, texts in (("a", ["0", "1", "2"]), ("b", ["3"]), ("c", ["4", "5"])):
         pq.write_table(pa.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=2)
-    source = open_source(Config("{a,b,c}.parquet", "parquet"), str(tmp_path))
+    source = open_source(SourceConfig("{a,b,c}.parquet", "parquet"), str(tmp_path))
     assert [source[i].texts[0] for i in range(len(source))] == list("012345")
     assert source[5].key == "c.parquet:1"
 
@@ -120,7 +120,7 @@ def test_parquet_files_that_are_not_whole_are_refused(tmp_path):
     for size in (0, 3, len(whole) // 2, len(whole) - 1):
         (tmp_path / "x.parquet").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"x.parquet is no whole Parquet file: .*; fetch it again"):
-            open_source(Config(str(tmp_path), "parquet"))
+            open_source(SourceConfig(str(tmp_path), "parquet"))
 
 
 TURNS = [{"from": "human", "value": "<image> q"}, {"from": "gpt", "value": "a"}]
@@ -195,7 +195,7 @@ def test_pages_whose_checksum_is_wrong_are_bad_records(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.find(f"{text} 5".encode()) + 3] ^= 1
     path.write_bytes(data)
-    source = open_source(Config(str(path), "parquet"))
+    source = open_source(SourceConfig(str(path), "parquet"))
     assert [source[i].texts[0] for i in range(4)] == [f"{text} {i}" for i in range(4)]
     for i in range(4, 8):
         with pytest.raises(ValueError, match=f"record 'x.parquet:{i}': .*CRC"):
@@ -207,4 +207,4 @@ def test_any_file_may_be_a_pointer(tmp_path):
         open_parquet(tmp_path / f"{name}.parquet", {"text": ["t"]})
     (tmp_path / "b.parquet").write_bytes(POINTER)
     with pytest.raises(ValueError, match=r"b.parquet is a pointer of git LFS.*git lfs pull"):
-        open_source(Config(str(tmp_path), "parquet"))
+        open_source(SourceConfig(str(tmp_path), "parquet"))

@@ -11,12 +11,12 @@ from data_files import DEEP, POINTER, picture, talk, write_tar
 from PIL import Image
 
 from mmada_jax.data import sources
-from mmada_jax.data.sources import Config, open_source
+from mmada_jax.data.sources import SourceConfig, open_source
 
 
 def open_tar(path, members, **fields):
     write_tar(path, members)
-    return open_source(Config(str(path), "webdataset", **fields))
+    return open_source(SourceConfig(str(path), "webdataset", **fields))
 
 
 def test_captions_beside_images(tmp_path):
@@ -85,7 +85,7 @@ def test_side_files_of_captions(tmp_path):
     assert [source[i].texts for i in (0, 2)] == [("first of 00a",), ("first of 00c",)]
     with pytest.raises(ValueError, match=r"record 'x/00b': .*No such file.*/x/00b.caption"):
         source[1]
-    relative = Config("x.tar", "webdataset", captions="x/{key}.caption")
+    relative = SourceConfig("x.tar", "webdataset", captions="x/{key}.caption")
     assert open_source(relative, str(tmp_path))[0].texts == ("first of 00a",)
     with pytest.raises(ValueError, match=r"no record that was tried can be read.*x/00a.nothing"):
         open_tar(tmp_path / "x.tar", members, captions="{dir}/{tar}/{key}.nothing")
@@ -149,7 +149,7 @@ def test_truncated_tars_are_refused_wherever_they_end(tmp_path):
     for size in range(0, end + 512, 256):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"x\.tar.*; fetch it again") as caught:
-            open_source(Config(str(path), "webdataset"))
+            open_source(SourceConfig(str(path), "webdataset"))
         kinds.add(re.search("(in the data of|at a header|no tar)", str(caught.value))[0])
         if kinds >= {"at a header"}:
             assert re.search(r"byte \d+", str(caught.value))
@@ -158,7 +158,7 @@ def test_truncated_tars_are_refused_wherever_they_end(tmp_path):
     damaged[end - 1024 + 20] ^= 255  # in the last header
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=f"x.tar is damaged: there is no header at byte {end - 1024}"):
-        open_source(Config(str(path), "webdataset"))
+        open_source(SourceConfig(str(path), "webdataset"))
 
 
 def test_tars_without_samples_and_with_too_many_members_are_refused(tmp_path, monkeypatch):
@@ -201,11 +201,11 @@ def test_a_hole_of_zeros_is_refused_wherever_it_begins(tmp_path):
         with pytest.raises(
             ValueError, match=rf"x.tar goes on at byte \d+, .* end at byte {at}: part of it"
         ):
-            open_source(Config(str(path), "webdataset"))
+            open_source(SourceConfig(str(path), "webdataset"))
     for at in starts[1:12]:  # a download into a file of its full size that stopped
         path.write_bytes(whole[:at] + bytes(len(whole) - at))
         with pytest.raises(ValueError, match=rf"x.tar ends with {len(whole) - at} bytes of zeros"):
-            open_source(Config(str(path), "webdataset"))
+            open_source(SourceConfig(str(path), "webdataset"))
 
 
 def test_what_follows_the_end_of_a_tar_is_refused(tmp_path):
@@ -215,7 +215,7 @@ def test_what_follows_the_end_of_a_tar_is_refused(tmp_path):
     for more in (second.read_bytes(), b"\0" * 700 + b"trailing", b"x"):
         path.write_bytes(first.read_bytes() + more)
         with pytest.raises(ValueError, match="it is several tars in a row; fetch it again, or split it"):
-            open_source(Config(str(path), "webdataset"))
+            open_source(SourceConfig(str(path), "webdataset"))
 
 
 def test_the_ends_that_writers_make_are_all_right(tmp_path):
@@ -226,7 +226,7 @@ def test_the_ends_that_writers_make_are_all_right(tmp_path):
     assert not any(whole[end:])
     for blocks in (1, 2, 3, (len(whole) - end) // 512):
         path.write_bytes(whole[: end + 512 * blocks])
-        assert len(open_source(Config(str(path), "webdataset"))) == 3
+        assert len(open_source(SourceConfig(str(path), "webdataset"))) == 3
 
 
 def test_images_that_are_passed_over_are_counted_by_reason(tmp_path):

@@ -84,7 +84,7 @@ def rate(load: functools.partial, threads: int, workers: int, seconds: float) ->
 
 def loader(folder: pathlib.Path, format: str, n_codes: int, size: int) -> functools.partial:
     """step -> the rows of a batch, as training gets them."""
-    config = sources.Config(path=str(folder), format=format)
+    config = sources.SourceConfig(path=str(folder), format=format)
     data = {task: {"pictures": config} for task in ROWS}
     opened = pipeline.open_sources(data, tuple(ROWS))
     tokenizer = TextTokenizer.train([caption(i) for i in range(100)] + [chat("a", "b")], 384)

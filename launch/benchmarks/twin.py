@@ -187,7 +187,7 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
         # One device, as the twin has.
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         optimizer = optim.make(
-            optim.Config(lr=LEARNING_RATE, warmup=0, weight_decay=WEIGHT_DECAY, clip=CLIP),
+            optim.OptimConfig(lr=LEARNING_RATE, warmup=0, weight_decay=WEIGHT_DECAY, clip=CLIP),
             steps=1_000_000,
         )
         axes = transformer.param_axes(config)

@@ -157,7 +157,7 @@ def corpus() -> Iterator[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
+class DigitRecords:
     """One kind of records about the digits of a split, by random access.
 
         captions     t2i       one or two scans and what they show, in words or as numbers
@@ -232,12 +232,12 @@ class Records:
         return canvas(*scans.pixels[which]), [int(d) for d in scans.labels[which]]
 
 
-def open_records(kind: Kind, split: str) -> Records:
+def open_records(kind: Kind, split: str) -> DigitRecords:
     """Opens records of a kind. Raises ValueError for an unknown kind or split."""
     for name, value, known in (("kind", kind, KINDS), ("split", split, SPLITS)):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    return Records(kind, split)
+    return DigitRecords(kind, split)
 
 
 def _think(*numbers: int) -> str:

@@ -76,7 +76,7 @@ def rows_per_task(mixture: dict[str, int], batch_size: int) -> dict[str, int]:
 
 
 def open_sources(
-    data: Mapping[str, Mapping[str, sources.Config]],
+    data: Mapping[str, Mapping[str, sources.SourceConfig]],
     tasks: Sequence[str],
     root: str = "",
     key: str = "data",
@@ -160,7 +160,7 @@ class Pipeline:
 
     tokenizer: TextTokenizer
     vocab: Vocab
-    data: Mapping[str, Mapping[str, sources.Config]]
+    data: Mapping[str, Mapping[str, sources.SourceConfig]]
     opened: Mapping[str, Mapping[str, sources.Source]]
     rows: Mapping[str, int]
     shape: Shape
@@ -278,7 +278,7 @@ class Pipeline:
         ) from last
 
     def _make(
-        self, task: str, config: sources.Config, record: Record, rng: np.random.Generator
+        self, task: str, config: sources.SourceConfig, record: Record, rng: np.random.Generator
     ) -> tuple[layout.Batch, np.ndarray | None]:
         vocab, S, L = self.vocab, self.shape.max_text, self.shape.length
         codes, pixels = self._image(config, record) if layout.image_start(task, S) else (None, None)
@@ -301,7 +301,7 @@ class Pipeline:
             raise records.LeftOut("too long", message)
         return ids
 
-    def _image(self, config: sources.Config, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
+    def _image(self, config: sources.SourceConfig, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
         """The ids of the image's tokens; or placeholders for them, and the pixels that are yet to be
         encoded."""
         if record.codes is not None:

@@ -16,7 +16,7 @@ SAMPLED_RECORDS, SAMPLED_CHARACTERS = 4096, 4096
 
 def text_of(
     task: str,
-    config: sources.Config,
+    config: sources.SourceConfig,
     record: Record,
     rng: np.random.Generator,
     think_prompt: str,
@@ -57,7 +57,7 @@ def text_of(
 
 
 def sample_texts(
-    data: Mapping[str, Mapping[str, sources.Config]],
+    data: Mapping[str, Mapping[str, sources.SourceConfig]],
     opened: Mapping[str, Mapping[str, sources.Source]],
     think_prompt: str,
     think_draw_prompt: str,

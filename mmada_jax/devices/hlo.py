@@ -62,7 +62,7 @@ class Collective:
     loop: str | None  # the body of the innermost loop that it is in
 
 
-class Program:
+class CompiledProgram:
     """A compiled program. `trips` is how often a loop runs of which the compiler doesn't know it."""
 
     def __init__(self, text: str, trips: int = 1):

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
     of_source = {name: options.pop(name) for name in ("format", "path", "split", "resize", *FIELDS)}
     out = options.pop("out")
-    report, skips = prepare(sources.Config(**of_source), out, **options)
+    report, skips = prepare(sources.SourceConfig(**of_source), out, **options)
     print(f"{report['records']:,} records in {len(report['shards'])} shards")
     if report["skipped"]:
         counts = ", ".join(f"{reason} {n:,}" for reason, n in report["skipped"].items())

@@ -273,7 +273,7 @@ def report(
     text = compiled.as_text()
     if program_file:
         pathlib.Path(program_file).write_text(text)
-    program = hlo.Program(text, trips=chunks)
+    program = hlo.CompiledProgram(text, trips=chunks)
     flops = what.passes * transformer.forward_flops(model, what.rows, what.length, what.logits)
     flops //= topology.chips
     cycles = program.cycles()
@@ -313,7 +313,7 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled | float:
         return float(needed[1]) / (1 if needed[2] == "G" else 1024)
 
 
-def _collectives(program: hlo.Program) -> dict[str, dict[str, int]]:
+def _collectives(program: hlo.CompiledProgram) -> dict[str, dict[str, int]]:
     """Kind -> how many run, how many of these are asynchronous, and their bytes."""
     out: dict[str, dict[str, int]] = {}
     for c in program.collectives():
@@ -324,7 +324,7 @@ def _collectives(program: hlo.Program) -> dict[str, dict[str, int]]:
     return out
 
 
-def _blocking_mb(program: hlo.Program, trips: int) -> float:
+def _blocking_mb(program: hlo.CompiledProgram, trips: int) -> float:
     """Megabytes of the collectives that block in one round of the loops over the layers: those that run
     so often, have no other loop within, and have the attention if that is a kernel."""
     kernels = program.kernels()

@@ -18,7 +18,7 @@ from mmada_jax.ranges import Count, OnlyWith, Positive, Range, Ranged, Share, We
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class OptimConfig(Ranged):
     """AdamW or Muon, with a learning rate that rises to `lr` over `warmup` steps and then falls along a
     cosine to `floor` times `lr`.
 
@@ -69,7 +69,7 @@ def cosine_factor(step: Any, steps: int, warmup: int, floor: float = 0.0) -> Any
     return xp.where(step < warmup, rise, cosine)
 
 
-def make(config: Config, steps: int) -> optax.GradientTransformation:
+def make(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer for a run of `steps` steps; its state is a GuardState."""
 
     def lr(step):
@@ -98,7 +98,7 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
     return _guard(inner, config)
 
 
-def _guard(inner: optax.GradientTransformation, config: Config) -> optax.GradientTransformation:
+def _guard(inner: optax.GradientTransformation, config: OptimConfig) -> optax.GradientTransformation:
     """The optimizer `inner` with the guard: gradients that aren't finite or, with `spike`, much larger than
     usual change nothing but the counts."""
     spike, window = config.spike, config.spike_window
@@ -152,13 +152,13 @@ def skipped(opt_state: GuardState) -> jax.Array:
     return opt_state.skipped
 
 
-def learning_rate(config: Config, steps: int, opt_state: GuardState) -> float:
+def learning_rate(config: OptimConfig, steps: int, opt_state: GuardState) -> float:
     """The learning rate of the last accepted update, in a run of `steps` steps."""
     step = max(int(opt_state.accepted) - 1, 0)
     return config.lr * float(cosine_factor(step, steps, config.warmup, config.floor))
 
 
-def check_streak(config: Config, opt_state: GuardState, give_up: Callable[[int], str]) -> int:
+def check_streak(config: OptimConfig, opt_state: GuardState, give_up: Callable[[int], str]) -> int:
     """The number of updates in a row that have been skipped up to now.
 
     Raises FloatingPointError if it is `max_skipped` or more. Then `give_up` is called with the number of

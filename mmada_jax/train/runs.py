@@ -23,7 +23,7 @@ from mmada_jax.tokens import layout
 from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import LLADA, Vocab
-from mmada_jax.train.optim import Config as OptimConfig
+from mmada_jax.train.optim import OptimConfig
 from mmada_jax.weights import older
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
@@ -109,8 +109,8 @@ class ModelRun(Run):
     think_draw_prompt: str = records.THINK_DRAW_PROMPT
     mixture: dict[str, Count] = dataclasses.field(default_factory=dict)
     data_root: str = ""
-    data: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
-    held_out: dict[str, dict[str, sources.Config]] = dataclasses.field(default_factory=dict)
+    data: dict[str, dict[str, sources.SourceConfig]] = dataclasses.field(default_factory=dict)
+    held_out: dict[str, dict[str, sources.SourceConfig]] = dataclasses.field(default_factory=dict)
     data_may_change: bool = False  # whether a resumed run may have other data than before
     eval_every: Count = 0
     eval_rows: Annotated[Positive, OnlyWith("eval_every")] = 64

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mmada_jax.files import read_json
-from mmada_jax.nets.clip import Config, Tower
+from mmada_jax.nets import clip
 from mmada_jax.tokens.tokenizer import read_tokenizer
 from mmada_jax.weights import hub, lazy
 
@@ -17,7 +17,7 @@ from mmada_jax.weights import hub, lazy
 _WRONG_EOS = 2
 
 
-def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], Config, Tokenizer]:
+def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], clip.Config, Tokenizer]:
     """Params (numpy, float32), architecture and text tokenizer (cuts and fills to max_text) of a folder.
 
     Raises FileNotFoundError for a file that isn't there, ValueError for all that doesn't fit.
@@ -40,7 +40,7 @@ def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], Config, Tokenizer]
     return params, config, tokenizer
 
 
-def params_of(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
+def params_of(state: Mapping[str, Any], config: clip.Config) -> dict[str, Any]:
     """State dict -> params as Lazy arrays, float32. The constant position_ids of old files are checked
     and dropped. Raises on any key, shape or dtype amiss."""
     known = {
@@ -56,7 +56,7 @@ def params_of(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return lazy.params_of(rest, key_table(config), np.dtype(np.float32), wrong)
 
 
-def key_table(config: Config) -> dict[str, lazy.Rule]:
+def key_table(config: clip.Config) -> dict[str, lazy.Rule]:
     """PyTorch key -> where the array lies in params and how its axes stand."""
     table = {"logit_scale": lazy.Rule(("scale",), ())}
     V, T, P = config.vision.d_model, config.text.d_model, config.d_features
@@ -117,7 +117,7 @@ _VISION = {
 }  # fmt: skip
 
 
-def config_from_hf(values: Mapping[str, Any]) -> Config:
+def config_from_hf(values: Mapping[str, Any]) -> clip.Config:
     """The fields of a config.json of CLIP -> the architecture. Unknown fields are ignored.
 
     Raises ValueError, naming each field, for another model_type or a value that isn't implemented.
@@ -145,13 +145,13 @@ def config_from_hf(values: Mapping[str, Any]) -> Config:
         wrong.append(f"vision_config.num_channels is {vision['num_channels']!r}, only 3 is implemented")
     lazy.refuse(wrong, "config.json describes a model that can't be built")
 
-    def tower(side: dict[str, Any]) -> Tower:
-        return Tower(
+    def tower(side: dict[str, Any]) -> clip.Tower:
+        return clip.Tower(
             side["hidden_size"], side["num_hidden_layers"], side["num_attention_heads"],
             side["intermediate_size"], side["hidden_act"], float(side["layer_norm_eps"]),
         )  # fmt: skip
 
-    return Config(
+    return clip.Config(
         vision=tower(vision),
         text=tower(text),
         d_features=d_features,

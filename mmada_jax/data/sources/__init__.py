@@ -14,13 +14,15 @@ from mmada_jax.data.sources.imagefolder import ImageFolder
 from mmada_jax.data.sources.jsonl import JsonLines
 from mmada_jax.data.sources.llava import Llava
 from mmada_jax.data.sources.parquet import Parquet
-from mmada_jax.data.sources.source import FORMATS, Config, Source
+from mmada_jax.data.sources.source import FORMATS, Source, SourceConfig
 from mmada_jax.data.sources.tfds import Tfds
 from mmada_jax.data.sources.webdataset import Tars
 
-__all__ = ["FORMATS", "Config", "Source", "codes_of", "open_source"]
+__all__ = ["FORMATS", "Config", "Source", "SourceConfig", "codes_of", "open_source"]
 
-# The class of each format, and the fields of Config that it uses.
+Config = SourceConfig  # the name by which model/prepare.py knows it
+
+# The class of each format, and the fields of SourceConfig that it uses.
 _FIELDS = ("image", "text", "turns", "short", "captions", "image_root", "labels")
 _OPEN = {
     "arrayrecord": (ArrayRecords, ()),
@@ -34,7 +36,7 @@ _OPEN = {
 }
 
 
-def open_source(config: Config, root: str = "", with_images: bool = True) -> Source:
+def open_source(config: SourceConfig, root: str = "", with_images: bool = True) -> Source:
     """Opens a source; relative paths are below `root`. Of a LLaVA file, which has rows about images and
     rows about none, `with_images` says which are used.
 

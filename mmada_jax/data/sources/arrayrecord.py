@@ -8,13 +8,13 @@ import numpy as np
 from mmada_jax import files
 from mmada_jax.data.records import Record, unpack
 from mmada_jax.data.sources.paths import below, find_inputs, locate, read_json, relative_names, stamp_of
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class ArrayRecords(Records):
     """Records of all shards, in the order of dataset.json or of the paths that are named."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: SourceConfig, root: str):
         paths, info, counts = find_inputs(config, root), {}, {}
         remedy = "fetch or write it again"
         if len(paths) == 1 and os.path.isdir(paths[0]):

@@ -16,13 +16,13 @@ from mmada_jax.data.sources.paths import (
     stamp_of,
 )
 from mmada_jax.data.sources.rows import Columns, make_record
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class ImageFolder(Records):
     """Images whose text is the name of their class."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: SourceConfig, root: str):
         self._folder = find_folder(config, root)
         classes = sorted(e.name for e in os.scandir(self._folder) if e.is_dir() and e.name[0] != ".")
         if not classes:
@@ -85,7 +85,7 @@ def _suffix(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def find_labels(config: Config, root: str) -> str:
+def find_labels(config: SourceConfig, root: str) -> str:
     """The path of the file of labels; empty if the config names none."""
     return find_files(config.labels, root)[0] if config.labels else ""
 

@@ -12,8 +12,8 @@ from mmada_jax.data.sources.paths import (
     relative_names,
     stamp_of,
 )
-from mmada_jax.data.sources.rows import choose, make_record
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.rows import choose_columns, make_record
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 _BLANK = 64  # bytes of the longest line that may be nothing but spaces
 
@@ -21,11 +21,11 @@ _BLANK = 64  # bytes of the longest line that may be nothing but spaces
 class JsonLines(Records):
     """A record from each line; where lines begin and end is kept, not what they hold."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: SourceConfig, root: str):
         self._paths = find_inputs(config, root, "*.jsonl")
         self._names = relative_names(self._paths)
         self._folders = [find_image_root(config, root, path) for path in self._paths]
-        self._columns = choose(
+        self._columns = choose_columns(
             config,
             None,
             config.path,

@@ -12,7 +12,7 @@ from mmada_jax.data.sources.paths import (
     stamp_of,
 )
 from mmada_jax.data.sources.rows import Columns, make_record, one_of
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 _IMAGE = ("image", "images")
 
@@ -21,7 +21,7 @@ class Llava(Records):
     """A record from each object of the lists, which are kept in memory: the objects about one image, or
     with `with_images` false the objects about none."""
 
-    def __init__(self, config: Config, root: str, with_images: bool = True):
+    def __init__(self, config: SourceConfig, root: str, with_images: bool = True):
         self._rows: list[tuple[str, str, dict]] = []
         ignored, paths = collections.Counter(), find_inputs(config, root, "*.json")
         for path, name in zip(paths, relative_names(paths), strict=True):

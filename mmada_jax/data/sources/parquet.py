@@ -7,8 +7,8 @@ import numpy as np
 
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import find_image_root, find_inputs, locate, relative_names, stamp_of
-from mmada_jax.data.sources.rows import choose, make_record
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.rows import choose_columns, make_record
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 _USUAL = {"text": "content text", "turns": "turns messages conversations"}
 CACHED = 256 << 20  # bytes of row groups that a source keeps
@@ -17,7 +17,7 @@ CACHED = 256 << 20  # bytes of row groups that a source keeps
 class Parquet(Records):
     """A record from each row of the files, which follow each other."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: SourceConfig, root: str):
         import pyarrow.parquet
 
         self._paths = find_inputs(config, root, "*.parquet")
@@ -31,7 +31,7 @@ class Parquet(Records):
                     footer, known = file.metadata, file.schema_arrow.names
             except Exception as error:  # Arrow, Thrift and the system each raise their own
                 raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
-            columns = choose(config, known, path, **_USUAL | alone)
+            columns = choose_columns(config, known, path, **_USUAL | alone)
             if columns.turns and not columns.image:
                 # What is said about a picture is never read without it.
                 columns = columns._replace(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmada_jax import files
-from mmada_jax.data.sources.source import Config
+from mmada_jax.data.sources.source import SourceConfig
 
 # Suffixes of pictures: first of the formats that images.open_image reads, then of formats that it doesn't.
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp")
@@ -36,7 +36,7 @@ _SIGNATURES = (
 )
 
 
-def find_inputs(config: Config, root: str, pattern: str = "") -> list[str]:
+def find_inputs(config: SourceConfig, root: str, pattern: str = "") -> list[str]:
     """The files of a source. Raises ValueError for pointers of git LFS, for what is no regular file, and if
     the first is plainly of another format."""
     paths = find_files(config.path, root, pattern)
@@ -95,7 +95,7 @@ def _files_below(folder: str, pattern: str) -> list[str]:
     return fits
 
 
-def find_folder(config: Config, root: str) -> str:
+def find_folder(config: SourceConfig, root: str) -> str:
     """The one folder that a source is. Raises ValueError if it is something else."""
     paths = find_files(config.path, root)
     if len(paths) != 1 or not os.path.isdir(paths[0]):
@@ -147,7 +147,7 @@ def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     return part, index - (int(ends[part - 1]) if part else 0)
 
 
-def find_image_root(config: Config, root: str, path: str) -> str:
+def find_image_root(config: SourceConfig, root: str, path: str) -> str:
     """The folder below which the images lie that the file at `path` names."""
     if not config.image_root:
         return os.path.dirname(path)

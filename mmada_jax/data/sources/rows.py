@@ -8,7 +8,7 @@ import numpy as np
 from mmada_jax import files
 from mmada_jax.data.records import LeftOut, Record, without_image_tag
 from mmada_jax.data.sources.paths import MAX_IMAGE, below, read_file
-from mmada_jax.data.sources.source import Config
+from mmada_jax.data.sources.source import SourceConfig
 
 # In the data sets that ShareGPT's form comes from, other models speak too.
 _ROLES = {
@@ -28,7 +28,7 @@ class Columns(NamedTuple):
     asked: tuple[str, ...] = ()
 
 
-def choose(config: Config, known: Sequence[str] | None, where: str, **usual: str) -> Columns:
+def choose_columns(config: SourceConfig, known: Sequence[str] | None, where: str, **usual: str) -> Columns:
     """The columns that the config names, else the usual ones; `known` are the columns that all rows
     have."""
     asked = {field: getattr(config, field) for field in ("image", "text", "turns", "short")}

@@ -14,7 +14,7 @@ FORMATS = ("arrayrecord", "tfds", "webdataset", "parquet", "jsonl", "llava", "im
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class SourceConfig(Ranged):
     """One source: what `open_source` needs, and what the pipeline does with its records.
 
     `path` is a file, a folder, a glob or a brace pattern ({00000..00099}) of files; several are
@@ -67,7 +67,7 @@ class Records:
 
     def __init__(
         self,
-        config: Config,
+        config: SourceConfig,
         count: int,
         stamp: bytes,
         ignored: Mapping[str, int] | None = None,

@@ -11,14 +11,14 @@ from mmada_jax.data.records import Record
 from mmada_jax.data.sources.arrayrecord import open_shard
 from mmada_jax.data.sources.imagefolder import find_labels, read_labels
 from mmada_jax.data.sources.paths import find_folder, stamp_of
-from mmada_jax.data.sources.rows import choose, make_record
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.rows import choose_columns, make_record
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class Tfds(Records):
     """The examples of one split; slices such as train[:50%] are splits too."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: SourceConfig, root: str):
         import tensorflow_datasets as tfds
 
         folder = find_folder(config, root)
@@ -41,7 +41,9 @@ class Tfds(Records):
             raise ValueError(
                 f"{folder} has no split {config.split!r}; known: {', '.join(splits)}"
             ) from error
-        self._columns = choose(config, sorted(features), folder, image="image", text="text caption label")
+        self._columns = choose_columns(
+            config, sorted(features), folder, image="image", text="text caption label"
+        )
         # No image is decoded here: neither that which is asked for nor another.
         images = [
             name

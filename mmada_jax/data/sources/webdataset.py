@@ -26,8 +26,8 @@ from mmada_jax.data.sources.paths import (
     relative_names,
     stamp_of,
 )
-from mmada_jax.data.sources.rows import Columns, check_columns, choose, make_record
-from mmada_jax.data.sources.source import Config, Records
+from mmada_jax.data.sources.rows import Columns, check_columns, choose_columns, make_record
+from mmada_jax.data.sources.source import Records, SourceConfig
 
 CAPTIONS = ("txt", "text", "caption", "json")
 MAX_MEMBERS = 2_000_000  # of one tar
@@ -50,10 +50,12 @@ class _Sample(NamedTuple):
 class Tars(Records):
     """A record for each image that has a text, or for each question of a side file about it."""
 
-    def __init__(self, config: Config, root: str):
+    def __init__(self, config: SourceConfig, root: str):
         self._tars = find_inputs(config, root, "*.tar")
         self._names = [name.removesuffix(".tar") for name in relative_names(self._tars)]
-        self._columns = choose(config, None, config.path, text="" if config.turns else "caption prompt")
+        self._columns = choose_columns(
+            config, None, config.path, text="" if config.turns else "caption prompt"
+        )
         if config.captions and self._columns.asked:
             raise ValueError(f"{config.path}: captions replace the keys {', '.join(self._columns.asked)}")
         suffixes = ("json",) if self._columns.asked else CAPTIONS

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.ranges import Count, FieldsOf, Positive, Range, Ranged, Seed
-from mmada_jax.train.optim import Config as OptimConfig
+from mmada_jax.train.optim import OptimConfig
 from mmada_jax.train.rl.prompts import PromptsConfig
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
 from mmada_jax.train.runs import Mesh
