@@ -26,7 +26,7 @@ from mmada_jax.weights.workdir import (
 def saved(tmp_path_factory):
     """A workdir with one step, and what it takes to restore it on one device."""
     workdir = tmp_path_factory.mktemp("saved")
-    optimizer = optim.make(optim.Config(), 10)
+    optimizer = optim.make(optim.OptimConfig(), 10)
     init, shapes, one = place(sharding.make_mesh(devices=jax.devices()[:1]), optimizer)
     state = init_state(jax.random.key(0), init, optimizer, one)._replace(step=jnp.int32(3))
     with Checkpoints(workdir) as checkpoints:
@@ -140,7 +140,7 @@ def test_a_step_whose_manifest_is_lost_or_damaged_is_refused_until_it_is_trusted
     restore(tmp_path / "run", shapes, one)
 
     # What is not whole can't be trusted, and what has a manifest already stays damaged.
-    flip(payload(step))
+    flip(payload(step / "params"))
     trust(tmp_path / "run")
     with pytest.raises(ValueError, match="has changed"):
         newest_params(tmp_path / "run")
