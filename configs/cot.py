@@ -54,20 +54,22 @@ def get_hyper(h) -> list[dict]:
 def of_digits() -> ConfigDict:
     """The model of configs/pretrain.py:digits learns to think."""
     scans = {
-        "t2i": {"captions": source("captions", "digits")},
+        "t2i": {"captions": source("captions", format="digits")},
         "lm": {},
-        "lm_chat": {"sums": source("sums", "digits"), "text_cot": source("text_cot", "digits", weight=2.0)},
-        "mmu": {"reading": source("reading", "digits"), "vqa_sum": source("vqa_sum", "digits", weight=2.0)},
-        "r2i": {"draw_sum": source("draw_sum", "digits")},
+        "lm_chat": {
+            "sums": source("sums", format="digits"),
+            "text_cot": source("text_cot", format="digits", weight=2.0),
+        },
+        "mmu": {
+            "reading": source("reading", format="digits"),
+            "vqa_sum": source("vqa_sum", format="digits", weight=2.0),
+        },
+        "r2i": {"draw_sum": source("draw_sum", format="digits")},
     }
     return ConfigDict({
         "program": "model",
-        "preset": "digits",
         "init": "../pretrain",
-        "model": {
-            "dtype": "float32", "attention": "auto", "pad": "hard", "remat": "none",
-            "n_layers": 3, "unroll": 3,
-        },
+        "model": {"pad": "hard", "n_layers": 3, "unroll": 3},
         "image_tokenizer": "../image_tokenizer",
         "max_text": 24,
         "steps": 800,
@@ -131,10 +133,7 @@ def phase_of_8b(phase: int) -> ConfigDict:
         "program": "model",
         "preset": "llada-8b",
         "init": "../phase3" if phase == 1 else "../cot1",
-        "model": {
-            "dtype": "bfloat16", "attention": "auto", "pad": "hard",
-            "remat": "attention+middle+qkv+mlp",  # see configs/pretrain.py
-        },
+        "model": {"pad": "hard", "remat": "attention+middle+qkv+mlp"},  # see configs/pretrain.py
         "image_tokenizer": "../magvitv2",
         "image_size": 512,
         "max_text": 512,
@@ -156,15 +155,14 @@ def phase_of_8b(phase: int) -> ConfigDict:
             **coefficients, "lm_per": "answer",
         },
         "optim": {
-            "lr": 5e-5, "warmup": 5000,
             "floor": 0.1,  # the reference configures it, its cosine ignores it and ends at 0
         },
     })  # fmt: skip
 
 
-def source(path: str, format: str = "arrayrecord", **values) -> dict:
-    """One source; mmada_jax/data/sources/source.py says what else it may have."""
-    return {"path": path, "format": format} | values
+def source(path: str, **values) -> dict:
+    """One source; mmada_jax/data/sources/source.py says what it may have beside its path."""
+    return {"path": path} | values
 
 
 def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
@@ -177,7 +175,7 @@ def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
     small.update(
         steps=6, batch_size=8, save_every=3, log_every=1, init="", text_vocab=384, image_tokenizer=""
     )
-    if config.preset != digits.preset:  # as the phase has it, rows of each task
+    if config is not digits:  # a phase of the 8b: rows of each of its tasks
         small.mixture.update(config.mixture)
         small.mixture.lm = 0  # two rows of 250 there
         small.update(batch_size=16)

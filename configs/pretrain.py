@@ -61,20 +61,16 @@ def get_hyper(h) -> list[dict]:
 def of_digits() -> ConfigDict:
     """A model of a million parameters on canvases of one or two digits."""
     scans = {
-        "t2i": {"captions": source("captions", "digits")},
-        "lm": {"statements": source("statements", "digits")},
-        "lm_chat": {"sums": source("sums", "digits")},
-        "mmu": {"reading": source("reading", "digits")},
+        "t2i": {"captions": source("captions", format="digits")},
+        "lm": {"statements": source("statements", format="digits")},
+        "lm_chat": {"sums": source("sums", format="digits")},
+        "mmu": {"reading": source("reading", format="digits")},
         "r2i": {},
     }
     return ConfigDict({
         "program": "model",
-        "preset": "digits",
-        "model": {
-            "dtype": "float32", "attention": "auto", "pad": "hard", "remat": "none",
-            "n_layers": 3, "unroll": 3,
-        },
-        "image_tokenizer": "",  # workdir of a configs/vq.py run; empty: WORKDIR/image_tokenizer
+        # `pad` is as in the preset. Runs that began with it named can only be resumed with it named.
+        "model": {"pad": "hard", "n_layers": 3, "unroll": 3},
         "text_vocab": 384,
         "max_text": 24,
         "steps": 750,
@@ -107,14 +103,14 @@ def phase_of_8b(phase: int) -> ConfigDict:
     """The three pretraining phases of MMaDA-8B, as published."""
     if phase not in (1, 2, 3):
         raise ValueError(f"phase is {phase}; pretraining has the phases 1, 2 and 3")
-    # Pixels of an image, tokens of the text slot, learning rate, rows and coefficients of the tasks.
-    # The text of the third phase are instructions, whose answers alone are hidden.
-    size, text, lr, lm, shares, coefficients = {
-        1: (256, 128, 1e-4, "lm", (7, 2, 6), (1.0, 0.1, 1.0)),
-        2: (256, 256, 5e-5, "lm", (7, 2, 3), (1.0, 0.1, 0.5)),
-        3: (512, 512, 5e-5, "lm_chat", (4, 1, 1), (1.0, 0.4, 0.5)),
+    # Pixels of an image; tokens of the text slot; learning rate; task of the text; rows of drawing, text
+    # and reading; coefficients of text and reading (the coefficient of drawing is 1). The text of the third
+    # phase are instructions. Only their answers are hidden.
+    size, text, lr, lm, shares, (text_loss, mmu_loss) = {
+        1: (256, 128, 1e-4, "lm", (7, 2, 6), (0.1, 1.0)),
+        2: (256, 256, 5e-5, "lm", (7, 2, 3), (0.1, 0.5)),
+        3: (512, 512, 5e-5, "lm_chat", (4, 1, 1), (0.4, 0.5)),
     }[phase]
-    t2i, text_loss, mmu = coefficients
     data = {task: {} for task in ("t2i", "lm", "lm_chat", "mmu", "r2i")}
     # The reference says which datasets a phase has, and no shares within a task.
     drawn = {
@@ -132,7 +128,7 @@ def phase_of_8b(phase: int) -> ConfigDict:
         "preset": "llada-8b",
         "init": "../start" if phase == 1 else f"../phase{phase - 1}",
         "model": {
-            "dtype": "bfloat16", "attention": "auto", "pad": "hard",
+            "pad": "hard",
             # What a layer keeps for its backward pass. Without mlp it needs half the memory.
             "remat": "attention+middle+qkv+mlp",
         },
@@ -157,10 +153,10 @@ def phase_of_8b(phase: int) -> ConfigDict:
             for task, of_task in data.items()
         },
         "loss": {
-            "t2i": t2i, "lm": text_loss, "lm_chat": text_loss, "mmu": mmu,
+            "lm": text_loss, "lm_chat": text_loss, "mmu": mmu_loss,
         },
         "optim": {
-            "lr": lr, "warmup": 5000,
+            "lr": lr,
             # The reference configures 0.1 in the phases 2 and 3 and none in the first; its cosine ignores
             # it and ends at 0 in all.
             "floor": 0.0 if phase == 1 else 0.1,
@@ -168,9 +164,9 @@ def phase_of_8b(phase: int) -> ConfigDict:
     })  # fmt: skip
 
 
-def source(path: str, format: str = "arrayrecord") -> dict:
-    """One source; mmada_jax/data/sources/source.py says what else it may have."""
-    return {"path": path, "format": format}
+def source(path: str, **values) -> dict:
+    """One source; mmada_jax/data/sources/source.py says what it may have beside its path."""
+    return {"path": path} | values
 
 
 def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
@@ -182,7 +178,7 @@ def smoke(config: ConfigDict, digits: ConfigDict) -> ConfigDict:
     small.model.update(n_layers=2, unroll=1)
     small.update(steps=6, batch_size=8, save_every=3, log_every=1)
     small.cut_long = config.get("cut_long", False)
-    if config.preset != digits.preset:  # as the phase has it, rows of each task
+    if config is not digits:  # a phase of the 8b: rows of each of its tasks
         small.mixture.update(config.mixture)
         small.update(batch_size=16)
     return small

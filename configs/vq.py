@@ -18,7 +18,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     steps = {"": 180, "full": 400, "fast": 70, "smoke": 4}[arg["form"]]
     return ConfigDict({
         "program": "vq",
-        "preset": arg["preset"],
         "steps": steps,
         "batch_size": 32,
         "save_every": 200,

@@ -1,7 +1,9 @@
 """Every field of a configuration as an option of a program."""
 
 import dataclasses
+import functools
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -191,3 +193,45 @@ def test_a_file_that_is_changed_at_once_is_read_anew(tmp_path):
         os.utime(path, (0, 0))
         assert config.load_module(str(path)).get_config(None) == {"steps": steps}
     assert [file.name for file in tmp_path.iterdir()] == ["config.py"]
+
+
+# The forms of each preset. `smoke` changes values of other forms, also back to defaults.
+PRESETS = {
+    "vq.py:digits": ["digits", "digits,full", "digits,fast", "digits,smoke"],
+    "pretrain.py:digits": ["digits", "digits,full", "digits,fast"],
+    "pretrain.py:8b": ["8b,phase=1", "8b,phase=2", "8b,phase=3"],
+    "cot.py:digits": ["digits", "digits,full", "digits,fast"],
+    "cot.py:8b": ["8b,phase=1", "8b,phase=2"],
+    "unigrpo.py:digits": ["digits", "digits,full", "digits,fast"],
+    "unigrpo.py:8b": ["8b"],
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_list_nothing_that_is_a_default(preset):
+    # A key repeats a default if in no form of the preset it makes a difference.
+    listed, needed = set(), set()
+    for arg in PRESETS[preset]:
+        values = config.load_config(f"{ROOT}/configs/{preset.partition(':')[0]}:{arg}").to_dict()
+        parse = functools.partial(config.from_dict, RLRun) if values["program"] == "rl" else runs.parse
+        whole = parse(values)
+        for path in keys_of(values):
+            listed.add(path)
+            *groups, key = path.split(".")
+            group = functools.reduce(operator.getitem, groups, values)
+            value = group.pop(key)
+            try:
+                if parse(values) != whole:
+                    needed.add(path)
+            except ValueError:
+                needed.add(path)
+            group[key] = value
+    assert listed == needed, f"{preset} lists defaults: {sorted(listed - needed)}"
+
+
+def keys_of(values, path=""):
+    """The paths of all keys, those of groups too."""
+    for key, value in list(values.items()):
+        yield f"{path}{key}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{path}{key}.")
