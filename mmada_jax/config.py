@@ -1,8 +1,8 @@
-"""ml_collections.ConfigDict -> frozen dataclasses, once, at the door; the config argument; overrides.
+"""Configurations: config files, their argument, overrides, and the frozen dataclasses that result.
 
-A config file lists what differs from the defaults, which the dataclasses hold, as they hold types and
-ranges. Whatever doesn't fit is one error that names the whole path, the value and the nearest known key,
-before anything is computed.
+The dataclasses hold the types, the ranges and the defaults of all fields. A config file lists the values
+that differ from the defaults. A value that doesn't fit is an error before anything is computed. The error
+names the whole path, the value and the nearest known key.
 """
 
 import ast
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 class TypedText(str):
-    """A value as it was typed on the command line: `from_dict` reads it as the type of its field."""
+    """A value as it was typed on the command line. `from_dict` reads the value as the type of its field."""
 
     __slots__ = ()
 
@@ -35,8 +35,9 @@ class TypedText(str):
 def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Builds the dataclass `cls` from a mapping (a ConfigDict or a plain dict), recursively.
 
-    Raises ValueError for an unknown key (naming the nearest), a missing one, a value of another type, a
-    number out of its range. An int is taken where a float is asked for, a list where a tuple is.
+    An int is accepted for a float, and a list is accepted for a tuple. Raises ValueError for an unknown key
+    (the error names the nearest known key), a missing key, a value of another type, or a number out of its
+    range.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in values.items():
@@ -61,9 +62,11 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def unknown_key(key: str, known: list[str], deeper: Iterable[str] = (), below: str = "") -> str:
-    """The error text for a key that nothing knows: names the nearest one of `known`, or of those `deeper`
-    one of the same name, and lists all that are known. `below` is the rest of the path, where a value was
-    set in a group of that key."""
+    """The error text for an unknown key. The text names the nearest key and lists all known keys.
+
+    The nearest key is one of `known`, or a key of the same name among the keys `deeper`. `below` is the
+    rest of the path if a value was set in a group of that key.
+    """
     whole = f"{key}{below}"
     name = whole.rpartition(".")[2]
     near = [f"{one}{below}" for one in difflib.get_close_matches(key, known, n=1, cutoff=0.5)]
@@ -74,7 +77,7 @@ def unknown_key(key: str, known: list[str], deeper: Iterable[str] = (), below: s
 
 
 def _first_leaf(value: Any) -> str:
-    """The path below a group to the first value in it, empty for what is no group."""
+    """The path below a group to the first value in the group. The path is empty if `value` is no group."""
     path = ""
     while hasattr(value, "items") and value:
         key, value = next(iter(value.items()))
@@ -83,7 +86,7 @@ def _first_leaf(value: Any) -> str:
 
 
 def _paths(cls: type, path: str) -> Iterator[str]:
-    """The paths of all fields below a dataclass, but for those in dicts, whose keys are free."""
+    """The paths of all fields below a dataclass, without the keys of dicts, which users choose freely."""
     for name, kind in hints(cls).items():
         yield f"{path}{name}"
         for mark in getattr(kind, "__metadata__", ()):
@@ -101,8 +104,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     """Reads the part after the colon of `--config FILE:ARG`.
 
-    ARG is a comma-separated list: `key=value` sets a key, a bare word sets `preset` if it is one of
-    `presets`, `form` if it is one of `forms`, and otherwise must name a boolean.
+    ARG is a list of words with commas between them. `key=value` sets a key. A bare word sets `preset` if it
+    is one of `presets`, and `form` if it is one of `forms`. Any other bare word must name a boolean.
     `parse_arg("digits,smoke", presets=("digits", "8b"), preset="digits", forms=("fast", "smoke"), form="",
     phase=1)` -> {"preset": "digits", "form": "smoke", "phase": 1}. Raises ValueError for two forms.
     """
@@ -127,10 +130,10 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
 
 
 def load_config(source: str, overrides: Mapping[str, str] = types.MappingProxyType({})) -> ConfigDict:
-    """The ConfigDict that `source`, FILE or FILE:ARG, describes: FILE's get_config(), or get_config(ARG).
+    """The ConfigDict that `source` describes: get_config() of FILE, or get_config(ARG) for FILE:ARG.
 
-    Each of `overrides` becomes a TypedText at its key, listed in the file or not, in groups that are made
-    where there are none. Raises ValueError or OSError for a file that describes nothing.
+    Each of `overrides` becomes a TypedText at its key. The file needn't list the key or its groups. Raises
+    ValueError or OSError if the file describes no configuration.
     """
     path, colon, arg = source.partition(":")
     make = getattr(load_module(path), "get_config", None)
@@ -157,28 +160,27 @@ def override(config: ConfigDict, overrides: Mapping[str, str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags of a program of one's own, which has absl's flags and `config` among them, made by
-    ml_collections' DEFINE_config_file. As in ours, any field of the configuration can be overridden.
+    """Parses the flags of a user's own program, which uses absl's flags. The flag `config` is made by
+    ml_collections' DEFINE_config_file. As in mmada, any field of the configuration can be overridden.
 
     Returns the arguments that are no flags."""
     from absl import flags
 
     rest, overrides = split_overrides(argv)
-    sys.argv = rest  # where ml_collections looks for overrides; it knows listed fields alone
+    sys.argv = rest  # ml_collections looks for overrides there, and knows only the fields that are listed
     rest = flags.FLAGS(rest)
     override(flags.FLAGS["config"].value, overrides)
     return rest
 
 
 def load_module(path: str) -> types.ModuleType:
-    """Runs a Python file; the module. Raises FileNotFoundError if there is none, and ValueError if its name
-    doesn't end in .py."""
+    """Runs a Python file and returns its module. Raises FileNotFoundError if there is no such file, and
+    ValueError if its name doesn't end in .py."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no config file {path!r}; name one like configs/pretrain.py")
     if not path.endswith(".py"):
         raise ValueError(f"{path} is no Python file; a config file is one like configs/pretrain.py")
-    # Python's import would take the bytecode of a file that was changed within the same second and has the
-    # same length.
+    # Python's import takes old bytecode for a file that was changed within a second and kept its length.
     module = types.ModuleType("config_file")
     module.__file__ = path
     exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), module.__dict__)
@@ -186,10 +188,10 @@ def load_module(path: str) -> types.ModuleType:
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Arguments -> those that are no overrides of the configuration, and the overrides.
+    """Splits arguments into other arguments and overrides of the configuration (key -> text).
 
-    As absl reads its flags: one or two dashes, a value behind = or as the next argument, no value for
-    true and the prefix `no` for false.
+    Overrides are written like absl's flags. They begin with one or two dashes. The value stands behind = or
+    is the next argument. An override without a value is true, and the prefix `no` makes it false.
     """
     rest, overrides, i = [], {}, 0
     while i < len(argv):
@@ -209,13 +211,13 @@ def split_overrides(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             if i < len(argv) and not argv[i].startswith("-"):
                 text = argv[i]
                 i += 1
-        overrides.pop(key, None)  # the last one counts, in its place
+        overrides.pop(key, None)  # the last override of a key counts, at the place where it stands
         overrides[key] = text
     return rest, overrides
 
 
 def set_key(config: MutableMapping[str, Any], key: str, value: Any) -> None:
-    """Sets what lies at `key`, a path with dots, in nested dicts or a ConfigDict, with its groups."""
+    """Sets the value at `key`, a path with dots, in nested dicts or a ConfigDict. Makes missing groups."""
     *groups, name = key.split(".")
     if not all((*groups, name)):
         raise ValueError(f"{key!r} is no config key; name one like optim.lr")
@@ -232,6 +234,7 @@ def set_key(config: MutableMapping[str, Any], key: str, value: Any) -> None:
 
 
 def _literal(text: str) -> Any:
+    """The value that a text spells in Python, or the text if it spells none."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -247,7 +250,7 @@ def _literal(text: str) -> Any:
 
 
 def _read(kind: Any, text: TypedText) -> Any:
-    """What was typed, as a value of this type; as it is where that can't be done."""
+    """The typed text as a value of the type `kind`. Another value means that the text doesn't spell one."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is str:
         return str(text)
@@ -285,7 +288,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         value = _read(kind, value)
     if isinstance(value, np.generic):
         value = value.item()
-    if kind is Any:  # plain all the way down: it goes into JSON
+    if kind is Any:  # JSON needs plain values at every depth
         return (
             {k: _convert(Any, v, f"{path}.{k}") for k, v in value.items()}
             if hasattr(value, "items")
@@ -319,7 +322,7 @@ def _is_group(kind: Any) -> bool:
 
 
 def _convert_fields(fields: FieldsOf, value: Any, path: str) -> dict[str, Any]:
-    """Some fields of a dataclass, by name."""
+    """Values of some fields of a dataclass, by the names of the fields."""
     value = _group(_literal(value) if isinstance(value, TypedText) else value, path)
     for key in value:
         if key not in fields.names:

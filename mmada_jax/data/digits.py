@@ -1,8 +1,8 @@
 """Real scans of handwritten digits, and the sentences about them that the quickstart trains on.
 
-scikit-learn's `load_digits`: 1797 scans of 8x8 pixels (UCI, Alpaydin and Kaynak 1998). They are split
-by scan, so that a held-out scan is seen by no model in training. A canvas is 8x16 pixels with one
-digit in the middle or two side by side.
+The scans are scikit-learn's `load_digits`: 1797 scans of 8x8 pixels (UCI, Alpaydin and Kaynak 1998). Each
+scan belongs to one split, so no model sees a held-out scan in training. A canvas has 8x16 pixels, with
+one digit in the middle or two digits side by side.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ ASK_ONE = "which digit is this?"
 ASK_TWO = "which digits are these?"
 ASK_NUMBERS = "in numbers?"
 ASK_SUM = "add them"
-# How a model of them generates where nothing else is said, as fields of a generation_config.json.
+# Defaults of generation for models of the digits, as fields of a generation_config.json.
 GENERATION = {"image_steps": 12, "image_guidance": 1.0, "question": ASK_ONE}
 SPLITS = ("train", "validation", "test")
 KINDS = ("captions", "statements", "sums", "reading", "text_cot", "vqa_sum", "draw_sum")
@@ -33,7 +33,7 @@ Kind = Literal[KINDS]
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """Scans of one split: `pixels` float32 [n, 8, 8] in [-1, 1], `labels` int [n]."""
+    """The scans of one split: `pixels` float32 [n, 8, 8] in [-1, 1], and `labels` int [n]."""
 
     pixels: np.ndarray
     labels: np.ndarray
@@ -41,7 +41,7 @@ class Scans:
 
 @functools.cache
 def load(split: str) -> Scans:
-    """The scans of `train` (70 %), `validation` (10 %) or `test` (20 %), always the same ones."""
+    """The scans of the split `train` (70 %), `validation` (10 %) or `test` (20 %). Splits never change."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     try:
@@ -61,7 +61,7 @@ def load(split: str) -> Scans:
 
 
 def canvas(*scans: np.ndarray) -> np.ndarray:
-    """One scan in the middle or two side by side -> [8, 16, 1]."""
+    """A canvas [8, 16, 1] with one scan in the middle or two scans side by side."""
     out = np.full((HEIGHT, WIDTH, 1), -1, np.float32)
     left = (WIDTH - SIDE * len(scans)) // 2
     for i, scan in enumerate(scans):
@@ -70,13 +70,14 @@ def canvas(*scans: np.ndarray) -> np.ndarray:
 
 
 def cut(canvas_IJ1: np.ndarray, n: int) -> list[np.ndarray]:
-    """A canvas [8, 16, 1] -> its n scans [8, 8], left to right."""
+    """The n scans [8, 8] of a canvas [8, 16, 1], from left to right."""
     left = (WIDTH - SIDE * n) // 2
     return [canvas_IJ1[:, left + SIDE * i : left + SIDE * (i + 1), 0] for i in range(n)]
 
 
 def caption(*digits: int, numbers: bool = False) -> str:
-    """`a handwritten seven`, or `a three and a five`; with `numbers`, `a handwritten 7`, `a 3 and a 5`."""
+    """A caption, as `a handwritten seven` or `a three and a five`. With `numbers` it is `a handwritten 7`
+    or `a 3 and a 5`."""
     names = [str(d) if numbers else WORDS[d] for d in digits]
     if len(digits) == 1:
         return f"a handwritten {names[0]}"
@@ -90,10 +91,10 @@ def reading(*digits: int) -> str:
 
 @functools.cache
 def sums(split: str) -> list[tuple[str, str]]:
-    """Questions of arithmetic, `3+5`, and their answers, `3+5=8`.
+    """Questions of arithmetic, such as `3+5`, with their answers, such as `3+5=8`.
 
-    Sums of two digits are what thoughts are made of: those are all in `train`, six times each. Of the
-    others a third is held out for `test`.
+    Thoughts consist of sums of two digits. All of these sums are in `train`, six times each. A third of the
+    other questions is held out for `test`.
     """
     facts = [(a, b) for a in range(10) for b in range(10)]
     others = [(f"{a}+{b}", a + b) for a in range(21) for b in range(21) if (a, b) not in facts]
@@ -109,9 +110,10 @@ def sums(split: str) -> list[tuple[str, str]]:
 
 @functools.cache
 def chains(split: str) -> list[tuple[int, int, int, int]]:
-    """Digits to add in three steps, the first three of which make a digit: 600 chains to `train` on, 200
-    for `validation`, 400 for `test`, and 1000 `prompts` that no training explains, for reinforcement
-    learning."""
+    """Chains of four digits, which are added in three steps. The sum of the first three digits is a digit.
+
+    `train` has 600 chains, `validation` 200 and `test` 400. The 1000 chains of `prompts` are for
+    reinforcement learning, and no training example explains them."""
     cases = [
         (a, b, c, d) for a in range(10) for b in range(10 - a) for c in range(10 - a - b) for d in range(10)
     ]
@@ -120,13 +122,13 @@ def chains(split: str) -> list[tuple[int, int, int, int]]:
 
 @functools.cache
 def pairs(split: str) -> list[tuple[int, int]]:
-    """Digits whose sum is a digit: 35 ordered pairs, 5 for `validation` and 15 for `test`."""
+    """Ordered pairs of digits whose sum is a digit: 35 in `train`, 5 in `validation` and 15 in `test`."""
     cases = [(a, b) for a in range(10) for b in range(10 - a)]
     return _part(cases, split, {"test": 15, "validation": 5, "train": 35})
 
 
 def thought(*numbers: int) -> str:
-    """How numbers are added: `3+5=8`, or `3+1=4 4+4=8 8+8=16`."""
+    """The thought that adds numbers: `3+5=8`, or `3+1=4 4+4=8 8+8=16`."""
     steps, total = [], numbers[0]
     for number in numbers[1:]:
         steps.append(f"{total}+{number}={total + number}")
@@ -135,17 +137,17 @@ def thought(*numbers: int) -> str:
 
 
 def addition(*numbers: int) -> str:
-    """A question in text: `3+1+4+8`."""
+    """The question for the sum of numbers: `3+1+4+8`."""
     return "+".join(map(str, numbers))
 
 
 def request(a: int, b: int) -> str:
-    """What asks for a drawn sum: `draw 3+4`."""
+    """The prompt that asks for a drawing of a sum: `draw 3+4`."""
     return f"draw {addition(a, b)}"
 
 
 def corpus() -> Iterator[str]:
-    """All texts that occur, for training the text tokenizer; thoughts without their tags."""
+    """All texts about digits, which train the text tokenizer. Thoughts have no tags here."""
     for a in range(10):
         yield from (caption(a), caption(a, numbers=True), chat(ASK_ONE, reading(a)))
         for b in range(10):
@@ -158,7 +160,7 @@ def corpus() -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class DigitRecords:
-    """One kind of records about the digits of a split, by random access.
+    """Records of one kind about the digits of a split. Any record can be read by its index.
 
         captions     t2i       one or two scans and what they show, in words or as numbers
         statements   lm        `three plus five is 8`
@@ -168,7 +170,7 @@ class DigitRecords:
         vqa_sum      mmu       two scans, their sum after a thought
         draw_sum     r2i       `draw 3+4`, a thought, and a scan of the sum
 
-    Scans are put together at random, 65536 records of them.
+    Kinds with scans have 65536 records. Scans are chosen at random for each record.
     """
 
     kind: Kind
@@ -186,7 +188,7 @@ class DigitRecords:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with the scans and with what is said about them."""
+        """A hash of the scans and of texts about them, which differs if these differ."""
         seen = hashlib.sha256(load(self.split).pixels.tobytes())
         for i in range(min(len(self), 64)):
             record = self[i]
@@ -249,7 +251,7 @@ def _turns(question: str, answer: str) -> tuple[dict[str, str], ...]:
 
 
 def _part(cases: list, split: str, sizes: dict[str, int]) -> list:
-    """The cases of a split, chosen at random. Raises ValueError for an unknown one."""
+    """The cases of a split, chosen at random. Raises ValueError for an unknown split."""
     if split not in sizes:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(sizes)}")
     ends = dict(zip(sizes, itertools.accumulate(sizes.values()), strict=True))

@@ -1,6 +1,7 @@
-"""Any picture -> pixels of the size that a tokenizer takes, and never more than a limit of them.
+"""Pictures in any form, read and resized to the pixels that an image tokenizer takes.
 
-A picture is a file (its path or its bytes), an image of Pillow's in any mode, or an array.
+A picture is a file (its path or its bytes), an image of Pillow's in any mode, or an array. The number of
+pixels has a limit at every step.
 """
 
 import io
@@ -12,13 +13,13 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 
 from mmada_jax import files
 
-# A picture of more pixels than this is refused before it is decoded, and so is one that would have
-# more on its way to its size. MAX_BYTES is the most that a file may have.
+# The largest number of pixels of a picture, also between two steps of resizing. Larger pictures are refused
+# before they are decoded. MAX_BYTES is the largest size of a file in bytes.
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 64 << 20
 
-# By the first bytes of a file. `Image.open` knows many formats more, one of which runs programs, and
-# warns of large pictures or refuses them by a limit of its own.
+# The first bytes of a file, and its reader. `Image.open` isn't used: it knows more formats, one of which
+# runs programs, and it has its own limit for large pictures.
 _READERS = {
     b"\xff\xd8\xff": JpegImagePlugin.JpegImageFile,
     b"\x89PNG\r\n\x1a\n": PngImagePlugin.PngImageFile,
@@ -27,18 +28,18 @@ _READERS = {
     b"BM": BmpImagePlugin.BmpImageFile,
 }
 
-# The bytes of a file, or its path.
+# A file: its bytes or its path.
 File = bytes | bytearray | memoryview | str | os.PathLike
 Resize = Literal["crop", "squash", "pad"]
 
 
 def open_image(data: File) -> Image.Image:
-    """Decodes a JPEG, PNG, WebP, GIF or BMP, its bytes or its path, into an RGB image.
+    """Decodes a JPEG, PNG, WebP, GIF or BMP file into an RGB image. `data` is the file's bytes or path.
 
-    Of an animation the first frame; what is transparent becomes white; of 16 bits the upper 8. It
-    stays as it is stored: a rotation in EXIF isn't applied. Raises ValueError for anything else (a
-    folder, a pipe, a pointer of git LFS), for damaged files, and for more than MAX_PIXELS (from the
-    header alone), OSError where there is no file.
+    An animation gives its first frame. Transparent pixels become white. Values of 16 bits give their
+    upper 8 bits. A rotation in EXIF isn't applied. Raises ValueError for anything else (a folder, a pipe,
+    a pointer of git LFS), for a damaged file, and for more than MAX_PIXELS pixels, which the header
+    tells. Raises OSError if there is no file.
     """
     image, name = _read_header(data)
     try:
@@ -48,22 +49,22 @@ def open_image(data: File) -> Image.Image:
 
 
 def check_image(data: File) -> None:
-    """Raises ValueError for what `open_image` refuses by the header of a file."""
+    """Raises ValueError for a file that `open_image` refuses because of its header."""
     _read_header(data)
 
 
 def resize(image: Image.Image, size: tuple[int, int] | int, how: Resize = "crop") -> np.ndarray:
-    """An RGB image -> pixels uint8 [I, J, 3] of `size` (rows, columns; or one number for both).
+    """Pixels uint8 [I, J, 3] of an RGB image, resized to `size` (rows, columns; or one number for both).
 
-    `crop`: the side that is shorter for its target is brought to it, and the middle of the other is
-    taken, as torchvision's Resize and CenterCrop do. `squash`: both sides at once. `pad`: white
-    margins to the proportions of `size` first. All of it bicubic and antialiased. Raises ValueError
-    if a picture is so long that it would have more than MAX_PIXELS on the way.
+    `crop` scales the image until it just covers `size`, and takes the middle, as torchvision's Resize and
+    CenterCrop do. `squash` scales each side by its own factor. `pad` adds white margins until the image has
+    the proportions of `size`, and scales it. Scaling is bicubic and antialiased. Raises ValueError if the
+    image would have more than MAX_PIXELS pixels between two steps, because it is very long.
     """
     I, J = (size, size) if isinstance(size, int) else size
     columns, rows = image.size
     if how == "crop":
-        # Of a square target: the shorter side becomes it, the longer int(target * long / short).
+        # For a square target T the shorter side becomes T, and the longer side int(T * long / short).
         tall = rows * J >= columns * I
         between = (int(J * rows / columns), J) if tall else (I, int(I * columns / rows))
         _check(image, between)
@@ -84,11 +85,12 @@ def resize(image: Image.Image, size: tuple[int, int] | int, how: Resize = "crop"
 
 
 def to_image(picture: Any) -> Image.Image:
-    """A picture in any form -> the RGB image that `open_image` makes of the same picture's file.
+    """A picture in any form as an RGB image. The image equals the result of `open_image` for its file.
 
-    A path or bytes are opened by `open_image`. Of Pillow's images every mode is taken. Arrays have the
-    shape [I, J], or [I, J, C] with the channels grey, grey and alpha, RGB, or RGBA: integers from 0 to
-    255, of uint16 the upper 8 bits, bool, or floats in [-1, 1]. Raises ValueError for anything else.
+    `open_image` opens a path or bytes. Images of Pillow's may have every mode. Arrays have the shape [I,
+    J], or [I, J, C] with the channels grey, grey and alpha, RGB, or RGBA. Their values are integers from
+    0 to 255, uint16 (the upper 8 bits count), bool, or floats in [-1, 1]. Raises ValueError for anything
+    else.
     """
     if _is_image(picture) and not isinstance(picture, Image.Image):
         return open_image(picture)
@@ -96,7 +98,7 @@ def to_image(picture: Any) -> Image.Image:
         _check_size(*picture.size, "the image")
         try:
             return _rgb(picture)
-        except Exception as error:  # of a file that is opened, not decoded, nearly everything
+        except Exception as error:  # the image may be an open file, whose decoder raises nearly everything
             raise ValueError(f"the image of mode {picture.mode} can't be read: {error}") from error
     pixels = _array(picture)
     if pixels.dtype.kind == "f":
@@ -115,10 +117,10 @@ def to_image(picture: Any) -> Image.Image:
 
 
 def to_pixels(picture: Any, size: tuple[int, int], channels: int, how: Resize = "crop") -> np.ndarray:
-    """A picture in any form -> float32 [I, J, C] in [-1, 1], of `size` (rows, columns), as training has it.
+    """The pixels float32 [I, J, C] in [-1, 1] of a picture in any form, as in training. I and J are `size`.
 
-    A picture of another size is resized, see `resize`. Floats of this size and of C channels or one stay
-    as they are. Raises ValueError for what is no picture, OSError for a path without a file.
+    `resize` resizes a picture of another size. An array of floats of this size keeps its values if it has C
+    channels or one. Raises ValueError if `picture` is no picture, and OSError for a path without a file.
     """
     if not _is_image(picture):
         pixels = _array(picture)
@@ -131,10 +133,10 @@ def to_pixels(picture: Any, size: tuple[int, int], channels: int, how: Resize = 
 
 
 def to_mask(mask: Any) -> np.ndarray:
-    """A mask -> bool [I, J] of its own size.
+    """A mask in any form as bool [I, J]. The size isn't changed.
 
-    A mask is a picture in any form, of which the white is True (what is transparent too), or an array
-    [I, J] of floats from 0 to 1. Where nothing is above 1, as in arrays of bool, 1 is white. Raises
+    A mask is a picture in any form, or an array [I, J] of floats from 0 to 1. White and transparent
+    pixels of a picture are True. If no value is above 1, as in arrays of bool, 1 is white. Raises
     ValueError for anything else.
     """
     if not _is_image(mask):
@@ -151,9 +153,10 @@ def to_mask(mask: Any) -> np.ndarray:
 
 
 def fit_mask(mask: Any, picture: Any, size: tuple[int, int], how: Resize = "crop") -> np.ndarray:
-    """The mask of a picture -> bool [I, J], brought to `size` as `to_pixels` brings the picture.
+    """The mask of a picture as bool [I, J], resized to `size` as `to_pixels` resizes the picture.
 
-    Both have the same proportions, not the same size. Raises ValueError where they differ.
+    The mask has the proportions of the picture, but may have another size. Raises ValueError if the
+    proportions differ.
     """
     mask_IJ, (rows, columns) = to_mask(mask), shape_of(picture)
     if mask_IJ.shape[0] * columns != mask_IJ.shape[1] * rows:
@@ -167,7 +170,7 @@ def fit_mask(mask: Any, picture: Any, size: tuple[int, int], how: Resize = "crop
 
 
 def shape_of(picture: Any) -> tuple[int, int]:
-    """Rows and columns of a picture in any form, of a file by its header."""
+    """The numbers of rows and columns of a picture in any form. Of a file only the header is read."""
     if isinstance(picture, Image.Image):
         return picture.size[::-1]
     return _read_header(picture)[0].size[::-1] if _is_image(picture) else _array(picture).shape[:2]
@@ -178,7 +181,7 @@ def _is_image(picture: Any) -> bool:
 
 
 def _read_header(data: File) -> tuple[Image.Image, str]:
-    """The image, its pixels not decoded yet, and what to call it."""
+    """The image of a file, whose pixels aren't decoded yet, and its name for errors."""
     if isinstance(data, str | os.PathLike):
         name, data = os.fspath(data), files.read_bytes(data, MAX_BYTES)
     else:
@@ -204,13 +207,13 @@ def _check_size(columns: int, rows: int, name: str) -> None:
 
 
 def _array(picture: Any) -> np.ndarray:
-    """An array of numbers as [I, J, C], C from 1 to 4. Raises ValueError for anything else."""
+    """An array of numbers as [I, J, C] with 1 to 4 channels C. Raises ValueError for anything else."""
     if not hasattr(picture, "__array__") and not isinstance(picture, list | tuple):
         raise ValueError(
             f"{type(picture).__name__} is no picture; give a path, bytes, an image of Pillow's or an array"
         )
     pixels = np.asarray(picture)
-    if pixels.dtype.name == "bfloat16":  # which NumPy doesn't know as a float
+    if pixels.dtype.name == "bfloat16":  # NumPy doesn't count this type among the floats
         pixels = pixels.astype(np.float32)
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.dtype.kind not in "biuf" or pixels.ndim != 3 or not pixels.size or pixels.shape[2] > 4:
@@ -232,7 +235,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = _bytes_of_floats(image)
     if image.mode.startswith("I"):
         return _upper_bits(image)
-    if image.mode == "La":  # grey with its alpha multiplied in, which Pillow converts to LA alone
+    if image.mode == "La":  # grey multiplied by alpha: Pillow converts it to no other mode than LA
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -251,7 +254,7 @@ def _upper_bits(image: Image.Image) -> Image.Image:
 
 
 def _bytes_of_floats(image: Image.Image) -> Image.Image:
-    # Pillow takes floats as shades from 0 to 255. Those that end at 1 were meant in another way.
+    # Pillow reads floats as shades from 0 to 255. A largest value of 1 shows that another scale was meant.
     values = np.asarray(image)
     if not (values.min() >= 0 and values.max() <= 255) or 0 < values.max() <= 1:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Records -> batches, on the host: which records a step has, and how they become rows.
+"""Batches of rows, made of records on the host.
 
-A batch is a function of (seed, step) alone: every task has a fixed number of rows in it, row by row
-the records of a task's sources follow each other by the sources' weights, and each source goes
-through its records in an order that is shuffled anew in every epoch. So the one position of the data
-is the step; a run is resumed, by any number of processes, by asking for the batches from there on.
+A batch is a function of the seed and the step alone. Every task has a fixed number of rows in a batch.
+The sources of a task take turns by their weights. Each source goes through its records in an order that
+is shuffled anew in every epoch. So the step is the only position in the data. Any number of processes can
+resume a run by loading the batches from that step on.
 
-Nothing here knows jax, so that processes that load don't start it: `devices.sharding` places rows on
-devices, `model.vision` makes tokens of pixels.
+This module doesn't import jax, so that loading processes don't start jax. `devices.sharding` places rows on
+devices, and `model.vision` makes tokens of pixels.
 """
 
 import collections
@@ -34,14 +34,14 @@ from mmada_jax.tokens.vocab import Vocab
 
 T = TypeVar("T")
 
-# Number of records, one after the other, that can't be used until a source is given up.
+# A source is given up after this number of unusable records in a row.
 TRIES = 100
 UNREADABLE = "unreadable"
 
 
 class RawRows(NamedTuple):
-    """Rows of a batch, whose images may still be pixels: where `encode_B` is set, the tokens of the image
-    are yet to be made of `pixels_BIJC`. Both are None if no source has images without codes."""
+    """Rows of a batch, whose images may still be pixels. Where `encode_B` is True, the image tokens must
+    still be made of `pixels_BIJC`. Both fields are None if all images of all sources have codes."""
 
     batch: layout.Batch
     pixels_BIJC: np.ndarray | None
@@ -49,14 +49,15 @@ class RawRows(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The rows of a step that a process has, and how many records of which source were replaced, why."""
+    """The rows of a step on one process. `skipped` counts the replaced records by source and reason."""
 
     rows: Any
     skipped: Mapping[str, int]
 
 
 def rows_per_task(mixture: dict[str, int], batch_size: int) -> dict[str, int]:
-    """Splits `batch_size` global rows by the mixture's weights, exactly (largest remainders)."""
+    """Splits the `batch_size` rows of all processes among tasks by the weights of the mixture. The
+    numbers of rows sum up to `batch_size` (method of the largest remainders)."""
     unknown = [task for task in mixture if task not in layout.TASKS]
     total = sum(mixture.values())
     if unknown or total <= 0 or min(mixture.values()) < 0:
@@ -81,8 +82,8 @@ def open_sources(
     root: str = "",
     key: str = "data",
 ) -> dict[str, dict[str, sources.Source]]:
-    """Opens the sources of `tasks`; raises ValueError or OSError, naming the one under config.`key`, where
-    that isn't possible, and for a task without one."""
+    """Opens the sources of `tasks`. Raises ValueError or OSError for a source that can't be opened, with
+    its name under config.`key`, and ValueError for a task without a source."""
     opened: dict[str, dict[str, sources.Source]] = {}
     for task in tasks:
         configs = {name: config for name, config in data.get(task, {}).items() if config.weight}
@@ -95,7 +96,7 @@ def open_sources(
             try:
                 source = sources.open_source(config, root, with_images=layout.image_start(task, 1) > 0)
             except (ValueError, OSError) as error:
-                # Its own type is kept if a message is all that it takes; others become one of these three.
+                # Other types of errors may need more arguments than a message.
                 plain = next(
                     kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind)
                 )
@@ -105,7 +106,7 @@ def open_sources(
 
 
 def left_out(opened: Mapping[str, Mapping[str, sources.Source]], key: str = "data") -> list[str]:
-    """A line for each source under config.`key` that leaves samples out: how many, for what reasons."""
+    """A line for each source under config.`key` that leaves samples out, with their numbers by reason."""
     lines = []
     for task, of_task in opened.items():
         for name, source in of_task.items():
@@ -116,16 +117,15 @@ def left_out(opened: Mapping[str, Mapping[str, sources.Source]], key: str = "dat
 
 
 class Skipped:
-    """Counts the records that a process had to replace, and gives up where `limit` of them, as a share,
-    couldn't be read."""
+    """Counts the records that a process had to replace. `limit` is the largest share of rows whose
+    records may be unreadable."""
 
     def __init__(self, limit: float):
         self._limit, self._rows = limit, 0
         self._counts: collections.Counter[str] = collections.Counter()
 
     def count(self, skipped: Mapping[str, int], rows: int) -> None:
-        """Adds the records that were replaced in a step of `rows` rows. Raises ValueError beyond the
-        limit."""
+        """Adds the counts of replaced records in a step of `rows` rows. Raises ValueError above `limit`."""
         self._counts.update(skipped)
         self._rows += rows
         bad = sum(n for name, n in self._counts.items() if name.endswith(UNREADABLE))
@@ -145,7 +145,7 @@ class Skipped:
 
 @dataclasses.dataclass(frozen=True)
 class Shape(layout.RowShape):
-    """The shape of the rows of a run, and the rows, columns and channels of an image in pixels."""
+    """The lengths of a run's rows. `pixels` has the numbers of rows, columns and channels of an image."""
 
     pixels: tuple[int, int, int]
 
@@ -154,8 +154,8 @@ class Shape(layout.RowShape):
 class Pipeline:
     """Rows by step, from the sources of each task. `rows` counts the rows of each task in a global batch.
 
-    `cond_dropout` is the share of t2i rows without their text, `cut_long` whether a text that doesn't
-    fit is cut (as in the first two phases of the reference) or its record replaced by another.
+    `cond_dropout` is the share of t2i rows without their text. With `cut_long` a text that doesn't fit is
+    cut, as in the first two phases of the reference. Without `cut_long` another record replaces its record.
     """
 
     tokenizer: TextTokenizer
@@ -172,14 +172,14 @@ class Pipeline:
 
     @functools.cached_property
     def places(self) -> list[tuple[str, int]]:
-        """(task, number among the rows of the task) of each row of a batch. Tasks alternate, so that
-        every process and device has its share of each."""
+        """(task, number among the rows of the task) for each row of a batch. Tasks alternate, so that every
+        process and every device has a share of each task."""
         order = [((k + 0.5) / count, task, k) for task, count in self.rows.items() for k in range(count)]
         return [(task, k) for _, task, k in sorted(order)]
 
     @functools.cached_property
     def _orders(self) -> dict[str, grain.MapDataset]:
-        """Task -> position among all rows of the task, over all steps -> (name of the source, index)."""
+        """By task, a map from the position among the task's rows in all steps to (source name, index)."""
         orders = {}
         for task, of_task in self.opened.items():
             each = [
@@ -196,9 +196,9 @@ class Pipeline:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What decides which record is where in which step; a run keeps it, to compare on resume.
+        """The facts that decide which record a row of a step has. A run keeps them to compare on resume.
 
-        Where the files lie isn't part of it, what is in them is.
+        The content of the files is part of the description. The paths of the files aren't.
         """
         of_sources: dict[str, dict[str, Any]] = {}
         for task, of_task in self.opened.items():
@@ -206,7 +206,7 @@ class Pipeline:
                 values = dataclasses.asdict(self.data[task][name])
                 for where in ("path", "image_root", "captions", "labels"):
                     del values[where]
-                if not values["rendered"]:  # runs from before this field have a description without it
+                if not values["rendered"]:  # older runs have descriptions without this field
                     del values["rendered"]
                 values |= {"records": len(source), "fingerprint": source.fingerprint}
                 of_sources.setdefault(task, {})[name] = values
@@ -219,11 +219,11 @@ class Pipeline:
         self.__dict__.update(state)
 
     def record_at(self, task: str, position: int) -> tuple[str, int]:
-        """(name of the source, index) of the record at a position among all rows of a task."""
+        """(name of the source, index) of the record at a position among the rows of a task in all steps."""
         return self._orders[task][position]
 
     def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
-        """The rows `which` of the batch of `step` (all by default), in that order."""
+        """The rows with the numbers `which` of the batch of `step`, in this order. By default all rows."""
         skipped: collections.Counter[str] = collections.Counter()
         places = [self.places[row] for row in (range(len(self.places)) if which is None else which)]
         rows, pixels = [], []
@@ -241,7 +241,7 @@ class Pipeline:
 
     @functools.cached_property
     def encodes(self) -> bool:
-        """Whether any source has images without codes: then every batch has pixels."""
+        """Whether any source has images without codes. If so, every batch has pixels."""
         return any(
             layout.image_start(task, self.shape.max_text) and not sources.codes_of(source)
             for task, of_task in self.opened.items()
@@ -302,8 +302,7 @@ class Pipeline:
         return ids
 
     def _image(self, config: sources.SourceConfig, record: Record) -> tuple[np.ndarray, np.ndarray | None]:
-        """The ids of the image's tokens; or placeholders for them, and the pixels that are yet to be
-        encoded."""
+        """The ids of the image's tokens and None, or placeholders for the ids and the pixels to encode."""
         if record.codes is not None:
             if len(record.codes) != self.shape.n_image:
                 raise ValueError(
@@ -324,13 +323,13 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Canvases:
-    """Batches of canvases [rows, 8, 16, 1] of digits, for training the image tokenizer."""
+    """Batches of canvases of digits, [rows, 8, 16, 1], which train the image tokenizer."""
 
     rows: int
     seed: int
 
     def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
-        """The canvases `which` of `step`, all by default."""
+        """The canvases with the numbers `which` of `step`. By default all canvases."""
         of_digits = digits.open_records("reading", "train")
         which = range(self.rows) if which is None else which
         first = zlib.crc32(f"{self.seed}".encode()) + step * self.rows
@@ -344,14 +343,15 @@ class Canvases:
 def iterate(
     load: Callable[[int], T], first: int, steps: int, threads: int = 2, workers: int = 0
 ) -> Iterator[T]:
-    """load(first), load(first + 1), ... up to `steps`. Threads load ahead, or `workers` processes with
-    that many threads each. What comes out doesn't depend on how many there are."""
+    """The results of load(step) for each step from `first` to `steps` - 1. Threads load ahead. If
+    `workers` isn't 0, that many processes load, with `threads` threads each. The results don't depend on
+    these numbers."""
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     loaded = grain.MapDataset.range(first, steps).map(load).to_iter_dataset(ahead)
     if workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its own; a program without absl has none
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags, and programs without absl parse none
             flags.FLAGS.mark_as_parsed()
-        # Batches come through a pipe, since grain leaves shared memory behind at the end, with a warning.
+        # Batches come through a pipe. With shared memory grain leaves some behind and Python warns of it.
         copied = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         loaded = grain.experimental.WithOptionsIterDataset(loaded, copied)
         loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
@@ -359,8 +359,8 @@ def iterate(
 
 
 def _begin_worker(_number: int, _count: int) -> None:
-    # A signal to all processes of a run is for the parent alone, which stops when a step is saved. A
-    # worker ends when its parent has ended, however that was.
+    # Only the parent obeys a signal to all processes of a run: it stops when a step is saved. A worker ends
+    # when its parent has ended for any reason.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

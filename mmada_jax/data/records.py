@@ -1,6 +1,6 @@
-"""One training example as a source has it: its form in an ArrayRecord, and the texts to train on.
+"""Records: one training example each, its bytes in an ArrayRecord, and the texts that it trains on.
 
-Which text of a record is taken, and how much of it, is a function of the record and a generator.
+A function of the record and a random generator chooses the text, and the part of the text.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# What makes a model think first. Published checkpoints know the wording of their model card.
+# Prompts that make a model think first. Published checkpoints know the words of their model card.
 THINK_PROMPT = (
     "Work through the problem between <think> and </think> before you answer, and give nothing but the "
     "answer after </think>."
@@ -24,7 +24,7 @@ THINK_DRAW_PROMPT = (
 # Longer texts are cut to a window of this many characters.
 WINDOW = 8000
 
-# What machines begin captions with, and what says nothing to someone who draws.
+# Openings of captions that machines write. They tell nothing about the picture.
 OPENINGS = (
     "The image shows ", "The image depicts ", "The image features ", "The image displays ",
     "The image captures ", "The image presents ", "The image contains ", "In the image, ",
@@ -32,7 +32,7 @@ OPENINGS = (
     "This is a picture of ", "This is a photo of ", "The photo shows ", "The picture shows ",
 )  # fmt: skip
 
-# What a reader of captions is asked.
+# Instructions that ask for a caption.
 INSTRUCTIONS = (
     "Describe the image.",
     "Describe this picture.",
@@ -56,8 +56,8 @@ INSTRUCTIONS = (
     "Look at the image and describe it.",
 )
 
-# Where other models put the picture, once or several times in a row. A number in the tag names one of
-# several pictures, and is read as part of the sentence.
+# Tags by which other models mark the place of the picture, one tag or several in a row. A tag with a number
+# names one of several pictures. It doesn't match, since it is read as part of the sentence.
 _IMAGE_TAG = r"(?:<(?:im_start|img)>\s*)?<image\s*/?>(?:\s*</(?:image|img)>|\s*<im_end>)?"
 _IMAGE_TAGS = re.compile(rf"{_IMAGE_TAG}(?:\s*{_IMAGE_TAG})*", re.IGNORECASE)
 
@@ -66,13 +66,14 @@ Turns = Sequence[Mapping[str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An example of any task; what a task doesn't need stays empty.
+    """An example of any task. Fields that its task doesn't need are empty.
 
-    `image` is a JPEG, PNG or WebP file, or pixels [I, J, C] (uint8, or floats in [-1, 1]); `codes` are
-    its codes [N] where a tokenizer has been there already. `texts` are captions, each of which describes
-    the image, or the one text of a text record (a whole conversation, where the source says `rendered`).
-    `turns` are a conversation, {"role", "content"} each. `short` is the short caption of a long one (r2i).
-    `lacks_image` is set where a conversation names the place of an image and none is here.
+    `image` is a JPEG, PNG or WebP file, or pixels [I, J, C] (uint8, or floats in [-1, 1]). `codes` are
+    the codes [N] of the image if an image tokenizer has made them already. `texts` are captions, each of
+    which describes the image, or the one text of a text record. This text is a whole conversation if the
+    source is `rendered`. `turns` are the turns of a conversation, {"role", "content"} each. `short` is a
+    short caption beside the long one (r2i). `lacks_image` says that the conversation names the place of
+    an image, and that the record has no image.
     """
 
     key: str  # unique within its source
@@ -85,7 +86,7 @@ class Record:
 
 
 class LeftOut(ValueError):
-    """A record that nothing is wrong with, and that isn't used; it is counted under the reason `why`."""
+    """The error for a sound record that isn't used. Such records are counted by the reason `why`."""
 
     def __init__(self, why: str, message: str):
         super().__init__(why, message)
@@ -96,9 +97,9 @@ class LeftOut(ValueError):
 
 
 def pack(record: Record) -> bytes:
-    """A record as bytes: the length of a JSON header, the header, then image file and codes.
+    """A record as bytes: the length of a JSON header, the header, the image file, the codes.
 
-    Nothing in it can be executed. Raises ValueError for an image that is not an encoded file.
+    Reading the bytes executes nothing. Raises ValueError if the image isn't an encoded file.
     """
     if isinstance(record.image, np.ndarray):
         raise ValueError(f"record {record.key!r} has an image of pixels; encode it as a PNG first")
@@ -112,7 +113,7 @@ def pack(record: Record) -> bytes:
 
 
 def unpack(data: bytes) -> Record:
-    """The inverse of `pack`. Raises ValueError for bytes that it didn't make."""
+    """The record that `pack` made the bytes of. Raises ValueError for other bytes."""
     try:
         start = 4 + int.from_bytes(data[:4], "little")
         header: dict[str, Any] = json.loads(data[4:start])
@@ -137,10 +138,10 @@ def unpack(data: bytes) -> Record:
 
 
 def without_image_tag(text: str) -> str:
-    """What someone said about a picture, without the tags <image> that tell where it stood.
+    """A text about a picture without the tags <image>, which mark the place of the picture.
 
-    The words around a tag are parted as they were: by the line breaks that were beside it, by one
-    space, or by nothing before a punctuation mark. A text without the tag stays as it is.
+    The words before and after a tag stay separate. Between them are the line breaks that stood beside the
+    tag, or one space, or nothing before a punctuation mark. A text without a tag isn't changed.
     """
     parts = _IMAGE_TAGS.split(text)
     pieces = []
@@ -156,10 +157,10 @@ def without_image_tag(text: str) -> str:
 
 
 def drawing_caption(record: Record, rng: np.random.Generator) -> str:
-    """What a picture is drawn from: one of the captions, every other time its first sentence alone
-    (what stands before the first full stop), without the openings of machines.
+    """A caption to draw from, without the openings that machines write.
 
-    Raises ValueError if the record has no caption.
+    The generator chooses one of the captions. In half of the cases only the first sentence is taken, which
+    ends before the first full stop. Raises ValueError if the record has no caption.
     """
     text = _caption(record, rng)
     if rng.random() < 0.5:
@@ -171,10 +172,10 @@ def drawing_caption(record: Record, rng: np.random.Generator) -> str:
 
 
 def reading_turns(record: Record, rng: np.random.Generator) -> list[dict[str, str]]:
-    """What is said about a picture: the first of the record's turns up to one of its answers, or an
-    instruction and one of the captions.
+    """A conversation about a picture.
 
-    Raises ValueError if the record has neither answers nor captions.
+    For a record with turns it has the turns up to one of the answers. For a record without turns it has an
+    instruction and one of the captions. Raises ValueError if the record has neither answers nor captions.
     """
     if not record.turns:
         instruction = INSTRUCTIONS[rng.integers(len(INSTRUCTIONS))]
@@ -186,14 +187,15 @@ def reading_turns(record: Record, rng: np.random.Generator) -> list[dict[str, st
 
 
 def whole_text(record: Record) -> str:
-    """The text of a text record. Raises ValueError if it has none."""
+    """The text of a text record. Raises ValueError if the record has no text."""
     if not record.texts or not record.texts[0].strip():
         raise ValueError(f"record {record.key!r} has no text")
     return record.texts[0]
 
 
 def plain_text(record: Record, rng: np.random.Generator) -> str:
-    """The text of a text record without its newlines; of a long one WINDOW characters, from anywhere.
+    """The text of a text record without its newlines. A text of more than WINDOW characters is cut to
+    WINDOW characters at a random place.
 
     Raises ValueError if the record has no text.
     """
@@ -203,9 +205,9 @@ def plain_text(record: Record, rng: np.random.Generator) -> str:
 
 
 def thinking_turns(record: Record) -> list[dict[str, str]]:
-    """What a picture is drawn from with thinking: the short caption, and the long one as the thought.
+    """A conversation that draws with a thought: the short caption, then the long caption as the thought.
 
-    Raises ValueError if the record lacks one of them.
+    Raises ValueError if the record lacks one of the captions.
     """
     if not (record.short.strip() and record.texts and record.texts[0].strip()):
         raise ValueError(f"record {record.key!r} lacks a short or a long caption; thinking takes both")
@@ -213,7 +215,7 @@ def thinking_turns(record: Record) -> list[dict[str, str]]:
 
 
 def with_think_prompt(turns: Turns, think_prompt: str) -> list[dict[str, str]]:
-    """The turns, the first of the user led by `think_prompt` and a newline."""
+    """The turns. The first turn of the user begins with `think_prompt` and a newline."""
     turns = [dict(turn) for turn in turns]
     for turn in turns:
         if turn["role"] == "user":
@@ -223,7 +225,8 @@ def with_think_prompt(turns: Turns, think_prompt: str) -> list[dict[str, str]]:
 
 
 def _gap(last: str, before: str, after: str, following: str) -> str:
-    """What stays between a word's last character and the following one, of the spaces beside a tag."""
+    """The white space that replaces a tag between the characters `last` and `following`. `before` and
+    `after` are the white space beside the tag."""
     if "\n" in before + after:
         breaks = max(before, after, key=lambda spaces: spaces.count("\n"))
         _, newline, indent = after.rpartition("\n")
@@ -231,7 +234,7 @@ def _gap(last: str, before: str, after: str, following: str) -> str:
     if before or after:
         opens, closes = last in "([{", following in ".,;:!?)]}"
         return "" if (closes and not after) or (opens and not before) else " "
-    # A tag without spaces on either side has parted two words, except in a script that has no spaces.
+    # A tag without spaces on both sides separates two words, unless the script has no spaces.
     return " " if (last + following).isascii() and (last + following).isalnum() else ""
 
 
@@ -241,7 +244,7 @@ def _caption(record: Record, rng: np.random.Generator) -> str:
         raise ValueError(f"record {record.key!r} has no caption")
     text = texts[rng.integers(len(texts))]
 
-    # Names that were taken out of captions, one tag each.
+    # Each tag <person> replaces a name that was removed from the caption.
     def someone(tags):
         if tags[0].lower().count("<person>") > 1:
             return "people"

@@ -1,4 +1,4 @@
-"""What records say: the text of a row, and a sample of such texts to train a text tokenizer on."""
+"""Texts of records: the text of a row, and a sample of texts that trains a text tokenizer."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,8 +9,8 @@ from mmada_jax.data import digits, records, sources
 from mmada_jax.data.records import Record
 from mmada_jax.tokens.tokenizer import END_THINK, THINK, Template, chat, parse_chat
 
-# Of one's own texts a tokenizer is trained on so many records of each source, and so many characters of
-# each record: 16 million characters of a source.
+# The largest number of records of a source, and of characters of a record, that train a text tokenizer. A
+# source has at most 16 million characters in the sample.
 SAMPLED_RECORDS, SAMPLED_CHARACTERS = 4096, 4096
 
 
@@ -22,9 +22,10 @@ def text_of(
     think_prompt: str,
     think_draw_prompt: str,
 ) -> str | Template:
-    """The text that a record has in a row of a task.
+    """The text of a record in a row of a task.
 
-    Raises ValueError if it has none, and LeftOut for a conversation about an image in a row without one.
+    Raises ValueError if the record has no text, and LeftOut for a conversation about an image if the rows
+    of the task have no image.
     """
     if task == "lm":
         return records.plain_text(record, rng)
@@ -49,7 +50,7 @@ def text_of(
     if config.think:
         prompt = think_draw_prompt if task == "r2i" else think_prompt
         turns = records.with_think_prompt(turns, prompt)
-    # What the user says after the last answer has nothing to be learned from.
+    # The user's words after the last answer are dropped, since no answer follows them.
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
         raise ValueError("a conversation has no answer of the assistant")
@@ -62,8 +63,9 @@ def sample_texts(
     think_prompt: str,
     think_draw_prompt: str,
 ) -> Iterator[str]:
-    """What rows say, of records that lie evenly in each source, for training a text tokenizer: always the
-    same, without control tokens and the tags of thoughts. Of the digits all that is ever said."""
+    """A sample of texts that trains a text tokenizer. The sample is the same in every call. It comes from
+    records at equal distances in each source, and has neither control tokens nor the tags of thoughts. For
+    digits the sample has all texts."""
     formats = {data[task][name].format for task, of_task in opened.items() for name in of_task}
     if "digits" in formats:
         yield from digits.corpus()
@@ -76,12 +78,12 @@ def sample_texts(
                 try:
                     record = source[int(index)]
                     text = text_of(task, config, record, rng, think_prompt, think_draw_prompt)
-                except Exception:  # as in training, where it is counted
+                except Exception:  # training skips such records too, and counts them
                     continue
                 left = SAMPLED_CHARACTERS
                 for part in text.parts if isinstance(text, Template) else [text]:
                     if isinstance(part, str) and left > 0:
-                        # Half of a surrogate pair can't be read, all else of its text can.
+                        # The cut may leave half of a surrogate pair, which is dropped.
                         part = part[:left].encode(errors="ignore").decode()
                         left -= len(part)
                         yield from re.split(f"{THINK}|{END_THINK}", part)

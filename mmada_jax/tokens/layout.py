@@ -1,4 +1,4 @@
-"""One function per task: token ids of a record -> one row, in numpy, on the host.
+"""Rows of tokens. Each task has one function, which makes a row of the token ids of a record, in numpy.
 
     t2i       pad*  t2i BOS text EOS soi image* eoi          the text slot is left-padded
     lm        BOS text EOS EOS*
@@ -6,8 +6,8 @@
     mmu       mmu soi image* eoi BOS prompt header | answer EOS EOS*
     r2i       r2i BOS prompt header | thought EOS EOS* soi | image* | eoi
 
-S (`max_text`) is the length of the text slot, N the number of image tokens. t2i, mmu and r2i rows
-have the same length S + N + 3; lm rows are given it.
+S (`max_text`) is the length of the text slot in tokens. N is the number of image tokens. t2i, mmu and r2i
+rows have the length S + N + 3. lm and lm_chat rows have the length that their functions are given.
 """
 
 import dataclasses
@@ -24,9 +24,9 @@ TASKS = ("t2i", "lm", "lm_chat", "mmu", "r2i")
 class Batch(NamedTuple):
     """Rows of one or more tasks, all of one length L. A single row is a Batch without the B axis.
 
-    `target` marks what may be hidden and has to be predicted; `shown` marks tokens that are scored
-    although they are never hidden (soi and eoi of t2i, as the reference's labels have it). `valid`
-    is False at padding that nothing attends to. `task` indexes TASKS.
+    `target` marks the tokens that may be hidden and must be predicted. `shown` marks tokens that are scored
+    but never hidden (soi and eoi of t2i, as in the reference's labels). `valid` is False at padding that no
+    token attends to. `task` holds indices of TASKS.
     """
 
     tokens: np.ndarray  # int32 [B, L], clean
@@ -38,15 +38,15 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-    """The lengths that all rows of a model share: a text slot of `max_text` tokens (S), an image of
-    `n_image` tokens (N)."""
+    """The lengths that all rows of a model share. The text slot has `max_text` tokens (S), and the image
+    has `n_image` tokens (N)."""
 
     max_text: int
     n_image: int
 
     @property
     def length(self) -> int:
-        """Tokens of a t2i, mmu or r2i row: the slot, the image, soi, eoi and the token of the task."""
+        """Length in tokens of a t2i, mmu or r2i row: the slot, the image, soi, eoi and the task's token."""
         return self.max_text + self.n_image + 3
 
     @property
@@ -82,7 +82,8 @@ def stack(rows: Sequence[Batch]) -> Batch:
 
 
 def t2i(vocab: Vocab, text: Sequence[int], image: Sequence[int], max_text: int) -> Batch:
-    """Text -> image. The image is the target; empty text is the unconditional row of guidance."""
+    """A row that draws an image from a text. The image is the target. Guidance takes the row of an empty
+    text as its unconditional row."""
     text, image = _with_bos(vocab, text), _image(vocab, image)
     slot = [vocab.t2i, *text, vocab.eos]
     if len(slot) > max_text + 1:
@@ -96,25 +97,26 @@ def t2i(vocab: Vocab, text: Sequence[int], image: Sequence[int], max_text: int) 
 
 
 def t2i_generation(vocab: Vocab, text: Sequence[int], n_image: int, max_text: int) -> Batch:
-    """The t2i row whose N image tokens are all hidden. Text that doesn't fit is an error."""
+    """The t2i row whose N image tokens are all hidden. Raises ValueError if the text doesn't fit."""
     check_fits(len(_with_bos(vocab, text)) + 1, max_text, "prompt with BOS and EOS")
     return t2i(vocab, text, [vocab.mask] * n_image, max_text)
 
 
 def lm(vocab: Vocab, text: Sequence[int], length: int) -> Batch:
-    """Plain text of `length` tokens. All of it is target, the padding EOS too."""
+    """A row of plain text with `length` tokens. All tokens are target, also the EOS that pad the text."""
     tokens = _pad_text(vocab, [*_with_bos(vocab, text), vocab.eos][:length], length)
     return _row("lm", tokens, target=[(0, length)])
 
 
 def lm_chat(vocab: Vocab, text: Sequence[int], length: int) -> Batch:
-    """A conversation of `length` tokens; the target is what follows the last header, EOS included."""
+    """A row of a conversation with `length` tokens. All tokens after the last header are target."""
     tokens = _pad_text(vocab, [*_with_bos(vocab, text), vocab.eos][:length], length)
     return _row("lm_chat", tokens, target=[(_answer_start(vocab, tokens, default=0), length)])
 
 
 def mmu(vocab: Vocab, image: Sequence[int], text: Sequence[int], max_text: int) -> Batch:
-    """Image and conversation; the target is what follows the last header (all text if none)."""
+    """A row of an image and a conversation. All tokens after the last header are target. Without a header
+    the whole text is target."""
     image = _image(vocab, image)
     prefix = [vocab.mmu, vocab.soi, *image, vocab.eoi]
     slot = _text_slot(vocab, text, max_text)
@@ -123,7 +125,8 @@ def mmu(vocab: Vocab, image: Sequence[int], text: Sequence[int], max_text: int) 
 
 
 def r2i(vocab: Vocab, text: Sequence[int], image: Sequence[int], max_text: int) -> Batch:
-    """Prompt -> thought -> image: the thought and the image are the target (image only if no header)."""
+    """A row of a prompt, a thought and an image. The thought and the image are target. Without a header
+    only the image is target."""
     image = _image(vocab, image)
     slot = _text_slot(vocab, text, max_text)
     start = 1 + _answer_start(vocab, slot, default=max_text)
@@ -133,13 +136,13 @@ def r2i(vocab: Vocab, text: Sequence[int], image: Sequence[int], max_text: int) 
 
 
 def image_start(task: str, max_text: int) -> int:
-    """Where the image tokens of a row begin; 0 for tasks without an image."""
+    """The place of the first image token in a row; 0 for tasks without an image."""
     return {"t2i": max_text + 2, "mmu": 2, "r2i": max_text + 2}.get(task, 0)
 
 
 def r2i_generation(vocab: Vocab, prompt: Sequence[int], n_image: int, max_text: int) -> Batch:
-    """The r2i row of a prompt: what it leaves of the text slot is hidden, and the image, and these are the
-    target. A prompt that leaves nothing is an error."""
+    """The r2i row of a prompt. The rest of the text slot and the image are hidden, and are the target.
+    Raises ValueError if the prompt leaves no room for a thought."""
     prompt = _with_bos(vocab, prompt)
     check_fits(len(prompt) + 1, max_text, "prompt with the first token of a thought")
     row = r2i(vocab, prompt, [vocab.mask] * n_image, max_text)
@@ -149,20 +152,20 @@ def r2i_generation(vocab: Vocab, prompt: Sequence[int], n_image: int, max_text: 
 
 
 def drop_condition(vocab: Vocab, row: Batch, max_text: int) -> Batch:
-    """A t2i or r2i row -> the same image without its text: what guidance takes as unconditional."""
+    """The t2i row of a row's image without its text. Guidance takes it as the unconditional row."""
     return t2i(vocab, [], row.tokens[max_text + 2 : -1], max_text)
 
 
 def continuation(
     vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: int, length: int | None = None
 ) -> Batch:
-    """Prompts of any length, left-padded to a common one, followed by `n_new` hidden tokens.
+    """Rows of prompts, padded on the left to one length. `n_new` hidden tokens follow each prompt.
 
-    `length` is the common length of the prompts, by default the longest. If it is given, batches of
-    different prompts have one shape.
+    `length` is the common length of the prompts in tokens. By default it is the length of the longest
+    prompt. If `length` is given, batches of different prompts have one shape.
 
-    For text generation, chat and image understanding alike. The padding is not valid, so that a
-    prompt's result doesn't depend on its neighbours (RoPE is relative: the shift is invisible).
+    The rows serve text generation, chat and image understanding. The padding isn't valid, so the result
+    of a prompt doesn't depend on its neighbours. (RoPE is relative, so the shift changes nothing.)
     """
     longest = max(map(len, prompts))
     length = longest if length is None else length
@@ -177,8 +180,10 @@ def continuation(
 
 
 def answers(vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: Sequence[int], length: int) -> Batch:
-    """Prompts, each from the left and followed by its own number of hidden tokens; what is then left of the
-    `length` of a row is padding, which isn't valid. So the result of a prompt depends on neither."""
+    """Rows of prompts. Each prompt begins at place 0, and its own number `n_new` of hidden tokens follows.
+
+    Padding fills the rest of the `length` tokens of a row. The padding isn't valid, so the result of a
+    prompt depends neither on the padding nor on the other prompts."""
     rows = []
     for prompt, new in zip(prompts, n_new, strict=True):
         end = len(prompt) + new
@@ -189,8 +194,10 @@ def answers(vocab: Vocab, prompts: Sequence[Sequence[int]], n_new: Sequence[int]
 
 
 def bucket(length: int) -> int:
-    """The next larger of a few lengths; from 64 tokens on it is at most a quarter longer. Rows of one
-    length share a compilation."""
+    """The smallest length in tokens, among a few allowed lengths, that is at least `length`.
+
+    From 64 tokens on the result is at most a quarter longer than `length`. Rows of one length share a
+    compilation."""
     step = max(16, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step
 

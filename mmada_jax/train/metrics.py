@@ -18,19 +18,20 @@ from mmada_jax.devices import chips
 from mmada_jax.disk import Growing, write_whole
 from mmada_jax.train.board import Board
 
-_COUNTS = ("skipped", "failed_saves", "failed_writes")  # in the progress line where there are any
+_COUNTS = ("skipped", "failed_saves", "failed_writes")  # the progress line shows them unless they are 0
 _UNSHOWN = (*_COUNTS, "lr", "scored")
 
 
 class Metrics:
-    """Writes WORKDIR/metrics.jsonl and WORKDIR/tensorboard; rows beyond `resume_step` are dropped,
-    since the run is about to write them again. Only the first process writes and prints.
+    """Writes WORKDIR/metrics.jsonl and WORKDIR/tensorboard. Only the first process writes and prints.
 
-    What the disk refuses ends no run: it is reported once, kept, and tried again with every row, which
-    counts these failures (`failed_writes`).
+    Rows beyond `resume_step` are dropped, since the run will write them again. A write that the disk
+    refuses doesn't end the run. The first refusal is reported. Refused rows are kept and written again
+    with every new row, which counts the refusals (`failed_writes`).
 
-    `flops_per_step` is what the model asks for on all devices, or gives it by a row's values; 0 if it
-    isn't known. `began` is the time.perf_counter() when this start of the run did.
+    `flops_per_step` is the number of operations of a step on all devices, or a function of a row's values
+    that gives this number; 0 means that it is unknown. `began` is time.perf_counter() at the moment when
+    this process began the run.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Metrics:
     ):
         self._silent = jax.process_index() > 0
         self._steps, self._last, self._last_time = steps, resume_step, time.perf_counter()
-        self._waited = self._paused = 0.0  # seconds since the last row
+        self._waited = self._paused = 0.0  # seconds, summed since the last row
         self._failed = 0
         self._flops = flops_per_step
         self._peak = (chips.peak_tflops(jax.devices()[0].device_kind) or 0) * 1e12 * jax.device_count()
@@ -57,7 +58,7 @@ class Metrics:
             rows = []
             warn(f"{path} can't be read ({error}); {_set_aside(path)}")
         kept = [row for row in rows if row["step"] <= resume_step]
-        # The time of steps that are to be repeated was spent, and for nothing.
+        # The steps that will be repeated took time, which counts as spent but not as productive.
         spent = _last(rows, "wall_seconds")
         self._began = (self._last_time if began is None else began) - spent
         self._productive = _last(kept, "productive_seconds")
@@ -84,20 +85,20 @@ class Metrics:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time within as waiting for data: part of a step, but not productive."""
+        """Counts the time of the block as waiting for data. It is part of a step, but isn't productive."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """Leaves the time within (a checkpoint, an evaluation) out of the speed, and not productive."""
+        """Leaves the time of the block (a checkpoint, an evaluation) out of the speed and of goodput."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def restart_clock(self, step: int) -> None:
-        """Leaves all since the last row (a compilation, and the steps up to `step`) out of the speed."""
+        """Leaves the time since the last row (a compilation, steps up to `step`) out of the speed."""
         self._last, self._last_time = step, time.perf_counter()
         self._waited = self._paused = 0.0
 
@@ -108,18 +109,19 @@ class Metrics:
         tokens_per_step: int,
         shown: Collection[str] | None = None,
     ) -> None:
-        """Records one row and prints the progress line, with the values named in `shown` or, if that is
-        None, with all but those of evaluations.
+        """Records one row and prints the progress line. The line has the values named in `shown`. If
+        `shown` is None, the line has all values except the values of evaluations.
 
-        tokens_per_second  over the steps since the last row
-        data_wait          share of their time that was spent waiting for batches
-        mfu                model's operations over those of the devices, where their peak is known
-        hbm_gib            of the fullest device of this process, where it can be asked
-        goodput            productive_seconds / wall_seconds: time of steps that count, over all since
-                           the run was first started; the time that it was down isn't known
-        failed_writes      of metrics and samples in this start of the run, if there are any
+        tokens_per_second  speed in the steps since the last row
+        data_wait          share of the time of these steps in which the process waited for batches
+        mfu                operations of the model over the peak of the devices, if the peak is known
+        hbm_gib            memory in use on the fullest device of this process, in GiB, if it can be read
+        goodput            productive_seconds / wall_seconds. Productive is the time of steps that count.
+                           Wall time begins with the first start of the run, and leaves out the time
+                           between starts
+        failed_writes      number of refused writes of metrics and samples in this start, unless it is 0
 
-        A value that isn't finite is null in metrics.jsonl, and left out of TensorBoard.
+        A value that isn't finite is null in metrics.jsonl, and TensorBoard doesn't get it.
         """
         if self._silent:
             return
@@ -134,7 +136,7 @@ class Metrics:
             row["failed_writes"] = self._failed
         line = [f"step {step}/{self._steps}", *(f"{name} {values[name]:.3g}" for name in shown)]
         line += [f"{name} {row[name]:.0f}" for name in _COUNTS if row.get(name)]
-        if step > self._last:  # else nothing is known of the speed yet
+        if step > self._last:  # otherwise the speed isn't known yet
             seconds, wait = busy / (step - self._last), self._waited / busy
             row |= {"tokens_per_second": tokens_per_step / seconds, "data_wait": wait}
             line.append(f"{tokens_per_step / seconds:,.0f} tokens/s")
@@ -166,8 +168,8 @@ class Metrics:
         self.save_samples(step, text, b"" if picture is None else png_of(picture))
 
     def save_samples(self, step: int, text: bytes, png: bytes = b"", task: str = "") -> None:
-        """Saves Markdown and, unless it is empty, a PNG: WORKDIR/samples/STEP.md and STEP.png, or of a task
-        STEP-TASK.md and STEP-TASK.png, and both for TensorBoard."""
+        """Saves Markdown and a PNG, unless the PNG is empty. The files are WORKDIR/samples/STEP.md and
+        STEP.png, or STEP-TASK.md and STEP-TASK.png if `task` is given. TensorBoard gets both too."""
         if self._silent:
             return
         with self.surviving():
@@ -180,8 +182,8 @@ class Metrics:
 
     @contextlib.contextmanager
     def surviving(self) -> Iterator[None]:
-        """What the operating system refuses within doesn't end the run; it is counted, and said once.
-        Libraries' errors about the data, which have no number, are raised."""
+        """Counts errors of the operating system in the block instead of raising them. The first one is
+        printed. An OSError without an error number is a library's error about the data, and is raised."""
         try:
             yield
         except OSError as error:
@@ -192,15 +194,15 @@ class Metrics:
             self._failed += 1
 
     def _seconds(self) -> float:
-        """Since the run was first started, without the time that it was down."""
+        """The time in seconds since the first start of the run, without the time between starts."""
         return time.perf_counter() - self._began
 
 
 def read(path: str | pathlib.Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, null as nan; none if there is no such file.
+    """The rows of a metrics.jsonl, with nan for null. There are no rows if there is no such file.
 
-    Lines that are damaged are left out, and a warning counts them; a last line cut off by a crash isn't
-    worth one. Raises OSError where the file can't be read.
+    Damaged lines are left out, and a warning counts them. The warning doesn't count a last line that a
+    crash has cut off. Raises OSError if the file can't be read.
     """
     path = pathlib.Path(path)
     if not (path.is_file() or path.is_dir()):
@@ -223,12 +225,12 @@ def read(path: str | pathlib.Path) -> list[dict[str, float]]:
 
 
 def _row(line: bytes) -> dict[str, float] | None:
-    """What a line of metrics.jsonl says, None if that is no row."""
+    """The row in a line of metrics.jsonl, or None if the line holds no row."""
     try:
         row = json.loads(line)
         row = {name: math.nan if value is None else value for name, value in row.items()}
         for value in row.values():
-            math.isfinite(value)  # raises for what is no number
+            math.isfinite(value)  # raises TypeError unless the value is a number
         step = row["step"]
         return row if type(step) is int and 0 <= step < 2**63 else None
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError):
@@ -236,7 +238,7 @@ def _row(line: bytes) -> dict[str, float] | None:
 
 
 def _set_aside(path: pathlib.Path) -> str:
-    """Renames what can't be read to a name that is free; what has become of it."""
+    """Renames an unreadable file to a free name. Returns a clause that says what happened to the file."""
     aside, again = path.with_name("metrics.unreadable.jsonl"), 1
     while aside.exists():
         aside, again = path.with_name(f"metrics.unreadable.{again}.jsonl"), again + 1
@@ -248,14 +250,14 @@ def _set_aside(path: pathlib.Path) -> str:
 
 
 def _line(row: Mapping[str, float]) -> bytes:
-    """A row as a line of metrics.jsonl; JSON has no NaN and no infinity."""
+    """A row as a line of metrics.jsonl, with null for values that aren't finite, which JSON lacks."""
     values = {name: float(value) if isinstance(value, np.generic) else value for name, value in row.items()}
     finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return json.dumps(finite, allow_nan=False).encode() + b"\n"
 
 
 def _last(rows: Sequence[Mapping[str, float]], name: str) -> float:
-    """The last finite value of that name, 0 if there is none."""
+    """The last finite value of the field `name`, or 0 if there is none."""
     return next((row[name] for row in reversed(rows) if math.isfinite(row.get(name, math.nan))), 0.0)
 
 
@@ -267,19 +269,19 @@ def png_of(picture: Image.Image) -> bytes:
 
 
 def tell(line: str) -> None:
-    """Prints a line; a log that lies on a full disk, or whose reader has gone, ends no run."""
+    """Prints a line. Nothing is raised if the log's disk is full, or if the log's reader has ended."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 def warn(line: str) -> None:
-    """Prints a warning on stderr, likewise."""
+    """Prints a warning on stderr, under the same conditions as `tell`."""
     with contextlib.suppress(OSError):
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
-    """75 -> 1m15s."""
+    """A time in seconds as text: 75 becomes 1m15s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"

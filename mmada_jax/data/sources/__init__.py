@@ -1,9 +1,9 @@
-"""Where records come from: files in the formats that MMaDA's data has, each by random access.
+"""Sources of records: files in the formats of MMaDA's data. Any record can be read by its index.
 
-A source knows where its records are when it is open, and reads one when it is asked for it: no file
-stays open between two reads (ArrayRecords aside, whose reader is made for that), so that threads may
-share a source and processes may copy it. Images stay encoded, and what a folder, an archive or a row
-names is read only where it lies below its own folder.
+An open source knows the places of its records, and reads a record when its index is asked for. No file
+stays open between two reads, so threads can share a source and processes can copy it. (Readers of
+ArrayRecord stay open, and support both.) Images stay encoded. A path that a folder, an archive or a row
+names is read only if it lies below the folder of its source.
 """
 
 import numpy as np
@@ -37,11 +37,11 @@ _OPEN = {
 
 
 def open_source(config: SourceConfig, root: str = "", with_images: bool = True) -> Source:
-    """Opens a source; relative paths are below `root`. Of a LLaVA file, which has rows about images and
-    rows about none, `with_images` says which are used.
+    """Opens a source. Relative paths are below `root`. A LLaVA file has rows with and without images, and
+    `with_images` says which rows are used.
 
-    Raises FileNotFoundError or ValueError naming the path, what is wrong with it and the remedy; also
-    if none of a few records that are tried can be read.
+    Raises FileNotFoundError or ValueError with the path, the fault and the remedy. A source is also refused
+    if a few of its records are tried and none can be read.
     """
     if config.format not in _OPEN:
         raise ValueError(f"unknown format {config.format!r} of {config.path}; known: {', '.join(FORMATS)}")
@@ -63,5 +63,5 @@ def open_source(config: SourceConfig, root: str = "", with_images: bool = True) 
 
 
 def codes_of(source: Source) -> int:
-    """The codes of each image in a source's records; 0 if they have none, or by an unknown tokenizer."""
+    """The number of codes of each image in a source, or 0 if images have no codes of a known tokenizer."""
     return getattr(source, "info", {}).get("codes", 0)

@@ -1,4 +1,4 @@
-"""Our own records: shards of ArrayRecord that mmada prepare wrote."""
+"""Shards of ArrayRecord with our own records, which `mmada prepare` has written."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class ArrayRecords(Records):
-    """Records of all shards, in the order of dataset.json or of the paths that are named."""
+    """The records of all shards, in the order of dataset.json or of the paths in the config."""
 
     def __init__(self, config: SourceConfig, root: str):
         paths, info, counts = find_inputs(config, root), {}, {}
@@ -39,7 +39,7 @@ class ArrayRecords(Records):
         self._shards = [open_shard(p, counts.get(os.path.basename(p)), remedy) for p in paths]
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         stamp = stamp_of(paths, json.dumps(info, sort_keys=True).encode())
-        ignored = info.get("skipped")  # what was left out when they were prepared
+        ignored = info.get("skipped")  # the counts of records that `mmada prepare` left out
         ignored = ignored if isinstance(ignored, dict) else {}
         super().__init__(config, sum(map(len, self._shards)), stamp, ignored, info)
 
@@ -53,7 +53,7 @@ class ArrayRecords(Records):
 
 
 def open_shard(path: str, count: int | None, remedy: str):
-    """A reader of one shard. Raises ValueError if it isn't whole or hasn't `count` records."""
+    """A reader of one shard. Raises ValueError if the shard isn't whole or doesn't have `count` records."""
     import grain
 
     if not os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""Folders of images, one for each class, and the texts of classes."""
+"""Folders of images, with one folder for each class, and the texts of the classes."""
 
 import collections
 import hashlib
@@ -20,7 +20,7 @@ from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class ImageFolder(Records):
-    """Images whose text is the name of their class."""
+    """A record for each image. Its text is the name of its class."""
 
     def __init__(self, config: SourceConfig, root: str):
         self._folder = find_folder(config, root)
@@ -54,9 +54,9 @@ class ImageFolder(Records):
 
 
 def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
-    """Path below `folder` and size of each image in its folders, and in the folders of these, in order.
+    """(path below `folder`, size in bytes) of each image at any depth below the folder `name`, in order.
 
-    What is left out is counted; of hidden files the pictures are.
+    `ignored` counts the files that are left out. Hidden files are counted only if they are pictures.
     """
     for entry in sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name):
         path = f"{name}/{entry.name}"
@@ -66,7 +66,7 @@ def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> 
         if entry.is_dir(follow_symlinks=False):
             yield from _images_below(folder, path, ignored)
         elif entry.is_dir():
-            ignored["link to a folder"] += 1  # which may lead back to where it is
+            ignored["link to a folder"] += 1  # the link may lead to a folder above it
         elif not _is_image(entry.name):
             ignored["no image"] += 1
         elif not entry.is_file():
@@ -86,12 +86,12 @@ def _suffix(name: str) -> str:
 
 
 def find_labels(config: SourceConfig, root: str) -> str:
-    """The path of the file of labels; empty if the config names none."""
+    """The path of the file of labels, or an empty text if the config names no such file."""
     return find_files(config.labels, root)[0] if config.labels else ""
 
 
 def read_labels(path: str, names: Sequence[str]) -> list[str]:
-    """The text of each class of `names`, from lines that start with its name or its index."""
+    """The text of each class of `names`. A line of the file starts with a class's name or index."""
     lines = [line.strip() for line in files.read_text(path, MAX_IMAGE).splitlines() if line.strip()]
     known, found = {*names, *map(str, range(len(names)))}, {}
     for line in lines:
@@ -99,7 +99,7 @@ def read_labels(path: str, names: Sequence[str]) -> list[str]:
             if key.strip() in known:
                 found[key.strip()] = text.strip()
                 break
-    # An index means something only in a list of the very same classes.
+    # Indices are trusted only if the file lists as many classes as there are.
     by_index = [str(i) for i in range(len(names))]
     keys = by_index if found.keys() >= set(by_index) and len(lines) == len(names) else names
     keys = names if found.keys() >= set(names) else keys

@@ -1,4 +1,4 @@
-"""JSON lines: an object in each."""
+"""JSON lines: files with one JSON object in each line."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ _BLANK = 64  # bytes of the longest line that may be nothing but spaces
 
 
 class JsonLines(Records):
-    """A record from each line; where lines begin and end is kept, not what they hold."""
+    """A record from each line. The places of the lines are kept in memory, and their content isn't."""
 
     def __init__(self, config: SourceConfig, root: str):
         self._paths = find_inputs(config, root, "*.jsonl")
@@ -50,7 +50,7 @@ class JsonLines(Records):
 
 
 def _find_lines(path: str) -> np.ndarray:
-    """Number, from 1, offset and size of each line that has room for an object, [n, 3]."""
+    """The number (from 1), offset and size in bytes of each line that isn't blank, [n, 3]."""
     edges, at = [np.zeros(1, np.int64)], 0
     with open(path, "rb") as file:
         while block := file.read(16 << 20):

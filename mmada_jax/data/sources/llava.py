@@ -1,4 +1,4 @@
-"""Conversations about images as LLaVA has them: one JSON list of objects."""
+"""Conversations about images in LLaVA's format: a JSON file with a list of objects."""
 
 import collections
 from typing import Any
@@ -18,8 +18,8 @@ _IMAGE = ("image", "images")
 
 
 class Llava(Records):
-    """A record from each object of the lists, which are kept in memory: the objects about one image, or
-    with `with_images` false the objects about none."""
+    """A record from each object about one image, or about no image if `with_images` is False. The lists are
+    kept in memory."""
 
     def __init__(self, config: SourceConfig, root: str, with_images: bool = True):
         self._rows: list[tuple[str, str, dict]] = []
@@ -48,7 +48,7 @@ class Llava(Records):
 
 
 def _about(row: Any) -> str:
-    """What a row is about, by what it names beside its conversation."""
+    """A phrase that says what a row is about: one image, no image, or the reason to leave the row out."""
     if not isinstance(row, dict):
         return "no object"
     if row.get("video") or row.get("audio"):

@@ -1,4 +1,4 @@
-"""Rows of Parquet, a row group at a time; the groups that were read last are kept."""
+"""Rows of Parquet files. A row group is read as a whole, and the groups that were read last are kept."""
 
 import collections
 import threading
@@ -11,11 +11,11 @@ from mmada_jax.data.sources.rows import choose_columns, make_record
 from mmada_jax.data.sources.source import Records, SourceConfig
 
 _USUAL = {"text": "content text", "turns": "turns messages conversations"}
-CACHED = 256 << 20  # bytes of row groups that a source keeps
+CACHED = 256 << 20  # largest size in bytes of the row groups that a source keeps
 
 
 class Parquet(Records):
-    """A record from each row of the files, which follow each other."""
+    """A record from each row of all files, in the order of the files."""
 
     def __init__(self, config: SourceConfig, root: str):
         import pyarrow.parquet
@@ -33,7 +33,7 @@ class Parquet(Records):
                 raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
             columns = choose_columns(config, known, path, **_USUAL | alone)
             if columns.turns and not columns.image:
-                # What is said about a picture is never read without it.
+                # A conversation about a picture is never read without the picture.
                 columns = columns._replace(
                     image=tuple(name for name in ("image", "images") if name in known)
                 )
@@ -46,7 +46,7 @@ class Parquet(Records):
         super().__init__(config, sum(sizes), stamp_of(self._paths))
 
     def _fresh(self) -> None:
-        # Each group is read under its lock, so that it is read once, though several threads want it.
+        # Threads read a group under the group's lock, so that it is read once.
         self._locks = [threading.Lock() for _ in range(16)]
         self._lock, self._cache, self._cached = threading.Lock(), collections.OrderedDict(), 0
 
@@ -87,7 +87,7 @@ class Parquet(Records):
         number, part = self._groups[group]
         footer, columns = self._files[number]
         names = [*columns.image, *columns.text, *columns.turns, *columns.short]
-        # Checksums are optional in the format, and where a file has them they aren't checked unless asked.
+        # Checksums are optional in the format. Arrow checks the checksums of a file only if it is asked to.
         with pyarrow.parquet.ParquetFile(
             self._paths[number], metadata=footer, page_checksum_verification=True
         ) as file:

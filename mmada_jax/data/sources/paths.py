@@ -1,4 +1,4 @@
-"""The files of a source: how they are found, told from others, and read."""
+"""The files of a source: finding them, checking their format, reading them."""
 
 import fnmatch
 import glob
@@ -16,17 +16,18 @@ import numpy as np
 from mmada_jax import files
 from mmada_jax.data.sources.source import SourceConfig
 
-# Suffixes of pictures: first of the formats that images.open_image reads, then of formats that it doesn't.
+# Suffixes of pictures. images.open_image reads the formats of IMAGES, and doesn't read UNREAD_IMAGES.
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp")
 UNREAD_IMAGES = (
     "tif", "tiff", "heic", "heif", "avif", "jp2", "jxl", "svg", "ico", "tga", "ppm", "pgm", "pbm",
     "pnm", "exr", "hdr", "psd", "dng", "dds", "pcx",
 )  # fmt: skip
-MAX_IMAGE, MAX_TEXT = 64 << 20, 1 << 20  # bytes of one image file, of one caption or side file's line
+# Largest sizes in bytes of an image file, and of a caption or a line of a side file.
+MAX_IMAGE, MAX_TEXT = 64 << 20, 1 << 20
 
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
-# Offset and bytes by which a file is known, and its format.
+# Signatures of formats: offset, bytes at this offset, format.
 _SIGNATURES = (
     (0, b"PAR1", "parquet"),
     (257, b"ustar", "webdataset"),
@@ -37,8 +38,8 @@ _SIGNATURES = (
 
 
 def find_inputs(config: SourceConfig, root: str, pattern: str = "") -> list[str]:
-    """The files of a source. Raises ValueError for pointers of git LFS, for what is no regular file, and if
-    the first is plainly of another format."""
+    """The files of a source. Raises ValueError for a pointer of git LFS, for a path that is no regular
+    file, and if the signature of the first file belongs to another format."""
     paths = find_files(config.path, root, pattern)
     for path in paths:
         if not os.path.isdir(path) and not os.path.isfile(path):
@@ -56,7 +57,8 @@ def find_inputs(config: SourceConfig, root: str, pattern: str = "") -> list[str]
 
 
 def find_files(words: str, root: str, pattern: str = "") -> list[str]:
-    """The absolute paths that are named, in order; with a pattern, a folder is all such files below it."""
+    """The absolute paths of the files that `words` name, in order. With a pattern, a folder stands for
+    all files below it that match."""
     found: list[str] = []
     if "://" in words:
         raise ValueError(f"{words} is no local path; mount the bucket (Cloud Storage FUSE) and name that")
@@ -82,7 +84,7 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
 
 
 def _files_below(folder: str, pattern: str) -> list[str]:
-    """The files below a folder that fit a pattern like *.tar, in capitals too."""
+    """The files below a folder that match a pattern such as *.tar. Upper case matches too."""
     below = [p for p in pathlib.Path(folder).rglob("*") if p.name[0] != "." and p.is_file()]
     fits = sorted(str(p) for p in below if fnmatch.fnmatch(p.name.lower(), pattern))
     packed = [p for p in below if fnmatch.fnmatch(p.name.lower().removesuffix(p.suffix.lower()), pattern)]
@@ -96,7 +98,7 @@ def _files_below(folder: str, pattern: str) -> list[str]:
 
 
 def find_folder(config: SourceConfig, root: str) -> str:
-    """The one folder that a source is. Raises ValueError if it is something else."""
+    """The folder of a source that consists of one folder. Raises ValueError if it doesn't."""
     paths = find_files(config.path, root)
     if len(paths) != 1 or not os.path.isdir(paths[0]):
         raise ValueError(f"{config.path} isn't one folder, which format {config.format!r} expects")
@@ -104,7 +106,7 @@ def find_folder(config: SourceConfig, root: str) -> str:
 
 
 def _braces(word: str) -> Iterator[str]:
-    """{00000..00099} and {a,b} -> all words that they stand for."""
+    """All words that a word with ranges {00000..00099} or lists {a,b} stands for."""
     found = re.search(r"\{([^{}]*)\}", word)
     if not found:
         yield word
@@ -123,13 +125,14 @@ def _braces(word: str) -> Iterator[str]:
 
 
 def relative_names(paths: Sequence[str]) -> list[str]:
-    """Paths relative to the folder that has them all."""
+    """The paths relative to the deepest folder that contains all of them."""
     common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     return [os.path.relpath(path, common) for path in paths]
 
 
 def stamp_of(paths: Sequence[str], more: bytes = b"") -> bytes:
-    """What tells files from others, cheaply: names, sizes, and both ends of what they hold."""
+    """A hash that differs between different files. It is made of the names, the sizes, the first 256 KiB
+    and the last 256 KiB of the files, and of `more`."""
     seen = hashlib.sha256(more)
     for path, name in zip(paths, relative_names(paths), strict=True):
         size = os.path.getsize(path)
@@ -142,29 +145,30 @@ def stamp_of(paths: Sequence[str], more: bytes = b"") -> bytes:
 
 
 def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
-    """Of parts that end before these indices: which one has `index`, and where in it."""
+    """(number of the part that contains `index`, place in this part). Part i ends before `ends[i]`."""
     part = int(np.searchsorted(ends, index, side="right"))
     return part, index - (int(ends[part - 1]) if part else 0)
 
 
 def find_image_root(config: SourceConfig, root: str, path: str) -> str:
-    """The folder below which the images lie that the file at `path` names."""
+    """The folder that contains the images that the file at `path` names."""
     if not config.image_root:
         return os.path.dirname(path)
     return find_files(config.image_root, root)[0]
 
 
 def below(folder: str, name: str) -> str:
-    """The path of `name` in `folder`. Raises ValueError for one that leads out of it."""
+    """The path of `name` in `folder`. Raises ValueError for a name that leads out of the folder."""
     if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
         raise ValueError(f"path {name!r} leads out of {folder}")
     return os.path.join(folder, name)
 
 
 def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_IMAGE) -> bytes:
-    """`size` bytes of a file from byte `at`, or all of it. Raises ValueError for too many or none."""
-    # Opened for each read: microseconds, and no handle that threads or processes would share. Without
-    # waiting: a pipe that nobody writes to would block.
+    """The `size` bytes of a file from byte `at` on, or all its bytes. Raises ValueError if these are no
+    bytes, or more than `limit`."""
+    # Each read opens the file. That takes microseconds, and threads and processes share no handle.
+    # O_NONBLOCK keeps a pipe without a writer from blocking.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         found = os.fstat(file)
@@ -183,7 +187,7 @@ def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_
 
 
 def read_json(path: str, remedy: str, kind: type = dict) -> Any:
-    """What a JSON file holds. Raises FileNotFoundError or ValueError with the remedy."""
+    """The value in a JSON file. Raises FileNotFoundError or ValueError, each with the remedy."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} doesn't exist; {remedy}")
     try:

@@ -1,4 +1,4 @@
-"""Rows of any format -> records: which of their values is what, and what isn't a record."""
+"""Records made of rows of any format. A row is a mapping from the names of columns to values."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from mmada_jax.data.records import LeftOut, Record, without_image_tag
 from mmada_jax.data.sources.paths import MAX_IMAGE, below, read_file
 from mmada_jax.data.sources.source import SourceConfig
 
-# In the data sets that ShareGPT's form comes from, other models speak too.
+# Role of a turn, and the role that we give it. ShareGPT's data sets name the models that answered.
 _ROLES = {
     "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
     "bard": "assistant", "bing": "assistant", "model": "assistant", "system": "system",
@@ -19,7 +19,8 @@ _TEXTS, _IMAGES = ("text", "input_text", "output_text"), ("image", "image_url", 
 
 
 class Columns(NamedTuple):
-    """The names under which a row may have each field, the first that is there; `asked` must be there."""
+    """The possible names of each field in a row. The first name that the row has counts. A row must have
+    all names in `asked`."""
 
     image: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
@@ -29,8 +30,8 @@ class Columns(NamedTuple):
 
 
 def choose_columns(config: SourceConfig, known: Sequence[str] | None, where: str, **usual: str) -> Columns:
-    """The columns that the config names, else the usual ones; `known` are the columns that all rows
-    have."""
+    """The columns that the config names, or the usual columns. `known` are the columns that all rows
+    have, or None if rows may differ."""
     asked = {field: getattr(config, field) for field in ("image", "text", "turns", "short")}
     columns = {field: (name,) for field, name in asked.items() if name}
     asked = tuple(filter(None, asked.values()))
@@ -45,7 +46,7 @@ def choose_columns(config: SourceConfig, known: Sequence[str] | None, where: str
 
 
 def check_columns(names: Iterable[str], known: Sequence[str], where: str) -> None:
-    """Raises ValueError if a name isn't among the known ones."""
+    """Raises ValueError if one of `names` isn't among the `known` names."""
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(f"{where} has no {missing[0]!r}; it has: {', '.join(known)}")
@@ -54,7 +55,7 @@ def check_columns(names: Iterable[str], known: Sequence[str], where: str) -> Non
 def make_record(
     key: str, row: Mapping[str, Any], columns: Columns, folder: str = "", image: bytes | None = None
 ) -> Record:
-    """A record from a row; paths of images are below `folder`. Raises ValueError for what isn't one."""
+    """The record of a row. Paths of images are below `folder`. Raises ValueError if the row holds none."""
     check_columns(columns.asked, list(row), "the row")
     fields = {field: _first(row, *getattr(columns, field)) for field in ("text", "turns", "short")}
     if image is None:
@@ -76,9 +77,9 @@ def make_record(
 
 
 def one_of(value: Any) -> Any:
-    """The image in a list of one, None for an empty list, and anything else as it is.
+    """The image in a list of one image, or None for an empty list. Values that are no lists aren't changed.
 
-    Raises LeftOut for a list of several: a record has one image.
+    Raises LeftOut for a list of several images, since a record has one image.
     """
     while isinstance(value, list | tuple | np.ndarray) or _is_struct_of_lists(value):
         items = _items(value) if isinstance(value, Mapping) else value
@@ -91,8 +92,8 @@ def one_of(value: Any) -> Any:
 
 
 def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], bool]:
-    """{from, value} or {role, content} -> {role, content}, without the place of the image; and whether
-    it was named."""
+    """The turns as {role, content}, made of {from, value} or {role, content}, without the tags that mark
+    the place of an image; and whether there was such a tag."""
     turns, names_image = [], False
     for number, turn in enumerate(_items(value)):
         turn = files.parse_json(turn, f"turn {number}") if isinstance(turn, str) else turn
@@ -106,7 +107,7 @@ def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], 
             )
         role = _ROLES[role]
         content = content if isinstance(content, str) else "".join(_parts(number, content))
-        # An answer about no image keeps its words: in a file of markup they mean something else.
+        # An answer without an image keeps the tags, which may be a part of some markup.
         if has_image or role != "assistant":
             kept = without_image_tag(content)
             names_image |= kept != content
@@ -118,7 +119,7 @@ def _turns(value: Any, has_image: bool) -> tuple[tuple[Mapping[str, str], ...], 
 
 
 def _parts(number: int, content: Any) -> Iterable[str]:
-    """The text of a turn's content that is given in parts, such as {"type": "text", "text": "..."}."""
+    """The texts of a turn whose content is a list of parts, such as {"type": "text", "text": "..."}."""
     for part in _items(content):
         part = {"text": part} if isinstance(part, str) else part
         kind = (part.get("type") or "text") if isinstance(part, Mapping) else None
@@ -131,8 +132,8 @@ def _parts(number: int, content: Any) -> Iterable[str]:
 
 
 def _items(value: Any) -> Sequence:
-    """A list from itself, from JSON in a string, or from lists by name, as a Sequence of Hugging Face
-    or TFDS is stored: {"role": [...], "content": [...]}."""
+    """The items of a list. The list may also be JSON in a string, or a dict of lists by name, as Hugging
+    Face and TFDS store a Sequence: {"role": [...], "content": [...]}."""
     if isinstance(value, str):
         value = files.parse_json(value, f"the text {value[:40]!r}") if value.strip() else []
     if _is_struct_of_lists(value):
@@ -156,7 +157,7 @@ def _first(row: Mapping[str, Any], *names: str) -> Any:
 
 
 def _image(value: Any, folder: str) -> bytes | None:
-    """An image's file from its bytes, its path below `folder`, or a dict of either."""
+    """The bytes of an image file. `value` is these bytes, a path below `folder`, or a dict with either."""
     if isinstance(value, Mapping):
         if not (found := value.get("bytes") or value.get("path")):
             raise ValueError(f"an image is given by {', '.join(map(str, value))}, not by its bytes or path")

@@ -1,4 +1,4 @@
-"""What every source of records has: its configuration, its interface, and what the formats share."""
+"""The configuration and the interface of every source of records, and a base class of the formats."""
 
 import dataclasses
 import hashlib
@@ -15,19 +15,19 @@ FORMATS = ("arrayrecord", "tfds", "webdataset", "parquet", "jsonl", "llava", "im
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig(Ranged):
-    """One source: what `open_source` needs, and what the pipeline does with its records.
+    """The configuration of a source: its files, the names of its fields, and the use of its records.
 
-    `path` is a file, a folder, a glob or a brace pattern ({00000..00099}) of files; several are
-    separated by spaces, and quotes keep the spaces of a name. `weight` is the source's share among
-    those of its task. `split` is that of TFDS. `image`, `text`, `turns`, `short` name the column, the
-    key of a JSON object, or the feature that holds each; empty is the format's usual one. `captions` is
-    a side file of captions for tars: .json {key: caption or captions}, .csv with image, question and
-    solution, or one file for each image, {dir}/{tar}/{key}.caption. `image_root` is the folder that the
-    paths of images are relative to, by default that of the file which names them. `labels` has the
-    names of classes, a line for each: `index: name` or `folder: name`. `resize` is how an image comes
-    to its size; with `think` the prompt to think first leads the user's words (of turns; a text
-    that is rendered already stays as it is). With `rendered` the texts of lm_chat are whole
-    conversations with their control tokens; in all other texts such strings are ordinary text.
+    `path` is a file, a folder, a glob or a brace pattern ({00000..00099}) of files. Spaces separate
+    several paths, and quotes keep the spaces of a name. `weight` is the source's share among the sources
+    of its task. `split` is a split of TFDS. `image`, `text`, `turns` and `short` name the column, the key
+    of a JSON object, or the feature that holds this field. An empty name means the usual name of the
+    format. `captions` is a side file of captions for tars: .json {key: caption or captions}, .csv with
+    image, question and solution, or one file for each image, {dir}/{tar}/{key}.caption. Paths of images
+    are relative to `image_root`, by default the folder of the file that names them. `labels` is a file
+    with the names of classes, a line for each: `index: name` or `folder: name`. `resize` is the way in
+    which an image is brought to its size. With `think` the user's words in turns begin with the prompt to
+    think first. Rendered texts aren't changed by it. With `rendered` the texts of lm_chat are whole
+    conversations with their control tokens. In all other texts such strings are ordinary text.
     """
 
     path: str = ""
@@ -47,12 +47,12 @@ class SourceConfig(Ranged):
 
 
 class Source(Protocol):
-    """Records by index. `fingerprint` changes when what the source holds does.
+    """Records by index. `fingerprint` is a hash that changes when the content of the source changes.
 
-    A record that can't be read is a ValueError naming the source, the record and the reason, and one
-    that is left out for a reason of its own a LeftOut. Sources of files also have `ignored`, reasons
-    and how many samples were left out for each, and `info`, the content of the dataset.json of our own
-    records.
+    Reading a record raises ValueError with the source, the record and the reason if the record is
+    unreadable. It raises LeftOut if a sound record isn't used. Sources of files also have `ignored` and
+    `info`. `ignored` has the numbers of samples left out, by reason. `info` is the content of the
+    dataset.json of our own records.
     """
 
     fingerprint: str
@@ -63,7 +63,7 @@ class Source(Protocol):
 
 
 class Records:
-    """What the formats share. A subclass sets up what its `_key` and `_read` need, then calls this."""
+    """The base class of the formats. A subclass prepares its `_key` and `_read`, then calls `__init__`."""
 
     def __init__(
         self,
@@ -94,8 +94,8 @@ class Records:
             return self._read(index)
         except LeftOut as error:
             raise LeftOut(error.why, self._where(index, error)) from error
-        # Libraries raise nearly anything for bytes that they can't read; a KeyError or an IndexError
-        # would end an iteration.
+        # Libraries raise nearly any error for bytes that they can't read. A KeyError or an IndexError would
+        # end an iteration.
         except Exception as error:
             raise ValueError(self._where(index, error)) from error
 

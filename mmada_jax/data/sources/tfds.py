@@ -1,4 +1,4 @@
-"""Data sets that TFDS prepared as ArrayRecord; their images stay encoded."""
+"""Data sets that TFDS has prepared as ArrayRecord. Images stay encoded."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class Tfds(Records):
-    """The examples of one split; slices such as train[:50%] are splits too."""
+    """A record for each example of a split. A slice such as train[:50%] is a split too."""
 
     def __init__(self, config: SourceConfig, root: str):
         import tensorflow_datasets as tfds
@@ -44,7 +44,7 @@ class Tfds(Records):
         self._columns = choose_columns(
             config, sorted(features), folder, image="image", text="text caption label"
         )
-        # No image is decoded here: neither that which is asked for nor another.
+        # No image is decoded, neither the image of the record nor another image of the example.
         images = [
             name
             for name, feature in features.items()
@@ -81,23 +81,23 @@ class Tfds(Records):
 
 
 class _StaysEncoded:
-    """A decoder of TFDS that leaves an image, or a sequence of images, as the file has it.
+    """A decoder of TFDS that leaves an image, or each image of a sequence, encoded.
 
-    The library's SkipDecoding knows no sequences.
+    The library's SkipDecoding doesn't work for sequences.
     """
 
     def setup(self, *, feature: Any) -> None:
-        """Is told the feature, and needs nothing of it."""
+        """Does nothing. TFDS calls it with the feature."""
 
     def decode_example_np(self, value: Any) -> Any:
-        """The value itself."""
+        """The value, which isn't changed."""
         return value
 
     decode_batch_example_np = decode_example_np
 
 
 def _plain(value: Any) -> Any:
-    """A value of TFDS as JSON would have it, with text as str."""
+    """A value of TFDS as a value of JSON. Bytes become str, and arrays become lists."""
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, list | np.ndarray):

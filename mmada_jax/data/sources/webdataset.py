@@ -1,4 +1,4 @@
-"""Tars as WebDataset has them: an image and what is said about it are members with one stem."""
+"""Tars in WebDataset's format. An image and its text are members whose names have the same stem."""
 
 import collections
 import csv
@@ -30,11 +30,11 @@ from mmada_jax.data.sources.rows import Columns, check_columns, choose_columns, 
 from mmada_jax.data.sources.source import Records, SourceConfig
 
 CAPTIONS = ("txt", "text", "caption", "json")
-MAX_MEMBERS = 2_000_000  # of one tar
+MAX_MEMBERS = 2_000_000  # largest number of members of a tar
 
 
 class _Sample(NamedTuple):
-    """A sample of a tar: where its parts are. `row` counts the questions about one image."""
+    """The places of a sample's parts in a tar. `row` counts the questions about one image."""
 
     tar: int
     image_at: int
@@ -48,7 +48,8 @@ class _Sample(NamedTuple):
 
 
 class Tars(Records):
-    """A record for each image that has a text, or for each question of a side file about it."""
+    """A record for each image with a text. A side file may give several questions about an image, and
+    then each question has a record."""
 
     def __init__(self, config: SourceConfig, root: str):
         self._tars = find_inputs(config, root, "*.tar")
@@ -87,9 +88,9 @@ class Tars(Records):
                     for row in range(rows)
                 ]
             tables.append(np.array(table, np.int64).reshape(-1, len(_Sample._fields)))
-        # One array and one string: as objects, the millions of samples of LAION would not fit.
+        # The samples are one array and one string: LAION's millions, as objects, would fill the memory.
         self._samples, self._keys = np.concatenate(tables), bytes(keys)
-        ignored = +ignored  # without the reasons that nothing was left out for
+        ignored = +ignored  # + removes the reasons whose count is 0
         stamp = stamp_of([*self._tars, *side_files], self._samples.tobytes() + self._keys)
         super().__init__(config, len(self._samples), stamp, ignored)
 
@@ -98,7 +99,7 @@ class Tars(Records):
         return sample, self._keys[sample.key_at : sample.key_end].decode()
 
     def _rows_about(self, key: str) -> Sequence[Mapping]:
-        """The entry of the side file for a sample, under its key or the last part of its key."""
+        """The rows of the side file about a sample. They lie under its key or under the key's last part."""
         return self._about.get(key) or self._about.get(key.rpartition("/")[2], ())
 
     def _key(self, index: int) -> str:
@@ -125,7 +126,7 @@ class Tars(Records):
 
     def _side_file(self, tar: str, key: str) -> str:
         values = {"dir": os.path.dirname(tar), "tar": pathlib.Path(tar).stem, "key": key.rpartition("/")[2]}
-        # Not str.format, which follows attributes.
+        # str.format isn't used, since it would also read attributes of the values.
         path = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self._template)
         return os.path.join(self._root, path)
 
@@ -137,19 +138,19 @@ def _decode(data: bytes, name: str) -> str:
 
 
 def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[int, int]]]:
-    """The samples of a tar: key -> suffix -> (offset, size) of the member's data.
+    """The samples of a tar: key -> suffix -> (offset, size) of the member's data, in bytes.
 
-    Nothing is opened or extracted. Parts that a sample may have beside its image and its text are passed
-    over; images and samples that can't be used are counted in `ignored`.
+    Only headers are read, and nothing is extracted. Parts of a sample beside its image and its text are
+    skipped. `ignored` counts the images and samples that can't be used.
     """
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    passed_over: set[str] = set()  # keys of images that are counted below
-    others: set[str] = set()  # keys of parts that are neither image nor text
+    passed_over: set[str] = set()  # keys of unusable images, which `ignored` counts
+    others: set[str] = set()  # keys of parts that are neither an image nor a text
     size, count, end = os.path.getsize(path), 0, 0
     try:
         with tarfile.open(path, "r:") as tar:
             while member := tar.next():
-                tar.members.clear()  # which would keep all of them
+                tar.members.clear()  # tarfile would keep all members
                 end, count = tar.offset, count + 1
                 if count > MAX_MEMBERS or member.size < 0:
                     raise ValueError(f"{path}: refused after {count} members (limit {MAX_MEMBERS})")
@@ -192,7 +193,7 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
         ) from error
     for key in passed_over & samples.keys():
         if not any(suffix in samples[key] for suffix in IMAGES):
-            del samples[key]  # a text whose image is counted already
+            del samples[key]  # the image of this text is counted already
     ignored["no image"] += len(others - samples.keys() - passed_over)
     _check_end(path, end)
     return samples
@@ -201,8 +202,8 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
 def _check_end(path: str, end: int) -> None:
     """Raises ValueError unless a tar has the mark of an archive's end at byte `end`, and nothing after it.
 
-    The library takes a header that is cut off or damaged for the end, and the first block of zeros too,
-    whatever follows it.
+    tarfile takes a header that is cut off or damaged for the end of the tar. It also takes the first
+    block of zeros for the end, even if data follow.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -221,7 +222,7 @@ def _check_end(path: str, end: int) -> None:
             f"{path} goes on at byte {data}, after the mark of an archive's end at byte {end}: part of it "
             "was never written, or it is several tars in a row; fetch it again, or split it"
         )
-    # Two blocks are the mark; writers fill it up to a record of 20.
+    # The mark has two blocks. Writers fill it up to a record of 20 blocks.
     whole = -(-(end + 2 * tarfile.BLOCKSIZE) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
     if size > whole:
         raise ValueError(
@@ -232,7 +233,7 @@ def _check_end(path: str, end: int) -> None:
 
 
 def _first_data(path: str, at: int) -> int | None:
-    """The place of the first byte from `at` on that isn't zero; None if there is none."""
+    """The place of the first byte from `at` on that isn't zero, or None if all bytes are zero."""
     with open(path, "rb") as file:
         file.seek(at)
         while block := file.read(1 << 20):
@@ -244,8 +245,8 @@ def _first_data(path: str, at: int) -> int | None:
 
 
 def _read_captions(path: str) -> dict[str, list[Mapping]]:
-    """A side file as rows by key: one with all captions, or one for each question with its answer. A key
-    may be the name of an image file."""
+    """The rows of a side file by key. Of .json there is one row with all captions of the key, of .csv one
+    row for each question with its answer. A key may be the name of an image file."""
     rows: dict[str, list[Mapping]] = {}
     if path.endswith(".json"):
         for key, value in read_json(path, "expected {key: caption or captions}").items():
@@ -257,7 +258,7 @@ def _read_captions(path: str) -> dict[str, list[Mapping]]:
         )
     text = files.read_text(path)
     header = text.partition("\n")[0]
-    # What spreadsheets write depends on the country.
+    # Spreadsheets write different delimiters in different countries.
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
     try:
@@ -273,6 +274,6 @@ def _read_captions(path: str) -> dict[str, list[Mapping]]:
 
 
 def _key_of(name: str) -> str:
-    """The key of a sample from that or from the name of its image."""
+    """The key of a sample. `name` is the key itself or the name of the sample's image."""
     stem, _, suffix = name.rpartition(".")
     return stem if suffix.lower() in IMAGES + UNREAD_IMAGES else name
