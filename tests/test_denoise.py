@@ -43,6 +43,9 @@ TEXT_RULES = {
     "guided": TextRule(steps=6, block=6, guidance=1.5),
     "threshold": TextRule(block=6, threshold=0.6),
     "factor": TextRule(block=12, factor=1.5),
+    "relaxed": TextRule(block=6, threshold=0.6, relax=0.3),
+    "leap": TextRule(block=12, threshold=0.6, leap=0.4, radius=2),
+    "bound": TextRule(block=12, bound=0.8),
     "stop": TextRule(steps=6, block=4, stop=11),
     "shorter last block": TextRule(steps=6, block=5),
     "one a step": TextRule(block=5),
@@ -106,7 +109,7 @@ def denoise_steps(network, tokens, valid, *, start, length, rule, vocab, key, un
     step = jax.jit(lambda state: advance(
         network, draft, state, length=length, rule=rule, vocab=vocab
     ))  # fmt: skip
-    state = begin(draft, vocab)
+    state = begin(network, draft, length=length, rule=rule, vocab=vocab)
     while unfinished(draft, state, length, rule).any():
         state = step(state)
         yield state.tokens_BL
@@ -357,3 +360,50 @@ def test_the_last_block_is_shorter_and_the_others_are_not():
             blocks = [one[:5], one[5:10], one[10:]]
             for before, after in itertools.pairwise(blocks):
                 assert not before.any() or after.all()
+
+
+def passing(rule, sure_N, entropy_N):
+    """Which of a block's hidden places (NaN: not hidden) a step reveals, written out place by place."""
+    hidden = np.flatnonzero(~np.isnan(sure_N))
+    best_first = sorted(hidden, key=lambda n: entropy_N[n] if rule.bound is not None else -sure_N[n])
+    chosen, total = {best_first[0]}, 0.0
+    if rule.threshold is not None:
+        tau = rule.threshold * (1 - rule.relax * (1 - len(hidden) / len(sure_N)))
+        anchors = [n for n in hidden if sure_N[n] >= tau]
+        chosen |= set(anchors)
+        if rule.leap is not None:
+            near = [n for n in hidden if any(abs(n - a) <= rule.radius for a in anchors)]
+            chosen |= {n for n in near if sure_N[n] >= rule.leap}
+    elif rule.bound is not None:
+        for n in best_first:
+            if total > rule.bound:
+                break
+            chosen.add(n)
+            total += entropy_N[n]
+    else:
+        for k, n in enumerate(best_first):
+            if k and sure_N[n] < 1 - rule.factor / (k + 2):
+                break
+            chosen.add(n)
+    return chosen
+
+
+@pytest.mark.parametrize("rule", [
+    TextRule(threshold=0.5), TextRule(threshold=0.9), TextRule(threshold=0.6, relax=0.5),
+    TextRule(threshold=0.7, leap=0.2, radius=1), TextRule(threshold=0.7, leap=0.4), TextRule(factor=1.0),
+    TextRule(factor=0.3), TextRule(bound=0.5), TextRule(bound=2.0), TextRule(bound=0.0),
+], ids=str)  # fmt: skip
+def test_what_a_step_reveals_is_the_formula(rule):
+    rng, n = np.random.default_rng(3), 16
+    logits = rng.normal(size=(40, n, 6)) * rng.uniform(0.5, 6, (40, n, 1))
+    hidden = rng.random((40, n)) < 0.6
+    hidden[:, 0] = True
+    p = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
+    sure = np.where(hidden, p.max(axis=2), np.nan)
+    entropy = -(p * np.log(p)).sum(axis=2)
+    _, revealed = rule.reveal(
+        jax.random.key(0), jnp.asarray(logits, jnp.float32), jnp.asarray(hidden), jnp.full(40, n),
+        jnp.zeros(40, jnp.int32), n,
+    )  # fmt: skip
+    for found, *given in zip(np.asarray(revealed), sure, entropy, strict=True):
+        assert set(np.flatnonzero(found)) == passing(rule, *given)

@@ -15,9 +15,9 @@ FLOORS = {
     "sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds sources.webdataset "
     "sources texts pipeline",
     "devices": "chips sharding distributed hlo",
-    "kernels": "reference cpu tpu attention",
-    "nets": "transformer vq clip",
-    "diffusion": "schedule loss corrupt rules denoise decode",
+    "kernels": "reference cpu tpu cached attention",
+    "nets": "cache products transformer vq clip",
+    "diffusion": "schedule loss corrupt rules cached denoise decode",
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
     "folder inspect convert",
     "model": "results inputs vision model prepare",

@@ -16,6 +16,7 @@ import numpy as np
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import denoise, rules
+from mmada_jax.nets import cache as caches
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import Vocab
@@ -68,7 +69,8 @@ def run(
 ) -> list[np.ndarray]:
     """Fills the spans of a job; the ids of each. With one seed for all rows, what a row draws depends on
     the seed and its place among the rows; with a seed for each row, on its seed alone."""
-    fill, placed = decoder(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
+    fill = decoder(mesh, config, vocab, job.length, job.rule, **first_pass(mesh, job))
+    placed = put(mesh, job, seed)
     with jax.set_mesh(mesh):
         tokens_BL = fill(params, placed)
     return job.spans(np.asarray(tokens_BL))
@@ -83,9 +85,10 @@ def steps(
     seed: int | Sequence[int] = 0,
 ) -> Iterator[list[np.ndarray]]:
     """The same as a Python loop: yields the ids of all spans after every step."""
+    begin = starter(mesh, config, vocab, job.length, job.rule, **first_pass(mesh, job))
     step, placed = stepper(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
-    zero_B = np.zeros(len(placed.tokens_BL), np.int32)
-    state = denoise.State(placed.tokens_BL, *sharding.put_batch(mesh, (zero_B, zero_B)))
+    with jax.set_mesh(mesh):
+        state = begin(params, placed)
     going = True
     while going:
         with jax.set_mesh(mesh):  # left before the caller goes on, who may use another mesh
@@ -120,11 +123,35 @@ def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Pla
     return sharding.put_batch(mesh, filled)
 
 
+def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
+    """`reach` and `share` of `denoise` for a rule with a cache: how far the first pass computes, how many
+    rows that follow each other are equal."""
+    if job.rule.cache == "none":
+        return {}
+    first = {}
+    if job.rule.window is not None:
+        reach = int(job.start_B.max()) + job.rule.size(job.length) + job.rule.window
+        first["reach"] = min(layout.bucket(reach), job.rows.tokens.shape[1])
+    if mesh.shape["data"] * mesh.shape["fsdp"] == 1:
+        of_rows = (job.rows.tokens, job.rows.valid, job.start_B[:, None], job.length_B[:, None])
+        rows_BX = np.concatenate(of_rows, axis=1)
+        changes = np.flatnonzero((rows_BX[1:] != rows_BX[:-1]).any(axis=1)) + 1
+        first["share"] = int(np.gcd.reduce([*changes, len(rows_BX)]))
+    return first
+
+
 @functools.cache
 def decoder(
-    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: rules.Rule
+    mesh: jax.sharding.Mesh,
+    config: transformer.Config,
+    vocab: Vocab,
+    length: int,
+    rule: rules.Rule,
+    reach: int | None = None,
+    share: int = 1,
 ) -> Callable[[Any, Placed], jax.Array]:
-    """The jitted (params, placed) -> tokens [B, L], which every process gets whole."""
+    """The jitted (params, placed) -> tokens [B, L], which every process gets whole. `reach` and `share` are
+    those of `denoise`."""
 
     def fill(params, placed):
         return denoise.denoise(
@@ -138,6 +165,8 @@ def decoder(
             vocab=vocab,
             key=_keys(placed),
             unconditional=placed.other,
+            reach=reach,
+            share=share,
         )
 
     everywhere = sharding.replicated(mesh)
@@ -150,6 +179,32 @@ def decoder(
 
 
 @functools.cache
+def starter(
+    mesh: jax.sharding.Mesh,
+    config: transformer.Config,
+    vocab: Vocab,
+    length: int,
+    rule: rules.Rule,
+    reach: int | None = None,
+    share: int = 1,
+) -> Callable[[Any, Placed], denoise.State]:
+    """The jitted (params, placed) -> the state before the first step. The other arguments are those of
+    `decoder`."""
+
+    def begin(params, placed):
+        network = transformer.Network(params, config)
+        of_rule = {"length": length, "rule": rule, "vocab": vocab}
+        return denoise.begin(network, _draft(placed), **of_rule, reach=reach, share=share)
+
+    return jax.jit(
+        begin,
+        in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
+        out_shardings=_state_shardings(mesh, rule),
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+@functools.cache
 def stepper(
     mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: rules.Rule
 ) -> Callable[[Any, Placed, denoise.State], tuple[denoise.State, jax.Array, jax.Array]]:
@@ -157,7 +212,7 @@ def stepper(
     Every process gets the latter two whole."""
 
     def step(params, placed, state):
-        draft = denoise.Draft(*placed[:4], _keys(placed), placed.other)
+        draft = _draft(placed)
         state = denoise.advance(
             transformer.Network(params, config),
             draft,
@@ -169,12 +224,23 @@ def stepper(
         return state, state.tokens_BL, jnp.any(denoise.unfinished(draft, state, length, rule))
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    of_state = _state_shardings(mesh, rule)
     return jax.jit(
         step,
-        in_shardings=(param_shardings(mesh, config), rows, rows),
-        out_shardings=(rows, everywhere, everywhere),
+        in_shardings=(param_shardings(mesh, config), rows, of_state),
+        out_shardings=(of_state, everywhere, everywhere),
         compiler_options=sharding.compiler_options(mesh),
     )
+
+
+def _state_shardings(mesh, rule):
+    rows = sharding.batch_sharding(mesh)
+    cache = None if rule.cache == "none" else caches.shardings(mesh)
+    return denoise.State(rows, rows, rows, cache=cache)
+
+
+def _draft(placed: Placed) -> denoise.Draft:
+    return denoise.Draft(*placed[:4], _keys(placed), placed.other)
 
 
 def _keys(placed: Placed) -> jax.Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import rules
+from mmada_jax.diffusion import cached, rules
 from mmada_jax.diffusion.rules import Rule
 from mmada_jax.tokens.vocab import Vocab
 
@@ -46,7 +46,7 @@ class Record(NamedTuple):
     entropy_BL: jax.Array
 
 
-NEVER = np.iinfo(np.int32).max
+NEVER = LONG = np.iinfo(np.int32).max
 
 
 class Draft(NamedTuple):
@@ -64,13 +64,14 @@ class Draft(NamedTuple):
 class State(NamedTuple):
     """Where each row of a decoding stands: its tokens, the number of the current block of its span, and
     of the step within the block. If a record is kept, the record so far, and the steps of the row over
-    all blocks."""
+    all blocks. If the rule has a cache, the stored keys and values of all layers."""
 
     tokens_BL: jax.Array
     block_B: jax.Array
     step_B: jax.Array
     record: Record | None = None
     steps_B: jax.Array | None = None
+    cache: Any = None
 
 
 def denoise(
@@ -86,6 +87,8 @@ def denoise(
     lengths: jax.Array | None = None,
     unconditional: tuple[jax.Array, jax.Array] | None = None,
     record: bool = False,
+    reach: int | None = None,
+    share: int = 1,
 ) -> Any:
     """Fills the hidden tokens of the spans; returns the rows [B, L], with `record` the pair of them and
     their Record.
@@ -111,17 +114,32 @@ def denoise(
         key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(B)),
         unconditional,
     )
-    step = functools.partial(advance, network, draft, length=length, rule=rule, vocab=vocab)
+    of_rule = {"length": length, "rule": rule, "vocab": vocab}
     state = jax.lax.while_loop(
-        lambda state: jnp.any(unfinished(draft, state, length, rule)), step, begin(draft, vocab, record)
+        lambda state: jnp.any(unfinished(draft, state, length, rule)),
+        functools.partial(advance, network, draft, **of_rule),
+        begin(network, draft, **of_rule, record=record, reach=reach, share=share),
     )
     return (state.tokens_BL, state.record) if record else state.tokens_BL
 
 
-def begin(draft: Draft, vocab: Vocab, record: bool = False) -> State:
-    """The state before the first step."""
+def begin(
+    network: Denoiser,
+    draft: Draft,
+    *,
+    length: int,
+    rule: Rule,
+    vocab: Vocab,
+    record: bool = False,
+    reach: int | None = None,
+    share: int = 1,
+) -> State:
+    """The state before the first step. The arguments are those of `denoise`."""
     zero_B = jnp.zeros(len(draft.tokens_BL), jnp.int32)
     state = State(draft.tokens_BL, zero_B, zero_B)
+    if rule.cache != "none":
+        spot, size = _spot(draft, state, length, rule), rule.size(length)
+        state = state._replace(cache=cached.begin(network, rule, size, spot, reach, share))
     if not record:
         return state
     to_fill_BL = _in_span(draft) & (draft.tokens_BL == vocab.mask)
@@ -139,20 +157,21 @@ def advance(
     network: Denoiser, draft: Draft, state: State, *, length: int, rule: Rule, vocab: Vocab
 ) -> State:
     """One step of every row that isn't finished."""
-    size, L = rule.size(length), draft.tokens_BL.shape[1]
-    first_B = draft.start_B + state.block_B * size
-    end_B = jnp.minimum(first_B + size, draft.start_B + draft.length_B)
-    # The block lies in a window of `size` tokens, which can't reach beyond the row: the last block of a
-    # span is shorter, and its window may begin before it.
-    window_B = jnp.minimum(first_B, L - size)
-    place_BN = window_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-    in_block_BN = (place_BN >= first_B[:, None]) & (place_BN < end_B[:, None])
-    take, put = functools.partial(_take, at_B=window_B, size=size), functools.partial(_put, at_B=window_B)
+    size, spot = rule.size(length), _spot(draft, state, length, rule)
+    place_BN = spot.at_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+    in_block_BN = (place_BN >= spot.first_B[:, None]) & (place_BN < spot.end_B[:, None])
+    take, put = functools.partial(_take, at_B=spot.at_B, size=size), functools.partial(_put, at_B=spot.at_B)
     now_BN = take(state.tokens_BL)
     hidden_BN = in_block_BN & (now_BN == vocab.mask)
     n_given_B = jnp.sum(in_block_BN & (take(draft.tokens_BL) == vocab.mask), axis=1)
 
-    logits_BNV, plain_BNV = _logits(network, draft, state, window_B, size, rule, vocab)
+    active_B, cache = unfinished(draft, state, length, rule), state.cache
+    if cache is None:
+        logits_BNV, plain_BNV = _logits(network, draft, state, spot.at_B, size, rule, vocab)
+    else:
+        h_BND, cache = cached.hidden_states(network, rule, size, length, spot, active_B, cache)
+        logits_BNV = network.unembed(h_BND, *rule.vocabulary(vocab)).astype(jnp.float32)
+        plain_BNV = logits_BNV
     fold, within_BN = jax.vmap(jax.random.fold_in), place_BN - draft.start_B[:, None]
     key_BN = jax.vmap(fold, (None, 1), 1)(fold(draft.key_B, state.step_B), within_BN)
     index_BN, reveal_BN = rule.reveal(key_BN, logits_BNV, hidden_BN, n_given_B, state.step_B, length)
@@ -162,7 +181,6 @@ def advance(
     reveal_BN &= new_BN != vocab.mask
     tokens_BL = put(state.tokens_BL, new_BN)
 
-    active_B = unfinished(draft, state, length, rule)
     done_B = ~jnp.any(hidden_BN & ~reveal_BN, axis=1) | (state.step_B + 1 >= rule.patience(length))
     block_B = state.block_B + (active_B & done_B).astype(jnp.int32)
     if rule.stop is not None:
@@ -185,7 +203,20 @@ def advance(
         )
         steps_B += active_B.astype(jnp.int32)
     step_B = jnp.where(done_B, 0, state.step_B + 1)
-    return State(tokens_BL, block_B, step_B, record, steps_B)
+    return State(tokens_BL, block_B, step_B, record, steps_B, cache)
+
+
+def _spot(draft, state, length, rule):
+    """The block that each row decodes now."""
+    size, L = rule.size(length), draft.tokens_BL.shape[1]
+    first_B = draft.start_B + state.block_B * size
+    end_B = jnp.minimum(first_B + size, draft.start_B + draft.length_B)
+    begins_B = unfinished(draft, state, length, rule) & (state.step_B % (rule.refresh or LONG) == 0)
+    begins_B &= state.block_B + state.step_B > 0  # `begin` has made the very first pass
+    # The places of a block can't reach beyond the row: the last block of a span is shorter, and they may
+    # begin before it.
+    at_B = jnp.minimum(first_B, L - size)
+    return cached.Spot(state.tokens_BL, draft.valid_BL, first_B, end_B, at_B, begins_B)
 
 
 def _logits(network, draft, state, window_B, size, rule, vocab):

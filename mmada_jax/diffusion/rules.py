@@ -15,13 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax.diffusion import schedule
-from mmada_jax.ranges import Positive, Range, Ranged, Share, Weight
+from mmada_jax.ranges import Positive, Range, Ranged, Weight
 from mmada_jax.tokens.vocab import Vocab
 
 Steps = Annotated[int, Range(1, 1_000_000)]
 Temperature = Annotated[float, Range(0, 1000)]
 Guidance = Annotated[float, Range(0, 1e6)]
+Passing = Annotated[float, Range(0, 1, above=True)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
+CACHES = ("none", "prefix", "dual")
 REMASKS = ("low_confidence", "largest", "margin", "entropy", "random")
 
 
@@ -29,15 +31,27 @@ REMASKS = ("low_confidence", "largest", "margin", "entropy", "random")
 class TextRule(Ranged):
     """Semi-autoregressive decoding with low-confidence remasking.
 
-    A block has `block` tokens, the last block of a span what is left. `steps` are shared equally among
-    the blocks; None reveals one token in each step. With `threshold` a step reveals every token that is
-    at least that certain, with `factor` the n most certain tokens, as long as each exceeds 1 -
-    factor/(n+1); in both cases at least one token, and `steps` is not used. Tokens in `never` are not
-    drawn. Tokens in `defer` count as least certain, so that they come last. A row that has a `stop` when
-    a block ends is finished, and its hidden tokens become `stop`. `remask` says how certain a drawn token
-    is: by its own probability ("low_confidence"), by the largest probability at its place ("largest",
-    which doesn't depend on the draw), by the distance of the two largest ("margin"), by the negative
-    entropy ("entropy"), or by chance ("random").
+    A block has `block` tokens, the last block of a span what is left. `remask` says how certain a drawn
+    token is: by its own probability ("low_confidence"), by the largest probability at its place
+    ("largest", which doesn't depend on the draw), by the distance of the two largest ("margin"), by the
+    negative entropy ("entropy"), or by chance ("random"). Tokens in `never` are not drawn. Tokens in
+    `defer` count as least certain, so that they come last. A row that has a `stop` when a block ends is
+    finished, and its hidden tokens become `stop`.
+
+    How many of the most certain tokens a step reveals, at least one:
+
+    - by `steps`, which are shared equally among the blocks; None reveals one token in each step;
+    - with `threshold` every token that is at least that certain. `relax` a lowers the threshold to
+      threshold (1 - a (1 - r)), with r the share of the block's tokens that are hidden (Streaming-dLLM).
+      `leap` is a lower threshold for places up to `radius` from a token that passes (LocalLeap);
+    - with `factor` f the n most certain tokens, as long as each exceeds 1 - f/(n+1) (Fast-dLLM);
+    - with `bound` the tokens of least entropy, as long as the entropies of those before, in nats, sum up
+      to at most that much (EB-Sampler, arXiv 2505.24857).
+
+    With a `cache` steps compute the current block ("dual") or the block and what follows it ("prefix"), and
+    read stored keys and values of the rest, which is faster and not exact; see `cached`. `window` is how
+    many places after the block it sees, None all. `refresh` stores anew after so many steps within a
+    block; None at each new block only.
     """
 
     modality: ClassVar[str] = "text"
@@ -47,25 +61,61 @@ class TextRule(Ranged):
     temperature: Temperature = 0.0
     remask: Literal[REMASKS] = "low_confidence"
     guidance: Guidance = 0.0
-    threshold: Share | None = None
+    threshold: Passing | None = None
+    relax: Annotated[float, Range(0, 1, below=True)] = 0.0
+    leap: Passing | None = None
+    radius: Positive = 4
     factor: Weight | None = None
+    bound: Weight | None = None
     never: tuple[Token, ...] = ()
     defer: tuple[Token, ...] = ()
     stop: Token | None = None
+    cache: Literal[CACHES] = "none"
+    window: Positive | None = None
+    refresh: Positive | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = [name for name in ("threshold", "factor", "bound") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} both say how many tokens a step reveals; give one of them"
+            )
+        for name, needed in (("relax", "threshold"), ("leap", "threshold")):
+            if getattr(self, name) and getattr(self, needed) is None:
+                raise ValueError(f"{name} {getattr(self, name)} lowers a threshold; give threshold too")
+        if self.leap is not None and self.leap > self.threshold:
+            raise ValueError(f"leap {self.leap} is above threshold {self.threshold}; it must be lower")
+        for name in ("window", "refresh"):
+            if self.cache == "none" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is for decoding with a cache; give cache='dual' or "
+                    "'prefix' too"
+                )
+        if self.cache != "none" and self.guidance:
+            raise ValueError(
+                f"guidance {self.guidance} doesn't go with cache {self.cache!r}; leave out one of them"
+            )
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if this rule can't fill spans of up to `length` tokens."""
+        if self.cache not in CACHES:
+            raise ValueError(f"unknown cache {self.cache!r}; known: {', '.join(CACHES)}")
         if self.remask not in REMASKS:
             raise ValueError(f"unknown remask {self.remask!r}; known: {', '.join(REMASKS)}")
         if length < 1:
             raise ValueError(f"a span has {length} tokens; it must have at least 1")
         blocks = -(-length // self.block)
-        by_quota = self.threshold is None and self.factor is None and self.steps is not None
-        if by_quota and (self.steps < blocks or self.steps % blocks):
+        if self.by_quota and self.steps is not None and (self.steps < blocks or self.steps % blocks):
             raise ValueError(
                 f"steps {self.steps} are not divisible by the {blocks} blocks of {self.block} "
                 f"tokens in a length of {length}; choose a multiple of {blocks}"
             )
+
+    @property
+    def by_quota(self) -> bool:
+        """Whether `steps` say how many tokens a step reveals."""
+        return self.threshold is None and self.factor is None and self.bound is None
 
     def vocabulary(self, vocab: Vocab) -> tuple[int, int | None]:
         """First id and number of ids that are drawn from: all of them, image codes too."""
@@ -88,7 +138,6 @@ class TextRule(Ranged):
 
         `step_B` counts the steps of each row within its block, `n_given_B` the tokens that were hidden
         when the block began, `length` is the one of `check_length`."""
-        N = hidden_BN.shape[1]
         drawn_BNV = logits_BNV
         if self.temperature:
             drawn_BNV += np.float32(self.temperature) * _gumbel(key_BN, 0, logits_BNV.shape[2:])
@@ -99,6 +148,9 @@ class TextRule(Ranged):
         if self.defer:
             logits_BNV = logits_BNV.at[..., np.array(self.defer)].set(-jnp.inf)
         p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
+        entropy_BN = None
+        if self.bound is not None or self.remask == "entropy":
+            entropy_BN = -jnp.sum(p_BNV * jnp.log(p_BNV + np.float32(1e-10)), axis=-1)
         if self.remask == "low_confidence":
             sure_BN = pick(p_BNV, x0_BN)
         elif self.remask == "largest":
@@ -107,26 +159,46 @@ class TextRule(Ranged):
             top_BN2 = jax.lax.top_k(p_BNV, 2)[0]
             sure_BN = top_BN2[..., 0] - top_BN2[..., 1]
         elif self.remask == "entropy":
-            sure_BN = jnp.sum(p_BNV * jnp.log(p_BNV + np.float32(1e-10)), axis=-1)
+            sure_BN = -entropy_BN
         else:
             sure_BN = _uniform(key_BN, 1)
+        if self.bound is not None:
+            sure_BN = -entropy_BN
         sure_BN = jnp.where(hidden_BN, sure_BN, -jnp.inf)
+        pass_BN = self._passing(sure_BN, hidden_BN, n_given_B, step_B, length)
+        return x0_BN, hidden_BN & pass_BN
+
+    def _passing(self, sure_BN, hidden_BN, n_given_B, step_B, length):
+        """Which tokens are certain enough; the most certain one always is."""
+        N = hidden_BN.shape[1]
         order_BN = jnp.argsort(-sure_BN, axis=1)
         rank_BN = jnp.argsort(order_BN, axis=1)
-
         if self.threshold is not None:
-            pass_BN = (sure_BN >= np.float32(self.threshold)) | (rank_BN == 0)
+            threshold_B = jnp.full(len(sure_BN), np.float32(self.threshold))
+            if self.relax:
+                share_B = jnp.sum(hidden_BN, axis=1) / np.float32(N)
+                threshold_B *= 1 - np.float32(self.relax) * (1 - share_B)
+            pass_BN = sure_BN >= threshold_B[:, None]
+            if self.leap is not None:
+                near_NN = np.abs(np.subtract.outer(np.arange(N), np.arange(N))) <= self.radius
+                near_BN = jnp.any(pass_BN[:, None] & near_NN[None], axis=2)
+                pass_BN |= near_BN & (sure_BN >= np.float32(self.leap))
+            return pass_BN | (rank_BN == 0)
+        if self.by_quota:
+            quota_B = transfer_quota(n_given_B, self._steps_of_block(length), step_B)
+            return rank_BN < quota_B[:, None]
+        sorted_BN = jnp.take_along_axis(sure_BN, order_BN, axis=1)
+        finite_BN = jnp.isfinite(sorted_BN)
+        if self.factor is not None:
+            floor_N = 1 - np.float32(self.factor) / np.arange(2, N + 2, dtype=np.float32)
+            passed_BN = sorted_BN >= floor_N[None]
         else:
-            if self.factor is not None:
-                sorted_BN = jnp.take_along_axis(sure_BN, order_BN, axis=1)
-                floor_N = 1 - np.float32(self.factor) / np.arange(2, N + 2, dtype=np.float32)
-                floor_N[0] = -1  # the best one always passes
-                passed_BN = (sorted_BN >= floor_N[None]) & jnp.isfinite(sorted_BN)
-                quota_B = jnp.sum(jnp.cumprod(passed_BN, axis=1), axis=1)
-            else:
-                quota_B = transfer_quota(n_given_B, self._steps_of_block(length), step_B)
-            pass_BN = rank_BN < quota_B[:, None]
-        return x0_BN, hidden_BN & pass_BN
+            # The sum over the tokens before; zero for the first one.
+            sum_BN = jnp.cumsum(jnp.where(finite_BN, -sorted_BN, 0), axis=1)
+            passed_BN = sum_BN + jnp.where(finite_BN, sorted_BN, 0) <= np.float32(self.bound)
+        passed_BN = finite_BN & (passed_BN | (np.arange(N) == 0)[None])
+        quota_B = jnp.sum(jnp.cumprod(passed_BN, axis=1), axis=1)
+        return rank_BN < quota_B[:, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +216,9 @@ class ImageRule(Ranged):
 
     modality: ClassVar[str] = "image"
     stop: ClassVar[None] = None
+    cache: ClassVar[str] = "none"
+    window: ClassVar[None] = None
+    refresh: ClassVar[None] = None
 
     steps: Steps = 15
     schedule: str = "cosine"

@@ -6,7 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mmada_jax.devices import sharding
 from mmada_jax.devices.sharding import USE
-from mmada_jax.kernels import KEPT, cpu, reference, tpu
+from mmada_jax.kernels import KEPT, cached, cpu, reference, tpu
 
 IMPLEMENTATIONS = ("auto", "plain", "cpu", "xla", "cudnn", "tpu")
 
@@ -20,6 +20,7 @@ def attention(
     *,
     implementation: str = "auto",
     soft: bool = False,
+    past: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Bidirectional attention over valid positions; [B, S, H * K], zeros where a query isn't valid or
     its row has no valid key (but for `soft`, which hides nothing).
@@ -30,6 +31,10 @@ def attention(
     `q_valid` defaults to `valid` (queries and keys are the same row). G divides H (grouped-query
     attention). `soft` is the reference's additive training bias (see kernels/reference.py), in the
     plain implementation only. Under a mesh every device runs the kernel on its own rows and heads.
+
+    `past` are stored keys and values of other places of the rows, both [B, G, P, K], and which of them
+    are seen [B, P]; queries attend to these and to the T keys. It is for inference: a few queries against
+    many keys need no kernel, so `implementation` isn't asked.
     """
     q_valid_BS = valid_BT if q_valid_BS is None else q_valid_BS
     rows_BS, rows_BT = ((x.shape[0], x.shape[2]) for x in (q_BHSK, k_BGTK))
@@ -42,6 +47,10 @@ def attention(
         raise ValueError(f"unknown attention {implementation!r}; known: {IMPLEMENTATIONS}")
     if implementation == "auto":
         implementation = "plain" if soft else choose(q_BHSK, k_BGTK)
+    if past is not None:
+        if soft:
+            raise ValueError("stored keys and values don't go with soft padding; use pad='hard'")
+        return _on_devices(cached.attention, 3)(q_BHSK, k_BGTK, v_BTM, valid_BT, q_valid_BS, *past)
     seen_BS = q_valid_BS & jnp.any(valid_BT, axis=1, keepdims=True)
     if implementation == "plain":
         rows_BS = q_valid_BS if soft else seen_BS
@@ -50,18 +59,25 @@ def attention(
     if soft:
         raise ValueError(f"soft padding needs implementation='plain', not {implementation!r}")
 
-    run = sharding.on_each_device(
-        _KERNELS[implementation],
+    return _on_devices(_KERNELS[implementation])(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS)
+
+
+def _on_devices(kernel, n_past=0):
+    """The kernel, run by every device on its own rows and heads."""
+    keys = USE.spec("batch", "kv_heads", "length", "head_dim")
+    rows = USE.spec("batch", "length")
+    return sharding.on_each_device(
+        kernel,
         in_specs=(
             USE.spec("batch", "heads", "length", "head_dim"),
-            USE.spec("batch", "kv_heads", "length", "head_dim"),
+            keys,
             USE.spec("batch", "length", "kv_heads"),
-            USE.spec("batch", "length"),
-            USE.spec("batch", "length"),
+            rows,
+            rows,
+            *(keys, keys, rows)[:n_past],
         ),
         out_specs=USE.spec("batch", "length", "heads"),
     )
-    return run(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS)
 
 
 def choose(q_BHSK: jax.Array, k_BGTK: jax.Array) -> str:

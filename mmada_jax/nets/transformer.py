@@ -24,6 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 from mmada_jax.devices import sharding
 from mmada_jax.devices.sharding import REST
 from mmada_jax.kernels.attention import attention
+from mmada_jax.nets import cache
+from mmada_jax.nets.cache import Cache
+from mmada_jax.nets.products import products, widen
 from mmada_jax.ranges import Positive, Range, Ranged
 
 # What a layer can keep for the backward pass: q, k and v (after RoPE); the output of attention; the
@@ -138,6 +141,28 @@ def hidden_states(
     return _Transformer(config).apply({"params": params}, tokens_BL, valid_BL, positions_BL)
 
 
+def hidden_block(
+    params: dict[str, Any],
+    config: Config,
+    tokens_BQ: jax.Array,
+    place_BQ: jax.Array,
+    valid_BQ: jax.Array,
+    past: Cache | None = None,
+    seen_BP: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """A part of each row, at the places [B, Q] below `max_len` -> its final hidden states [B, Q, D], and
+    the keys and values of its tokens.
+
+    The tokens attend to each other where they are valid, and to the places of the rows in the cache
+    `past` that are `seen` [B, P]; none of these may be a place of the part. Without `past` the part is all
+    that there is of a row. For inference. Raises ValueError for soft padding.
+    """
+    if config.pad == "soft":
+        raise ValueError("decoding with a cache needs pad='hard'; this model's is 'soft'")
+    network = _Transformer(config, stores=True)
+    return network.apply({"params": params}, tokens_BQ, valid_BQ, place_BQ, past, seen_BP)
+
+
 def unembed(
     params: dict[str, Any], config: Config, h_D: jax.Array, first: int = 0, size: int | None = None
 ) -> jax.Array:
@@ -161,6 +186,22 @@ class Network:
     def hidden_states(self, tokens_BL: jax.Array, valid_BL: jax.Array) -> jax.Array:
         """See the function of that name."""
         return hidden_states(self.params, self.config, tokens_BL, valid_BL)
+
+    def hidden_block(
+        self,
+        tokens_BQ: jax.Array,
+        place_BQ: jax.Array,
+        valid_BQ: jax.Array,
+        past: Cache | None = None,
+        seen_BP: jax.Array | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """See the function of that name."""
+        return hidden_block(self.params, self.config, tokens_BQ, place_BQ, valid_BQ, past, seen_BP)
+
+    def empty_cache(self, rows: int, length: int) -> Cache:
+        """Room for the keys and values of so many rows of `length` places."""
+        c = self.config
+        return cache.empty(c.n_layers, rows, c.n_kv_heads, length, c.d_head, c.dtype)
 
     def unembed(self, h_BLD: jax.Array, first: int = 0, size: int | None = None) -> jax.Array:
         """See the function of that name."""
@@ -222,76 +263,6 @@ def _turn(x_BHLK):
     return jnp.einsum("BHLK,KJ->BHLJ", x_BHLK, turn_KK.astype(x_BHLK.dtype), precision=precision)
 
 
-def _products(h_BLD: jax.Array, *products: tuple[str, jax.Array]) -> list[jax.Array]:
-    """jnp.einsum of hidden states [B, L, D] with weights [D, ...], each given behind its letters.
-
-    On CPUs the tokens of all rows are the rows of one matrix, in both passes. XLA would transpose copies
-    of the operands instead, which takes as long as a third of the product. Weights that lie whole on each
-    device are joined to one matrix, since a wide product is faster than several narrow ones.
-    """
-    if sharding.platform() != "cpu":
-        return [jnp.einsum(letters, h_BLD, w) for letters, w in products]
-    (B, L, D), shapes = h_BLD.shape, [w.shape[1:] for _, w in products]
-    h_ND, weights = h_BLD.reshape(B * L, D), [w.reshape(D, -1) for _, w in products]
-    if sharding.parts("heads") == sharding.parts("mlp") == 1:
-        made = _of_rows(h_ND, weights)
-    else:
-        made = [_of_rows(h_ND, [w_DM])[0] for w_DM in weights]
-    out = []
-    for (letters, _), wide, out_NM in zip(products, shapes, made, strict=True):
-        _, of_w, of_out = letters.replace("->", ",").split(",")
-        out.append(jnp.einsum(f"BL{of_w[1:]}->{of_out}", out_NM.reshape(B, L, *wide)))
-    return out
-
-
-@jax.custom_vjp
-def _of_rows(h_ND, weights_DM):
-    out_NM = jnp.einsum("ND,DM->NM", h_ND, jnp.concatenate(weights_DM, axis=1))
-    return jnp.split(out_NM, _ends(weights_DM), axis=1)
-
-
-def _of_rows_fwd(h_ND, weights_DM):
-    return _of_rows(h_ND, weights_DM), (h_ND, weights_DM)
-
-
-def _of_rows_bwd(saved, grads_NM):
-    h_ND, weights_DM = saved
-    grad_NM, w_DM = jnp.concatenate(grads_NM, axis=1), jnp.concatenate(weights_DM, axis=1)
-    dw_DM = jnp.einsum("ND,NM->DM", h_ND, grad_NM)
-    return jnp.einsum("NM,DM->ND", grad_NM, w_DM), jnp.split(dw_DM, _ends(weights_DM), axis=1)
-
-
-_of_rows.defvjp(_of_rows_fwd, _of_rows_bwd)
-
-
-def _ends(weights_DM):
-    """The columns at which the next weight begins."""
-    return np.cumsum([w_DM.shape[1] for w_DM in weights_DM])[:-1]
-
-
-@jax.custom_vjp
-def _widen(h_BLD, w_DF):
-    """A product with a large weight; features first spares TPUs a pass over memory, and costs CPUs one.
-
-    The gradient is formed in quarters: the sum of one over the devices is hidden behind the next, and
-    nothing hides the last sums of a layer."""
-    return jnp.einsum("BLD,DF->FBL", h_BLD, w_DF)
-
-
-def _widen_fwd(h_BLD, w_DF):
-    return _widen(h_BLD, w_DF), (h_BLD, w_DF)
-
-
-def _widen_bwd(saved, grad_FBL):
-    h_BLD, w_DF = saved
-    n = math.gcd(4, len(w_DF)) if sharding.parts("batch") > 1 else 1
-    quarters = [jnp.einsum("BLD,FBL->DF", h, grad_FBL) for h in jnp.split(h_BLD, n, axis=2)]
-    return jnp.einsum("FBL,DF->BLD", grad_FBL, w_DF), jnp.concatenate(quarters)
-
-
-_widen.defvjp(_widen_fwd, _widen_bwd)
-
-
 _BLOCK_AXES = {
     "attn_norm_D": (None,),
     "q_DHK": ("embed", "heads", "head_dim"),
@@ -325,9 +296,10 @@ def _use(w: jax.Array, name: str, config: Config, heads_merged: bool = False) ->
 
 class _Block(nn.Module):
     config: Config
+    stores: bool = False  # also returns keys and values
 
     @nn.compact
-    def __call__(self, x_BLD, layer, valid_BL, cos_B1LK, sin_B1LK):
+    def __call__(self, x_BLD, layer, past, valid_BL, cos_B1LK, sin_B1LK, seen_BP):
         c = self.config
         width = 1 / math.sqrt(c.d_model)
         # Mitchell: what a layer writes to the residual stream shrinks with depth.
@@ -344,45 +316,52 @@ class _Block(nn.Module):
         # M all heads side by side: a transpose is a pass over memory.
         h_BLD = norm("attn_norm_D", x_BLD)
         heads, kv_heads = (c.d_model, c.n_heads, c.d_head), (c.d_model, c.n_kv_heads, c.d_head)
-        q_BHLK, k_BGLK, v_BLM = _products(
+        q_BHLK, k_BGLK, v_BLM = products(
             h_BLD,
             ("BLD,DHK->BHLK", weight("q_DHK", heads, width)),
             ("BLD,DGK->BGLK", weight("k_DGK", kv_heads, width)),
             ("BLD,DM->BLM", weight("v_DGK", kv_heads, width, heads_merged=True)),
+            join=not self.stores,
         )
+        k_BGLK = checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv")
         att_BLM = attention(
             checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv"),
-            checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv"),
+            k_BGLK,
             checkpoint_name(v_BLM, "qkv"),
             valid_BL,
             implementation=c.attention,
             soft=c.pad == "soft",
+            past=past and (*past, seen_BP),
         )
         o_MD = weight("o_HKD", (c.n_heads, c.d_head, c.d_model), width * depth, heads_merged=True)
-        x_BLD += _products(att_BLM, ("BLM,MD->BLD", o_MD))[0]
+        x_BLD += products(att_BLM, ("BLM,MD->BLD", o_MD))[0]
         x_BLD = checkpoint_name(sharding.constrain(x_BLD, "batch", "length", "embed"), "middle")
 
         h_BLD = norm("mlp_norm_D", x_BLD)
         gate_DF = weight("gate_DF", (c.d_model, c.d_mlp), width)
         up_DF = weight("up_DF", (c.d_model, c.d_mlp), width)
         if sharding.platform() == "cpu":
-            gate, up = _products(h_BLD, ("BLD,DF->BLF", gate_DF), ("BLD,DF->BLF", up_DF))
+            gate, up = products(
+                h_BLD, ("BLD,DF->BLF", gate_DF), ("BLD,DF->BLF", up_DF), join=not self.stores
+            )
         else:
-            gate, up = _widen(h_BLD, gate_DF), _widen(h_BLD, up_DF)
+            gate, up = widen(h_BLD, gate_DF), widen(h_BLD, up_DF)
         down_FD = weight("down_FD", (c.d_mlp, c.d_model), depth / math.sqrt(c.d_mlp))
         act = jax.nn.silu(checkpoint_name(gate, "mlp")) * checkpoint_name(up, "mlp")
         if sharding.platform() == "cpu":
-            x_BLD += _products(act, ("BLF,FD->BLD", down_FD))[0]
+            x_BLD += products(act, ("BLF,FD->BLD", down_FD))[0]
         else:
             x_BLD += jnp.einsum("FBL,FD->BLD", act, down_FD)
-        return sharding.constrain(x_BLD, "batch", "length", "embed"), None
+        kept = Cache(k_BGLK, cache.by_head(v_BLM, c.n_kv_heads)) if self.stores else None
+        return sharding.constrain(x_BLD, "batch", "length", "embed"), kept
 
 
 class _Transformer(nn.Module):
     config: Config
+    stores: bool = False
 
     @nn.compact
-    def __call__(self, tokens_BL, valid_BL, positions_BL):
+    def __call__(self, tokens_BL, valid_BL, positions_BL, past=None, seen_BP=None):
         c = self.config
         init = _truncated_normal(c.d_model**-0.5)
         embed_VD = self.param("embed_VD", init, (c.vocab, c.d_model)).astype(c.dtype)
@@ -396,7 +375,7 @@ class _Transformer(nn.Module):
             _Block if c.remat == "none" else nn.remat(_Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.n_layers,
             unroll=c.unroll,
         )
@@ -406,8 +385,10 @@ class _Transformer(nn.Module):
         else:
             table = rope_table(c.max_len, c.d_head, c.rope_theta)
             cos_sin = (jnp.take(x, positions_BL, axis=0)[:, None] for x in table)
-        x_BLD, _ = blocks(c, name="blocks")(x_BLD, layers_N, valid_BL, *cos_sin)
-        return rms_norm(x_BLD, self.param("norm_D", nn.initializers.ones, (c.d_model,)), c.norm_eps)
+        blocks = blocks(c, self.stores, name="blocks")
+        x_BLD, kept = blocks(x_BLD, layers_N, past, valid_BL, *cos_sin, seen_BP)
+        h_BLD = rms_norm(x_BLD, self.param("norm_D", nn.initializers.ones, (c.d_model,)), c.norm_eps)
+        return (h_BLD, kept) if self.stores else h_BLD
 
 
 def _truncated_normal(std):

@@ -1,0 +1,192 @@
+"""Decoding with stored keys and values: which part of a row a step computes, and what that part sees.
+
+A row is its prompt, finished blocks, the current block, and what is still to come. The first pass over a
+block computes the block with its surroundings and stores keys and values; further steps compute less and
+read the rest from the cache:
+
+    dual      the block alone
+    prefix    the block and what follows it
+
+With a window a block sees no more of what follows than so many places and the last place of the row, at
+their true positions, and the first pass over a block computes the block before it, the block and the
+window: what lies further to the left keeps the keys and values that it has (Streaming-dLLM). Without a
+window the first pass computes the whole row (Fast-dLLM).
+
+What a row computes never depends on its company, nor on the padding behind it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mmada_jax.devices import sharding
+from mmada_jax.nets import cache as caches
+from mmada_jax.nets.cache import Cache
+
+
+class Spot(NamedTuple):
+    """The block that each row decodes: it lies in [first, end), and within the `size` places from `at` on,
+    which don't reach beyond the row. `begins` says that its first pass is due."""
+
+    tokens_BL: jax.Array
+    valid_BL: jax.Array
+    first_B: jax.Array
+    end_B: jax.Array
+    at_B: jax.Array
+    begins_B: jax.Array
+
+
+class Part(NamedTuple):
+    """A part of each row that is computed: the places from `low` on and below `until`, which lie within the
+    `size` places from `at` on; with `last` the last valid place of the row too."""
+
+    low_B: jax.Array
+    until_B: jax.Array
+    at_B: jax.Array
+    size: int
+    last: bool
+
+
+def begin(network: Any, rule: Any, size: int, spot: Spot, reach: int | None, share: int) -> Cache:
+    """The cache before the first step, from a pass over each row up to the window of its first block.
+
+    No row's window ends beyond `reach`. Every `share` rows that follow each other are equal, and share
+    their pass."""
+    L = spot.tokens_BL.shape[1]
+    unique = jax.tree.map(lambda x_B: x_B[::share], spot)
+    cache = network.empty_cache(len(unique.tokens_BL), L)
+    _, cache = _compute_and_store(network, rule, size, unique, cache, _from_start(rule, unique, reach or L))
+    return Cache(*(jnp.repeat(x_NB, share, axis=1) for x_NB in cache)) if share > 1 else cache
+
+
+def hidden_states(
+    network: Any, rule: Any, size: int, length: int, spot: Spot, active_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """The hidden states [B, N, D] of the block's places, and the cache with what first passes store."""
+    first = functools.partial(_first_pass, network, rule, size)
+    step = functools.partial(_step, network, rule, size, length)
+    if len(spot.begins_B) == 1:
+        return jax.lax.cond(spot.begins_B[0], first, lambda *given: (step(*given), given[1]), spot, cache)
+
+    like = jax.eval_shape(step, spot, cache)
+    nothing_BND = jnp.zeros(like.shape, like.dtype)
+    passes = _all_at_once if sharding.parts("batch") > 1 else _one_by_one
+    first_BND, cache = jax.lax.cond(
+        jnp.any(spot.begins_B),
+        functools.partial(passes, first, nothing_BND),
+        lambda _, cache: (nothing_BND, cache),
+        spot,
+        cache,
+    )
+    step_BND = jax.lax.cond(jnp.any(active_B & ~spot.begins_B), step, lambda *_: nothing_BND, spot, cache)
+    return jnp.where(spot.begins_B[:, None, None], first_BND, step_BND), cache
+
+
+def _one_by_one(first, h_BND, spot, cache):
+    """The first passes of the rows that begin, and of no others: rows rarely begin together."""
+    order_B = jnp.argsort(~spot.begins_B, stable=True)
+
+    def pass_of_row(i, h_and_cache):
+        h_BND, cache = h_and_cache
+        row = order_B[i]
+        one = jax.tree.map(lambda x_B: jax.lax.dynamic_slice_in_dim(x_B, row, 1), spot)
+        h_1ND, of_row = first(one, caches.row(cache, row))
+        h_BND = jax.lax.dynamic_update_slice_in_dim(h_BND, h_1ND, row, 0)
+        return h_BND, caches.put_row(cache, of_row, row)
+
+    return jax.lax.fori_loop(0, jnp.sum(spot.begins_B), pass_of_row, (h_BND, cache))
+
+
+def _all_at_once(first, _, spot, cache):
+    """The same for rows that are spread over devices, which compute in step: each pass is that of all
+    rows, and the rows that don't begin keep what they have."""
+    h_BND, new = first(spot, cache)
+    begins_B = spot.begins_B[:, None, None, None]
+    return h_BND, Cache(*(jnp.where(begins_B, x, y) for x, y in zip(new, cache, strict=True)))
+
+
+def _first_pass(network, rule, size, spot, cache):
+    L = spot.tokens_BL.shape[1]
+    if rule.window is None:
+        part = _from_start(rule, spot, L)
+    else:
+        low_B, width = spot.first_B - size, min(2 * size + rule.window, L)
+        part = Part(low_B, _reach(rule, spot), jnp.clip(low_B, 0, L - width), width, True)
+    return _compute_and_store(network, rule, size, spot, cache, part)
+
+
+def _step(network, rule, size, length, spot, cache):
+    L = spot.tokens_BL.shape[1]
+    if rule.cache == "dual":
+        part = Part(spot.first_B, spot.end_B, spot.at_B, size, False)
+    else:
+        ahead = length - size if rule.window is None else rule.window
+        width = min(size + ahead, L)
+        at_B = jnp.minimum(spot.first_B, L - width)
+        until_B = at_B + width if rule.window is None else _reach(rule, spot)
+        part = Part(spot.first_B, until_B, at_B, width, rule.window is not None)
+    h_BQD, _, _ = _compute(network, rule, spot, cache, part)
+    return _take(h_BQD, spot.at_B - part.at_B, size)
+
+
+def _from_start(rule, spot, width):
+    zero_B = jnp.zeros_like(spot.first_B)
+    if rule.window is None:
+        return Part(zero_B, zero_B + width, zero_B, width, False)
+    return Part(zero_B, _reach(rule, spot), zero_B, width, True)
+
+
+def _reach(rule, spot):
+    """The place after the window of each row's block."""
+    return spot.end_B + rule.window
+
+
+def _compute_and_store(network, rule, size, spot, cache, part):
+    """The hidden states of the block's places, and the cache with the keys and values of the part."""
+    h_BQD, new, own_BQ = _compute(network, rule, spot, cache, part)
+    width = part.size
+    cache = caches.store(cache, Cache(*(x[..., :width, :] for x in new)), part.at_B, own_BQ[:, :width])
+    if part.last:
+        of_last = Cache(*(x[..., width:, :] for x in new))
+        cache = caches.store(cache, of_last, _last(spot.valid_BL), own_BQ[:, width:])
+    return _take(h_BQD, spot.at_B - part.at_B, size), cache
+
+
+def _compute(network, rule, spot, cache, part):
+    """Hidden states, keys and values of a part, and which of its places were computed.
+
+    The part sees itself and, in the cache, the places of its row that are seen and lie outside of it."""
+    L = spot.tokens_BL.shape[1]
+    low_B1, until_B1, last_B1 = (x[:, None] for x in (part.low_B, part.until_B, _last(spot.valid_BL)))
+    place_BQ = part.at_B[:, None] + jnp.arange(part.size, dtype=jnp.int32)[None]
+    own_BQ = (place_BQ >= low_B1) & (place_BQ < until_B1)
+    if part.last:
+        # It has a column of its own, unless it lies in the part anyway.
+        place_BQ = jnp.concatenate([place_BQ, last_B1], axis=1)
+        own_BQ = jnp.concatenate([own_BQ, last_B1 >= until_B1], axis=1)
+    own_BQ &= jnp.take_along_axis(spot.valid_BL, place_BQ, axis=1)
+    tokens_BQ = jnp.take_along_axis(spot.tokens_BL, place_BQ, axis=1)
+
+    place_1L = jnp.arange(L, dtype=jnp.int32)[None]
+    seen_BL = spot.valid_BL & ~((place_1L >= low_B1) & (place_1L < until_B1))
+    if part.last:
+        seen_BL &= place_1L != last_B1
+    if rule.window is not None:
+        seen_BL &= (place_1L < _reach(rule, spot)[:, None]) | (place_1L == last_B1)
+    whole = part.size == L and rule.window is None
+    stored = () if whole else (cache, seen_BL)
+    h_BQD, new = network.hidden_block(tokens_BQ, place_BQ, own_BQ, *stored)
+    return h_BQD, new, own_BQ
+
+
+def _last(valid_BL):
+    """The last valid place of each row."""
+    L = valid_BL.shape[1]
+    return L - 1 - jnp.argmax(valid_BL[:, ::-1], axis=1).astype(jnp.int32)
+
+
+def _take(x_BL, at_B, size):
+    """The `size` entries of each row from `at` on."""
+    return jax.vmap(lambda x_L, at: jax.lax.dynamic_slice_in_dim(x_L, at, size))(x_BL, at_B)
