@@ -176,7 +176,7 @@ class TextRule(Ranged):
         if self.threshold is not None:
             threshold_B = jnp.full(len(sure_BN), np.float32(self.threshold))
             if self.relax:
-                share_B = jnp.sum(hidden_BN, axis=1) / np.float32(N)
+                share_B = jnp.mean(hidden_BN.astype(jnp.float32), axis=1)
                 threshold_B *= 1 - np.float32(self.relax) * (1 - share_B)
             pass_BN = sure_BN >= threshold_B[:, None]
             if self.leap is not None:
