@@ -6,55 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoding_toys import (
+    BLOCK,
+    KINDS,
+    MODEL,
+    NEVER,
+    PARAMS,
+    PROMPTS,
+    RNG,
+    SEEDS,
+    V,
+    assert_equal,
+    fill,
+    job,
+    one_device,
+)  # fmt: skip
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode, denoise
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
-from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
-
-V = Vocab(96, 32, rows=128, **dict(zip(SPECIAL_TOKENS, range(12), strict=True)))
-MODEL = dataclasses.replace(
-    transformer.PRESETS["tiny"], vocab=V.rows, d_model=32, d_mlp=48, n_kv_heads=2, max_len=128
-)
-# Fresh weights hardly look at other tokens; these do, and are certain of some of what they say.
-PARAMS = jax.tree.map_with_path(
-    lambda path, x: x * {"o_HKD": 6, "down_FD": 3, "head_DV": 3}.get(path[-1].key, 1),
-    transformer.init_params(jax.random.key(0), MODEL),
-)
-RNG = np.random.default_rng(0)
-PROMPTS = [RNG.integers(16, 90, n).tolist() for n in (7, 20, 12, 7)]
-NEW = [24, 21, 30, 17]
-LENGTH, BLOCK = 30, 8
-SEEDS = [5, 6, 7, 8]
-# Rows whose tokens are certain at different times, so that their blocks begin at different times.
-KINDS = {
-    "dual": TextRule(block=BLOCK, cache="dual", threshold=0.5),
-    "prefix": TextRule(block=BLOCK, cache="prefix", threshold=0.5),
-    "dual, window": TextRule(block=BLOCK, cache="dual", threshold=0.5, window=6),
-    "prefix, window": TextRule(block=BLOCK, cache="prefix", threshold=0.5, window=6),
-    "dual, window, refreshed": TextRule(block=BLOCK, cache="dual", threshold=0.5, window=6, refresh=2),
-}
-NEVER = (V.mask,)
-
-
-def job(rule, rows=range(4), length=64):
-    prompts, new = [PROMPTS[i] for i in rows], [NEW[i] for i in rows]
-    batch = layout.answers(V, prompts, new, length)
-    return decode.Job(batch, np.array([*map(len, prompts)]), np.array(new), LENGTH, rule)
-
-
-def fill(rule, rows=range(4), length=64, mesh=None, config=MODEL):
-    mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    params = sharding.put_params(PARAMS, decode.param_shardings(mesh, config))
-    seeds = [SEEDS[i] for i in rows]
-    return decode.run(params, config, V, mesh, job(rule, rows, length), seeds)
-
-
-def assert_equal(a, b):
-    for x, y in zip(a, b, strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -125,7 +97,7 @@ def test_a_row_does_not_depend_on_its_company_nor_on_its_bucket(kind, temperatur
 @pytest.mark.parametrize("kind", ["dual", "dual, window", "prefix, window"])
 def test_the_python_loop_gives_the_same(kind):
     rule = dataclasses.replace(KINDS[kind], never=NEVER)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = one_device()
     *_, last = decode.steps(PARAMS, MODEL, V, mesh, job(rule), SEEDS)
     assert_equal(last, fill(rule))
 
@@ -139,7 +111,7 @@ def test_sharded_equals_unsharded(kind):
 def test_equal_rows_share_their_first_pass():
     rule = dataclasses.replace(KINDS["dual, window"], temperature=0.8, never=NEVER)
     rows = [0, 0, 1, 1]
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = one_device()
     assert decode.first_pass(mesh, job(rule, rows))["share"] == 2
     assert decode.first_pass(mesh, job(rule, [0, 0, 0, 1]))["share"] == 1
     of_row = {i: fill(rule, [i])[0] for i in (0, 1)}

@@ -17,11 +17,11 @@ FLOORS = {
     "devices": "chips sharding distributed hlo",
     "kernels": "reference cpu tpu cached attention",
     "nets": "cache products transformer vq clip",
-    "diffusion": "schedule loss corrupt rules cached denoise decode",
+    "diffusion": "schedule loss corrupt rules cached denoise decode slots",
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
     "folder inspect convert",
     "model": "results inputs vision model prepare",
-    "serve": "api",
+    "serve": "engine api",
     "measure": "held_out digits report",
     "train": "optim board metrics runs sweep rows supervised rl.rewards.quantities rl.rewards.extract "
     "rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo "

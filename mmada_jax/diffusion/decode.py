@@ -99,6 +99,14 @@ def steps(
 
 def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Placed:
     """A job on its devices, the last row repeated until the rows divide among them."""
+    placed = rows_of(job, seed)
+    more = -len(placed.tokens_BL) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], more, axis=0)]), placed)
+    return sharding.put_batch(mesh, filled)
+
+
+def rows_of(job: Job, seed: int | Sequence[int] = 0) -> Placed:
+    """The rows of a job with their seeds, arrays of the host. Raises ValueError for wrong seeds."""
     n = len(job.rows.tokens)
     if np.ndim(seed):
         if len(seed) != n:
@@ -109,7 +117,7 @@ def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Pla
     if wrong := [one for one in seeds if not isinstance(one, numbers.Integral)]:
         raise ValueError(f"the seed is {wrong[0]!r}; it must be an integer")
     other = job.unconditional
-    placed = Placed(
+    return Placed(
         job.rows.tokens,
         job.rows.valid,
         np.asarray(job.start_B, np.int32),
@@ -118,9 +126,6 @@ def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Pla
         np.array(places, np.int32),
         None if other is None else (other.tokens, other.valid),
     )
-    more = -n % (mesh.shape["data"] * mesh.shape["fsdp"])
-    filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], more, axis=0)]), placed)
-    return sharding.put_batch(mesh, filled)
 
 
 def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
@@ -194,12 +199,12 @@ def starter(
     def begin(params, placed):
         network = transformer.Network(params, config)
         of_rule = {"length": length, "rule": rule, "vocab": vocab}
-        return denoise.begin(network, _draft(placed), **of_rule, reach=reach, share=share)
+        return denoise.begin(network, draft_of(placed), **of_rule, reach=reach, share=share)
 
     return jax.jit(
         begin,
         in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
-        out_shardings=_state_shardings(mesh, rule),
+        out_shardings=state_shardings(mesh, rule),
         compiler_options=sharding.compiler_options(mesh),
     )
 
@@ -212,7 +217,7 @@ def stepper(
     Every process gets the latter two whole."""
 
     def step(params, placed, state):
-        draft = _draft(placed)
+        draft = draft_of(placed)
         state = denoise.advance(
             transformer.Network(params, config),
             draft,
@@ -224,7 +229,7 @@ def stepper(
         return state, state.tokens_BL, jnp.any(denoise.unfinished(draft, state, length, rule))
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    of_state = _state_shardings(mesh, rule)
+    of_state = state_shardings(mesh, rule)
     return jax.jit(
         step,
         in_shardings=(param_shardings(mesh, config), rows, of_state),
@@ -233,13 +238,15 @@ def stepper(
     )
 
 
-def _state_shardings(mesh, rule):
+def state_shardings(mesh: jax.sharding.Mesh, rule: rules.Rule) -> denoise.State:
+    """Where the state of a decoding lies on a mesh."""
     rows = sharding.batch_sharding(mesh)
     cache = None if rule.cache == "none" else caches.shardings(mesh)
-    return denoise.State(rows, rows, rows, cache=cache)
+    return denoise.State(rows, rows, rows, rows, cache=cache)
 
 
-def _draft(placed: Placed) -> denoise.Draft:
+def draft_of(placed: Placed) -> denoise.Draft:
+    """What the loop is given, with the key of each row."""
     return denoise.Draft(*placed[:4], _keys(placed), placed.other)
 
 

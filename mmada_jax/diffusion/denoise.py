@@ -62,15 +62,15 @@ class Draft(NamedTuple):
 
 
 class State(NamedTuple):
-    """Where each row of a decoding stands: its tokens, the number of the current block of its span, and
-    of the step within the block. If a record is kept, the record so far, and the steps of the row over
-    all blocks. If the rule has a cache, the stored keys and values of all layers."""
+    """Where each row of a decoding stands: its tokens, the number of the current block of its span, the
+    number of the step within the block, and its steps over all blocks. If a record is kept, the record so
+    far. If the rule has a cache, the stored keys and values of all layers."""
 
     tokens_BL: jax.Array
     block_B: jax.Array
     step_B: jax.Array
+    steps_B: jax.Array
     record: Record | None = None
-    steps_B: jax.Array | None = None
     cache: Any = None
 
 
@@ -136,7 +136,7 @@ def begin(
 ) -> State:
     """The state before the first step. The arguments are those of `denoise`."""
     zero_B = jnp.zeros(len(draft.tokens_BL), jnp.int32)
-    state = State(draft.tokens_BL, zero_B, zero_B)
+    state = State(draft.tokens_BL, zero_B, zero_B, zero_B)
     if rule.cache != "none":
         spot, size = _spot(draft, state, length, rule), rule.size(length)
         state = state._replace(cache=cached.begin(network, rule, size, spot, reach, share))
@@ -145,7 +145,7 @@ def begin(
     to_fill_BL = _in_span(draft) & (draft.tokens_BL == vocab.mask)
     zero_BL = jnp.zeros(draft.tokens_BL.shape, jnp.float32)
     of_tokens = Record(jnp.where(to_fill_BL, jnp.int32(NEVER), -1), zero_BL, zero_BL)
-    return state._replace(record=of_tokens, steps_B=zero_B)
+    return state._replace(record=of_tokens)
 
 
 def unfinished(draft: Draft, state: State, length: int, rule: Rule) -> jax.Array:
@@ -190,20 +190,19 @@ def advance(
         over_B = block_B * size >= draft.length_B
         left_BL = over_B[:, None] & in_span_BL & (tokens_BL == vocab.mask)
         tokens_BL = jnp.where(left_BL, jnp.int32(rule.stop), tokens_BL)
-    record, steps_B = state.record, state.steps_B
+    record = state.record
     if record is not None:
         logp_BNV = jax.nn.log_softmax(plain_BNV, axis=-1)
         values = Record(
-            jnp.broadcast_to(steps_B[:, None], reveal_BN.shape),
+            jnp.broadcast_to(state.steps_B[:, None], reveal_BN.shape),
             rules.pick(logp_BNV, index_BN),
             -jnp.sum(jnp.exp(logp_BNV) * logp_BNV, axis=-1),
         )
         record = jax.tree.map(
             lambda x_BL, new_BN: put(x_BL, jnp.where(reveal_BN, new_BN, take(x_BL))), record, values
         )
-        steps_B += active_B.astype(jnp.int32)
     step_B = jnp.where(done_B, 0, state.step_B + 1)
-    return State(tokens_BL, block_B, step_B, record, steps_B, cache)
+    return State(tokens_BL, block_B, step_B, state.steps_B + active_B.astype(jnp.int32), record, cache)
 
 
 def _spot(draft, state, length, rule):

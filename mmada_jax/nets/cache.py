@@ -27,6 +27,11 @@ def empty(layers: int, rows: int, kv_heads: int, places: int, d_head: int, dtype
     return Cache(*(sharding.constrain(zero, *AXES) for _ in range(2)))
 
 
+def row_bytes(layers: int, kv_heads: int, places: int, d_head: int, dtype: Any) -> int:
+    """Bytes of a row with so many places, on all devices that share it."""
+    return 2 * layers * kv_heads * places * d_head * jnp.dtype(dtype).itemsize
+
+
 def shardings(mesh: jax.sharding.Mesh) -> Cache:
     """Where a cache lies on a mesh: rows and heads are split as in the computation."""
     place = jax.sharding.NamedSharding(mesh, USE.spec(*AXES))

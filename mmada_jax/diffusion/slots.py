@@ -1,0 +1,179 @@
+"""Slots in which rows are decoded side by side: a row joins a slot, is decoded, and leaves when it is done.
+
+The functions are jitted once for a mesh, a rule and a shape; `serve.engine` says who gets a slot.
+
+Letters: S slots, L places of a row, R rows that join in one call, which are copies of one row.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import decode, denoise, rules
+from mmada_jax.diffusion.decode import Placed
+from mmada_jax.diffusion.denoise import State
+from mmada_jax.nets import transformer
+from mmada_jax.tokens.vocab import Vocab
+
+
+class Slots(NamedTuple):
+    """The rows in the slots, and where each stands. An empty slot holds a row with an empty span."""
+
+    placed: Placed
+    state: State
+
+
+class Report(NamedTuple):
+    """What the host learns after some steps: the tokens of each slot [S, L], its steps so far, whether it
+    still has something to do, and for how many steps the call ran."""
+
+    tokens_SL: Any
+    steps_S: Any
+    going_S: Any
+    ran: Any
+
+
+class Shape(NamedTuple):
+    """What rows must share to stand side by side: the model and its mesh, the rule, the longest span that
+    the rule is meant for."""
+
+    mesh: jax.sharding.Mesh
+    config: transformer.Config
+    vocab: Vocab
+    length: int
+    rule: rules.Rule
+
+
+def empty(shape: Shape, slots: int, places: int, other: bool = False) -> Slots:
+    """Slots without a row, on the mesh; with `other` for rows that bring an unconditional row along."""
+    rows = Placed(
+        *(np.zeros((slots, places), kind) for kind in (np.int32, bool)),
+        *(np.zeros(slots, kind) for kind in (np.int32, np.int32, np.uint32, np.int32)),
+        tuple(np.zeros((slots, places), kind) for kind in (np.int32, bool)) if other else None,
+    )
+    return _made(shape)(sharding.put_batch(shape.mesh, rows))
+
+
+@functools.cache
+def _made(shape):
+    def make(placed):
+        zero_S, cache = jnp.zeros_like(placed.start_B), None
+        if shape.rule.cache != "none":
+            cache = transformer.Network(None, shape.config).empty_cache(*placed.tokens_BL.shape)
+        return Slots(placed, State(placed.tokens_BL, zero_S, zero_S, zero_S, cache=cache))
+
+    return _jit(shape, make, (sharding.batch_sharding(shape.mesh),), _shardings(shape))
+
+
+@functools.cache
+def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any], Slots]:
+    """The jitted (params, slots, rows [R], number) -> slots in which the slot of that number has the row.
+
+    Its first pass is made here; `reach` is that of `denoise`."""
+
+    def join(params, slots, rows, number):
+        network = transformer.Network(params, shape.config)
+        of_rule = {"length": shape.length, "rule": shape.rule, "vocab": shape.vocab}
+        # On one device R is 1; on several each computes a copy of the row.
+        new = Slots(rows, denoise.begin(network, decode.draft_of(rows), **of_rule, reach=reach))
+
+        def put(old_S, new_R):
+            return old_S.at[number].set(new_R[0].astype(old_S.dtype))
+
+        def put_cache(old_NS, new_NR):
+            return jax.lax.dynamic_update_slice_in_dim(old_NS, new_NR[:, :1], number, axis=1)
+
+        cache = jax.tree.map(put_cache, slots.state.cache, new.state.cache)
+        of_rows = (Slots(x.placed, x.state._replace(cache=None)) for x in (slots, new))
+        placed, state = jax.tree.map(put, *of_rows)
+        return Slots(placed, state._replace(cache=cache))
+
+    rows, one = sharding.batch_sharding(shape.mesh), sharding.replicated(shape.mesh)
+    of_slots = _shardings(shape)
+    return _jit(shape, join, (_params(shape), of_slots, rows, one), of_slots, donate=1)
+
+
+@functools.cache
+def runner(shape: Shape) -> Callable[[Any, Slots, Any, Any], tuple[Slots, Report]]:
+    """The jitted (params, slots, most, by_block) -> (slots, Report) after `most` steps, fewer if a row is
+    done before, or with `by_block` if a row has come to the end of a block."""
+
+    def run(params, slots, most, by_block):
+        network, draft = transformer.Network(params, shape.config), decode.draft_of(slots.placed)
+        of_rule = {"length": shape.length, "rule": shape.rule, "vocab": shape.vocab}
+        at_first_S = slots.state.block_B
+
+        def unfinished(state):
+            return denoise.unfinished(draft, state, shape.length, shape.rule)
+
+        began_S = unfinished(slots.state)
+
+        def going(state_and_n):
+            state, n = state_and_n
+            left_S = unfinished(state)
+            at_a_border = jnp.any(began_S & (state.block_B != at_first_S))
+            return jnp.any(left_S) & ~jnp.any(began_S & ~left_S) & (n < most) & ~(by_block & at_a_border)
+
+        def step(state_and_n):
+            state, n = state_and_n
+            return denoise.advance(network, draft, state, **of_rule), n + 1
+
+        state, n = jax.lax.while_loop(going, step, (slots.state, jnp.int32(0)))
+        report = Report(state.tokens_BL, state.steps_B, unfinished(state), n)
+        return Slots(slots.placed, state), report
+
+    one, of_slots = sharding.replicated(shape.mesh), _shardings(shape)
+    return _jit(shape, run, (_params(shape), of_slots, one, one), (of_slots, one), donate=1)
+
+
+@functools.cache
+def mover(shape: Shape) -> Callable[[Slots, Any], Slots]:
+    """The jitted (slots [S], numbers [S']) -> slots [S'] with the rows of those numbers; number -1 leaves a
+    slot empty."""
+
+    def move(slots, number_S):
+        kept_S, from_S = number_S >= 0, jnp.maximum(number_S, 0)
+        cache = jax.tree.map(lambda x_NS: jnp.take(x_NS, from_S, axis=1), slots.state.cache)
+        slots = Slots(slots.placed, slots.state._replace(cache=None))
+        placed, state = jax.tree.map(lambda x_S: jnp.take(x_S, from_S, axis=0), slots)
+        placed = placed._replace(length_B=jnp.where(kept_S, placed.length_B, 0))
+        return Slots(placed, state._replace(cache=cache))
+
+    of_slots = _shardings(shape)
+    return _jit(shape, move, (of_slots, sharding.replicated(shape.mesh)), of_slots)
+
+
+@functools.cache
+def leaver(shape: Shape) -> Callable[[Slots, Any], Slots]:
+    """The jitted (slots, number) -> slots in which the slot of that number is empty."""
+
+    def leave(slots, number):
+        length_S = slots.placed.length_B.at[number].set(0)
+        return Slots(slots.placed._replace(length_B=length_S), slots.state)
+
+    of_slots = _shardings(shape)
+    return _jit(shape, leave, (of_slots, sharding.replicated(shape.mesh)), of_slots, donate=0)
+
+
+def _params(shape):
+    return decode.param_shardings(shape.mesh, shape.config)
+
+
+def _shardings(shape):
+    return Slots(sharding.batch_sharding(shape.mesh), decode.state_shardings(shape.mesh, shape.rule))
+
+
+def _jit(shape, function, in_shardings, out_shardings, donate=()):
+    options = sharding.compiler_options(shape.mesh)
+    return jax.jit(
+        function,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        compiler_options=options,
+        donate_argnums=donate,
+    )

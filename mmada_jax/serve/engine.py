@@ -1,0 +1,398 @@
+"""Many requests at once on one model: continuous batching.
+
+Each row of a job gets a slot, is decoded beside others, and gives its slot away when it is done.
+
+    engine = Engine(model)                                # a model with its params: serve.api.MMaDA
+    tickets = engine.submit(model.text_job(["what is 3 plus 4?"]), seed=0)
+    tickets[0].result()                                   # the ids of the answer
+
+Rows of the same rule and of nearby lengths share a lane: an array of slots with its own compilation. What a
+row becomes depends on its job and its seed alone, never on its company, its slot or the length of its lane.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import decode, slots
+from mmada_jax.diffusion.decode import Job
+from mmada_jax.nets import cache
+from mmada_jax.tokens import layout
+
+# Steps that a lane takes before the other lanes, new requests and cancellations get their turn.
+STRIDE = 16
+Outcome = Literal["waiting", "running", "done", "cancelled", "late", "failed"]
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A row that was submitted, and what has become of it so far.
+
+    `ids` are the tokens of its span, those that are still hidden as the mask; `steps` its forward passes.
+    `begun` and `ended` are seconds after it was submitted: of the first pass, of the end. `row` and
+    `number` place it in its job.
+    """
+
+    row: "_Row"
+    number: int
+    submitted: float
+    deadline: float | None = None
+    progress: Callable[["Ticket"], None] | None = None
+    state: Outcome = "waiting"
+    ids: np.ndarray | None = None
+    steps: int = 0
+    begun: float | None = None
+    ended: float | None = None
+    error: Exception | None = None
+    _engine: Any = dataclasses.field(default=None, repr=False)
+    _over: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self._over.is_set()
+
+    def cancel(self) -> None:
+        """Gives up; its slot is free at the engine's next turn."""
+        self._engine._end(self, "cancelled", concurrent.futures.CancelledError("the request was cancelled"))
+
+    def result(self) -> np.ndarray:
+        """The ids of the span, when it is done. Without a thread of its own (see Engine.start) the engine
+        works here. Raises CancelledError, TimeoutError, or what went wrong."""
+        while not self.over and not self._engine.threaded:
+            self._engine.turn()
+        self._over.wait()
+        if self.error is not None:
+            raise self.error
+        return self.ids
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """A row of a job by itself: arrays [1, ...] as `Placed`, and what it shares with its lane."""
+
+    placed: decode.Placed
+    shape: slots.Shape
+    places: int
+    reach: int | None
+
+
+@dataclasses.dataclass(eq=False)
+class _Lane:
+    """Rows side by side: who has which slot, and the slots on the devices. `size` is the number of
+    slots that it is to have."""
+
+    shape: slots.Shape
+    places: int
+    other: bool
+    size: int = 0
+    tickets: list[Ticket | None] = dataclasses.field(default_factory=list)
+    rows: slots.Slots | None = None
+
+    @property
+    def live(self) -> int:
+        return sum(ticket is not None for ticket in self.tickets)
+
+
+class Engine:
+    """Decodes what is submitted, at most `slots` rows at a time.
+
+    `memory` bounds the bytes of all caches on a device; by default it is nine tenths of what the device has
+    left, and on devices that don't say (CPUs) there is no bound. `queue` bounds the rows that wait.
+    Counters say what has been done: `steps` of lanes, `rows` that ended, `tokens` of spans that are done,
+    `idle`, slots times steps that were empty while a row of the lane waited.
+    """
+
+    def __init__(self, model: Any, slots: int = 16, memory: int | None = None, queue: int = 10_000):
+        parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+        if slots < 1 or slots % parts:
+            raise ValueError(
+                f"slots is {slots}; it must be a positive multiple of {parts}, the number of devices that "
+                "share the rows"
+            )
+        if queue < 1:
+            raise ValueError(f"queue is {queue}; it must be at least 1")
+        self.model, self.slots, self.queue, self._parts = model, slots, queue, parts
+        self.memory = _memory_left(model.mesh) if memory is None else memory
+        self.counters = collections.Counter()
+        self.threaded = False
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._lanes: dict[Any, _Lane] = {}
+        self._lock, self._turn = threading.RLock(), threading.Lock()
+        self._wake = threading.Condition(self._lock)
+
+    def plan(self, places: int) -> str:
+        """What rows of so many places take, in a line for a program's start."""
+        size = self._bytes(places)
+        bound = "no bound is known" if self.memory is None else f"{self.memory / 1e9:.2f} GB are there"
+        return (
+            f"{self.slots} slots; with a cache a row of {places} tokens takes {size / 1e6:.1f} MB of a "
+            f"device, all {size * self.slots / self._parts / 1e9:.2f} GB; {bound}"
+        )
+
+    def submit(
+        self,
+        job: Job,
+        seed: int | Sequence[int] = 0,
+        *,
+        time_limit: float | None = None,
+        progress: Callable[[Ticket], None] | None = None,
+    ) -> list[Ticket]:
+        """A ticket for each row of a job, which wait for their slots. `time_limit` is in seconds from now;
+        `progress` is called with a ticket after each block.
+
+        Raises ValueError for a job that can't fit, RuntimeError if the queue has no room for it.
+        """
+        rows, now = self._rows(job, seed), time.monotonic()
+        if time_limit is not None and not time_limit > 0:
+            raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
+        until = None if time_limit is None else now + time_limit
+        with self._lock:
+            if len(self._waiting) + len(rows) > self.queue:
+                raise RuntimeError(
+                    f"{len(self._waiting)} rows wait, the queue takes {self.queue}; {len(rows)} more must "
+                    "come later"
+                )
+            made = [Ticket(row, i, now, until, progress, _engine=self) for i, row in enumerate(rows)]
+            self._waiting.extend(made)
+            self._wake.notify()
+        return made
+
+    def run(self, job: Job, seed: int | Sequence[int] = 0) -> list[np.ndarray]:
+        """Fills the spans of a job; the ids of each, as `Model.run` gives them."""
+        return [ticket.result() for ticket in self.submit(job, seed)]
+
+    def turn(self) -> bool:
+        """Lets rows join, and each lane take some steps. False if there is nothing to do."""
+        with self._turn:
+            self._end_late()
+            joining = self._seat()
+            for key, lane in list(self._lanes.items()):
+                try:
+                    self._clear(lane)
+                    self._join(lane, joining.get(key, []))
+                    self._advance(lane)
+                except Exception as error:  # whatever it is, those who wait hear of it
+                    for ticket in (*lane.tickets, *joining.get(key, [])):
+                        if ticket is not None:
+                            self._end(ticket, "failed", error)
+                    lane.tickets = []
+                if not lane.live:
+                    del self._lanes[key]
+            return bool(self._lanes or self._waiting)
+
+    def start(self) -> None:
+        """Works in a thread of its own until `close`."""
+        self.threaded = True
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finishes what was submitted, then ends the thread."""
+        with self._lock:
+            self.threaded = False
+            self._wake.notify()
+        self._thread.join()
+
+    def _work(self):
+        while True:
+            busy = self.turn()
+            with self._lock:
+                if not busy and not self._waiting:
+                    if not self.threaded:
+                        return
+                    self._wake.wait()
+
+    # ---- Who gets a slot ------------------------------------------------------------------------
+
+    def _rows(self, job, seed):
+        """The rows of a job by themselves. Raises ValueError where one can't fit."""
+        model, rule = self.model, job.rule
+        rule.check_length(job.length)
+        placed, limit = decode.rows_of(job, seed), model.config.max_len
+        rows = []
+        for i, length in enumerate(job.length_B):
+            one = jax.tree.map(lambda x, i=i: x[i : i + 1], placed)
+            places, longest = one.tokens_BL.shape[1], job.length
+            if rule.modality == "text":
+                # Padding behind the row changes nothing, so that rows of nearby lengths get one length.
+                used = int(np.flatnonzero(one.valid_BL[0])[-1]) + 1
+                places = min(layout.bucket(used), limit) if used <= limit else used
+                longest = min(layout.bucket(int(length)), places) if rule.steps is None else job.length
+                one = _padded(one, places, model.vocab.eos)
+            if places > limit:
+                raise ValueError(
+                    f"a row has {places} tokens; the model takes {limit}. Ask for fewer new ones"
+                )
+            if rule.cache != "none" and self.memory is not None and self._bytes(places) > self.memory:
+                raise ValueError(
+                    f"the cache of a row of {places} tokens takes {self._bytes(places) / 1e6:.1f} MB on a "
+                    f"device, {self.memory / 1e6:.1f} MB are there; ask for fewer new tokens"
+                )
+            shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
+            reach = None
+            if rule.window is not None:
+                first = int(job.start_B[i]) + rule.size(longest) + rule.window
+                reach = min(layout.bucket(first), places)
+            rows.append(_Row(one, shape, places, reach))
+        return rows
+
+    def _bytes(self, places):
+        c = self.model.config
+        of_row = cache.row_bytes(c.n_layers, c.n_kv_heads, places, c.d_head, c.dtype)
+        return of_row // self.model.mesh.shape["tensor"]
+
+    def _seat(self):
+        """Who joins which lane at this turn: first come, first served, as far as slots and memory go."""
+        room = self.slots - sum(lane.live for lane in self._lanes.values())
+        with self._lock:
+            waiting = [ticket for ticket in self._waiting if not ticket.over]
+            joining: dict[Any, list[Ticket]] = {}
+            for ticket in waiting[:room]:
+                joining.setdefault(_key(ticket), []).append(ticket)
+            for key, tickets in joining.items():
+                lane = self._lanes.setdefault(key, _Lane(*key))
+                joining[key] = tickets[: self._room_for(lane, len(tickets))]
+            for key in self._lanes.keys() - joining.keys():
+                lane = self._lanes[key]
+                lane.size = self._size(lane, lane.live)
+            chosen = {id(ticket) for tickets in joining.values() for ticket in tickets}
+            self._waiting = collections.deque(x for x in waiting if id(x) not in chosen)
+        return joining
+
+    def _clear(self, lane):
+        """Empties the slots of those who gave up."""
+        for number, ticket in enumerate(lane.tickets):
+            if ticket is not None and ticket.over:
+                lane.rows = slots.leaver(lane.shape)(lane.rows, np.int32(number))
+                lane.tickets[number] = None
+
+    def _room_for(self, lane, more):
+        """How many of so many more rows a lane can take, when it has grown as far as memory goes."""
+        lane.size = self._size(lane, lane.live + more)
+        return max(0, min(more, lane.size - lane.live))
+
+    def _size(self, lane, wanted):
+        """The number of slots for so many rows."""
+        now, sizes = len(lane.tickets), _sizes(self.slots, self._parts)
+        if lane.shape.rule.cache != "none" and self.memory is not None:
+            taken = sum(
+                self._bytes(other.places) * other.size
+                for other in self._lanes.values()
+                if other is not lane and other.shape.rule.cache != "none"
+            )
+            most = (self.memory * self._parts - taken) // self._bytes(lane.places)
+            sizes = [size for size in sizes if size <= most]
+        fit = next((size for size in sizes if size >= wanted), sizes[-1] if sizes else 0)
+        # To become smaller moves all rows; that pays where most slots are empty.
+        return fit if fit > now or wanted <= now // 4 else now
+
+    def _join(self, lane, tickets):
+        """Gives each a slot, and makes its first pass."""
+        if lane.size != len(lane.tickets):
+            self._resize(lane)
+        for ticket in tickets:
+            number = lane.tickets.index(None)
+            lane.tickets[number] = ticket
+            ticket.state, ticket.begun = "running", time.monotonic() - ticket.submitted
+            copies = jax.tree.map(lambda x: np.repeat(x, self._parts, axis=0), ticket.row.placed)
+            rows = sharding.put_batch(self.model.mesh, copies)
+            with jax.set_mesh(self.model.mesh):
+                join = slots.joiner(lane.shape, ticket.row.reach)
+                lane.rows = join(self.model.params, lane.rows, rows, np.int32(number))
+
+    def _resize(self, lane):
+        kept = [number for number, ticket in enumerate(lane.tickets) if ticket is not None]
+        empty = lane.size - len(kept)
+        with jax.set_mesh(self.model.mesh):
+            if kept:
+                numbers = np.array([*kept, *[-1] * empty], np.int32)
+                lane.rows = slots.mover(lane.shape)(lane.rows, numbers)
+            else:
+                lane.rows = slots.empty(lane.shape, lane.size, lane.places, lane.other)
+        lane.tickets = [*(lane.tickets[number] for number in kept), *[None] * empty]
+
+    # ---- What becomes of it ---------------------------------------------------------------------
+
+    def _advance(self, lane):
+        """Some steps of a lane, and what its rows have become."""
+        streams = any(ticket is not None and ticket.progress for ticket in lane.tickets)
+        with jax.set_mesh(self.model.mesh):
+            run = slots.runner(lane.shape)
+            lane.rows, report = run(self.model.params, lane.rows, np.int32(STRIDE), np.bool_(streams))
+        report = jax.device_get(report)
+        with self._lock:
+            waits = sum(_key(ticket) == (lane.shape, lane.places, lane.other) for ticket in self._waiting)
+            self.counters["steps"] += int(report.ran)
+            self.counters["idle"] += int(report.ran) * min(waits, len(lane.tickets) - lane.live)
+        told = []
+        for number, ticket in enumerate(lane.tickets):
+            if ticket is None or ticket.over:
+                continue
+            start, length = (int(x[0]) for x in (ticket.row.placed.start_B, ticket.row.placed.length_B))
+            ticket.ids = report.tokens_SL[number, start : start + length]
+            ticket.steps = int(report.steps_S[number])
+            told.append(ticket)
+            if not report.going_S[number]:
+                lane.tickets[number] = None
+                self.counters["tokens"] += length
+                self._end(ticket, "done")
+        for ticket in told:
+            if ticket.progress:
+                ticket.progress(ticket)
+
+    def _end(self, ticket, state, error=None):
+        with self._lock:
+            if not ticket.over:
+                ticket.state, ticket.error = state, error
+                ticket.ended = time.monotonic() - ticket.submitted
+                self.counters["rows"] += 1
+                ticket._over.set()
+
+    def _end_late(self):
+        now = time.monotonic()
+        seated = (ticket for lane in self._lanes.values() for ticket in lane.tickets if ticket)
+        for ticket in (*self._waiting, *seated):
+            if ticket.deadline is not None and now > ticket.deadline and not ticket.over:
+                spent, limit = now - ticket.submitted, ticket.deadline - ticket.submitted
+                message = (
+                    f"the request took {spent:.1f} s, its limit is {limit:.1f} s ({ticket.steps} steps)"
+                )
+                self._end(ticket, "late", TimeoutError(message))
+
+
+def _key(ticket):
+    return ticket.row.shape, ticket.row.places, ticket.row.placed.other is not None
+
+
+def _sizes(most: int, parts: int) -> list[int]:
+    """The numbers of slots that lanes have: few of them, since each is compiled by itself."""
+    sizes = [parts * 4**n for n in range(10) if parts * 4**n < most]
+    return [*sizes, most]
+
+
+def _padded(one: decode.Placed, places: int, pad: int) -> decode.Placed:
+    """A row with so many places; none of those that go is valid."""
+
+    def fit(x_1L, value):
+        more = max(0, places - x_1L.shape[1])
+        return np.pad(x_1L[:, :places], ((0, 0), (0, more)), constant_values=value)
+
+    other = one.other and (fit(one.other[0], pad), fit(one.other[1], False))
+    return one._replace(tokens_BL=fit(one.tokens_BL, pad), valid_BL=fit(one.valid_BL, False), other=other)
+
+
+def _memory_left(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes for caches on a device: nine tenths of the least that one of this process has left."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    if not all(stats) or not all("bytes_limit" in of for of in stats):
+        return None
+    return int(0.9 * min(of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats))

@@ -1,0 +1,225 @@
+"""The engine: whatever company, slot, lane or time a request has, its tokens are those it has alone."""
+
+import concurrent.futures
+import dataclasses
+import itertools
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from decoding_toys import (
+    KINDS,
+    LENGTH,
+    MODEL,
+    NEVER,
+    NEW,
+    PARAMS,
+    PROMPTS,
+    SEEDS,
+    V,
+    assert_equal,
+    fill,
+    job,
+    one_device,
+)  # fmt: skip
+
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import decode, slots
+from mmada_jax.diffusion.rules import ImageRule, TextRule
+from mmada_jax.serve.engine import Engine
+from mmada_jax.tokens import layout
+
+RULES = {
+    "plain": TextRule(block=8, never=NEVER),
+    "sampled": TextRule(block=8, never=NEVER, temperature=0.8, threshold=0.5),
+    "guided": TextRule(block=8, never=NEVER, guidance=1.0),
+    "dual": dataclasses.replace(KINDS["dual"], never=NEVER, temperature=0.8),
+    "dual, window": dataclasses.replace(KINDS["dual, window"], never=NEVER),
+}
+
+
+def engine(mesh=None, **fields):
+    mesh = mesh or one_device()
+    params = sharding.put_params(PARAMS, decode.param_shardings(mesh, MODEL))
+    return Engine(types.SimpleNamespace(mesh=mesh, config=MODEL, vocab=V, params=params), **fields)
+
+
+def drawing_job(rule, n=2):
+    """Rows of a text slot and 16 codes, with unconditional rows if the rule is guided."""
+    rows = [layout.t2i_generation(V, PROMPTS[i][:4], 16, 8) for i in range(n)]
+    other = layout.stack([layout.drop_condition(V, row, 8) for row in rows]) if rule.guidance else None
+    start, length = np.full((2, n), [[10], [16]])
+    return decode.Job(layout.stack(rows), start, length, 16, rule, other)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_few_slots_and_many_rows_give_the_same_tokens(name):
+    alone = fill(RULES[name])
+    rows = [0, 1, 2, 3, 2, 0, 1]
+    for number in (1, 3):
+        made = engine(slots=number)
+        assert_equal(made.run(job(RULES[name], rows), [SEEDS[i] for i in rows]), [alone[i] for i in rows])
+        assert made.counters["rows"] == len(rows)
+        assert made.counters["tokens"] == sum(NEW[i] for i in rows)
+
+
+def test_on_several_devices_too():
+    rule, rows = RULES["dual, window"], [0, 1, 2, 3, 1]
+    made = engine(sharding.make_mesh(2, 2, 2), slots=4)
+    alone = fill(rule)
+    assert_equal(made.run(job(rule, rows), [SEEDS[i] for i in rows]), [alone[i] for i in rows])
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_text_and_drawings_at_once(guidance):
+    text, images = RULES["dual"], ImageRule(steps=4, guidance=guidance)
+    made = engine(slots=3)
+    tickets = [*made.submit(job(text), SEEDS), *made.submit(drawing_job(images), [1, 2])]
+    drawn = decode.run(PARAMS, MODEL, V, one_device(), drawing_job(images), [1, 2])
+    assert_equal([ticket.result() for ticket in tickets], [*fill(text), *drawn])
+
+
+def test_a_row_that_is_done_gives_its_slot_to_the_next_while_others_go_on():
+    rule = RULES["plain"]  # one token a step: 17 to 24 steps
+    made = engine(slots=2)
+    tickets = made.submit(job(rule, [0, 3, 3]), [1, 2, 3])
+    states = []
+    while made.turn():
+        states.append([ticket.state for ticket in tickets])
+    assert ["running", "done", "running"] in states
+    assert made.counters["idle"] == 0
+    assert [ticket.steps for ticket in tickets] == [NEW[i] for i in (0, 3, 3)]
+
+
+def test_a_prompt_of_another_length_compiles_nothing():
+    rule, made = RULES["dual"], engine(slots=2)
+    made.run(job(rule, [0, 3]), [1, 2])  # 31 and 24 tokens, in one bucket of 32
+    jitted = [f for f in (slots.joiner, slots.runner, slots.mover)]
+    shape = slots.Shape(made.model.mesh, MODEL, V, 32, rule)
+    before = [f.cache_info().currsize for f in jitted], slots.runner(shape)._cache_size()
+    prompts = [PROMPTS[1][:n] for n in (5, 9, 2)]
+    batch = layout.answers(V, prompts, [20, 22, 26], 64)
+    made.run(decode.Job(batch, np.array([5, 9, 2]), np.array([20, 22, 26]), 26, rule), [1, 2, 3])
+    assert ([f.cache_info().currsize for f in jitted], slots.runner(shape)._cache_size()) == before
+
+
+def test_progress_shows_each_block_and_the_tokens_never_change_again():
+    seen = []
+    made = engine()
+    rule = RULES["dual"]
+    [ticket] = made.submit(job(rule, [0]), SEEDS[:1], progress=lambda x: seen.append(x.ids.copy()))
+    final = ticket.result()
+    assert len(seen) == 3  # 24 tokens in blocks of 8
+    for ids in seen:
+        np.testing.assert_array_equal(ids[ids != V.mask], final[ids != V.mask])
+    assert (np.diff([(ids == V.mask).sum() for ids in seen]) == -8).all()
+
+
+def test_a_request_is_cancelled_and_its_slot_used_again():
+    made = engine(slots=1)
+    first, second = made.submit(job(RULES["plain"], [2, 2]), [1, 2])
+    made.turn()
+    assert (first.state, second.state) == ("running", "waiting")
+    first.cancel()
+    with pytest.raises(concurrent.futures.CancelledError, match="was cancelled"):
+        first.result()
+    alone = engine().run(job(RULES["plain"], [2]), [2])
+    assert_equal([second.result()], alone)
+    second.cancel()  # too late
+    assert second.state == "done"
+    [waits] = made.submit(job(RULES["plain"], [2]), 1)
+    waits.cancel()
+    assert not made.turn()
+
+
+def test_a_time_limit():
+    made = engine(slots=1)
+    [late] = made.submit(job(RULES["plain"], [2]), 1, time_limit=1e-6)
+    with pytest.raises(TimeoutError, match=r"took .* its limit is 0.0 s"):
+        late.result()
+    assert late.state == "late"
+    with pytest.raises(ValueError, match="time_limit is 0"):
+        made.submit(job(RULES["plain"], [2]), 1, time_limit=0)
+
+
+def test_a_thread_of_its_own_serves_other_threads():
+    made, alone = engine(slots=3), fill(RULES["dual"])
+    made.start()
+    found = {}
+
+    def ask(i):
+        found[i] = made.submit(job(RULES["dual"], [i % 4]), [SEEDS[i % 4]])[0].result()
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    made.close()
+    assert_equal([found[i] for i in range(12)], [alone[i % 4] for i in range(12)])
+
+
+def test_a_thousand_requests_wait_in_order_and_no_more_than_the_queue_takes():
+    made = engine(slots=16, queue=1000)
+    batch = layout.answers(V, [PROMPTS[0]] * 1000, [2] * 1000, 16)
+    many = decode.Job(batch, np.full(1000, 7), np.full(1000, 2), 2, TextRule(block=2, never=NEVER))
+    tickets = made.submit(many, 0)
+    with pytest.raises(RuntimeError, match="1000 rows wait, the queue takes 1000; 1000 more"):
+        made.submit(many, 0)
+    tickets[-1].result()
+    assert all(ticket.state == "done" for ticket in tickets)
+    begun = [ticket.begun + ticket.submitted for ticket in tickets]
+    assert all(a <= b for a, b in itertools.pairwise(begun))
+
+
+def test_what_fails_is_told_to_all_who_wait_for_it():
+    soft = dataclasses.replace(MODEL, pad="soft")
+    made = engine(slots=2)
+    made.model.config = soft
+    tickets = made.submit(job(RULES["dual"], [0, 1]), [1, 2])
+    for ticket in tickets:
+        with pytest.raises(ValueError, match="needs pad='hard'"):
+            ticket.result()
+    made.model.config = MODEL
+    assert_equal(made.run(job(RULES["dual"]), SEEDS), fill(RULES["dual"]))
+
+
+def test_caches_keep_within_the_memory():
+    rule = RULES["dual, window"]
+    of_row = 2 * MODEL.n_layers * MODEL.n_kv_heads * 32 * MODEL.d_head * 4
+    made = engine(slots=8, memory=4 * of_row)
+    rows = [0, 3, 0, 3, 0, 3]
+    tickets = made.submit(job(rule, rows), [SEEDS[i] for i in rows])
+    made.turn()
+    assert sum(ticket.state == "waiting" for ticket in tickets) == 2
+    alone = fill(rule)
+    assert_equal([ticket.result() for ticket in tickets], [alone[i] for i in rows])
+    with pytest.raises(ValueError, match=r"cache of a row of 48 tokens takes 0.0 MB|48 tokens"):
+        engine(memory=of_row).submit(job(rule, [1]))
+    assert "16 slots; with a cache a row of 32 tokens takes" in engine().plan(32)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"slots": 0}, "slots is 0"), ({"queue": 0}, "queue is 0"),
+])  # fmt: skip
+def test_bad_options_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        engine(**fields)
+    with pytest.raises(ValueError, match="slots is 3; it must be a positive multiple of 4"):
+        engine(sharding.make_mesh(2, 2, 2), slots=3)
+
+
+def test_a_row_that_the_model_does_not_take_is_refused_before_it_waits():
+    batch = layout.answers(V, [PROMPTS[0]], [200], 256)
+    long = decode.Job(batch, np.array([7]), np.array([200]), 200, TextRule(block=8))
+    with pytest.raises(ValueError, match="a row has 207 tokens; the model takes 128"):
+        engine().submit(long)
+
+
+def test_a_sharing_of_seeds_is_that_of_a_whole_job():
+    rule = RULES["sampled"]
+    whole = decode.run(PARAMS, MODEL, V, one_device(), job(rule), 9)
+    assert_equal(engine(slots=2).run(job(rule), 9), whole)
+    assert jax.device_count() > 1 and LENGTH == 30
