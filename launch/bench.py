@@ -23,6 +23,10 @@ from mmada_jax.programs.process import Parser, ending, start_jax
 
 PRESETS = ("digits", "tiny")
 SPLITS = ("train", "validation", "test")
+DECODINGS = (
+    "plain", "stop", "prefix", "cache", "window", "steps", "threshold", "relax", "leap", "factor", "bound",
+    "all",
+)  # fmt: skip
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
 
 
@@ -33,6 +37,38 @@ def twin_options(parser: Parser) -> None:
     parser.add_argument(
         "--rows", type=int, default=32, help="training batch; generation takes a quarter of it"
     )
+
+
+def decode_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench decode`."""
+    parser.add_argument("--model", metavar="FOLDER", help="workdir, checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--random", type=sizes, metavar="D,N,V", help="random weights: width, layers, vocabulary"
+    )
+    parser.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="prompts, one a line")
+    parser.add_argument(
+        "--only", nargs="+", choices=DECODINGS, metavar="NAME", help=f"of {', '.join(DECODINGS)}"
+    )
+    parser.add_argument("--new", nargs="+", type=at_least_one, default=[128, 256, 512, 1024])
+    parser.add_argument("--batch", nargs="+", type=at_least_one, default=[1, 16], help="rows (1 16)")
+    parser.add_argument("--repeats", type=at_least_one, default=5, help="timed calls (%(default)s)")
+    parser.add_argument(
+        "--plain-repeats", type=at_least_one, metavar="N", help="of plain decoding (1 if it takes a minute)"
+    )
+    parser.add_argument(
+        "--most", type=float, default=3600, metavar="SECONDS", help="longest call of plain (%(default)s)"
+    )
+    parser.add_argument("--cases", type=at_least_one, default=500, help="held-out cases (%(default)s)")
+    parser.add_argument("--no-cases", action="store_true", help="measure the speed alone")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="draw the speed-up there")
+    of_rule = parser.add_argument_group("fields of TextRule, for the techniques that have them")
+    of_rule.add_argument("--block", type=at_least_one, default=32, help="default: %(default)s")
+    of_rule.add_argument("--window", type=at_least_one, default=64, help="default: %(default)s")
+    of_rule.add_argument("--threshold", type=float, default=0.9, help="default: %(default)s")
+    of_rule.add_argument("--relax", type=float, default=0.3, help="default: %(default)s")
+    of_rule.add_argument("--leap", type=float, default=0.75, help="default: %(default)s")
+    of_rule.add_argument("--factor", type=float, default=1.0, help="default: %(default)s")
+    of_rule.add_argument("--bound", type=float, default=0.1, help="default: %(default)s")
 
 
 def step_options(parser: Parser) -> None:
@@ -101,6 +137,14 @@ def repeats(text: str) -> int:
     return int(text)
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """Reads `512,8,4096`: three numbers, at least 1."""
+    numbers = tuple(int(number) for number in text.split(","))
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be three numbers, as 512,8,4096")
+    return numbers
+
+
 def at_least_one(text: str) -> int:
     """Reads a number of cases: at least 1."""
     if int(text) < 1:
@@ -120,6 +164,7 @@ BENCHMARKS = {
     "twin": Benchmark(
         "a training step and decoding, against the same model in plain PyTorch", twin_options
     ),
+    "decode": Benchmark("plain decoding of text against caches and parallel reveal", decode_options),
     "step": Benchmark("a training step at the 8B's width, with each attention", step_options),
     "attention": Benchmark("attention at the model's shapes, each implementation", attention_options),
     "convert": Benchmark("conversion of a checkpoint, against cp, and its memory", convert_options),

@@ -13,22 +13,32 @@ Times = dict[str, float]
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1, pause: float = 0.0
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int | Mapping[str, int],
+    warm_up: int = 1,
+    pause: float = 0.0,
+    called: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Times]:
     """Calls each run `warm_up` times, then all of them in turns, `repeats` times, so that whatever else the
     machine does hits all; every second turn goes backwards. `pause` seconds lie before each call, in which
-    the threads of the call before come to rest."""
+    the threads of the call before come to rest. A run that has fewer repeats than others takes part in as
+    many turns, from the first one on at equal distances. `called` is told the name of each run after it."""
     for run in runs.values():
         for _ in range(warm_up):
             run()
+    times_of = dict(repeats) if isinstance(repeats, Mapping) else dict.fromkeys(runs, repeats)
+    turns = max(times_of.values())
     clock, cpu = {name: [] for name in runs}, {name: [] for name in runs}
-    for turn in range(repeats):
+    for turn in range(turns):
         for name in list(runs) if turn % 2 else reversed(runs):
+            if len(clock[name]) * turns > turn * times_of[name]:
+                continue
             time.sleep(pause)
             begin, cpu_begin = time.perf_counter(), time.process_time()
             runs[name]()
             clock[name].append(time.perf_counter() - begin)
             cpu[name].append(time.process_time() - cpu_begin)
+            called(name)
     return {name: quartiles(clock[name]) | {"cpu": statistics.median(cpu[name])} for name in runs}
 
 
