@@ -53,6 +53,7 @@ TEXT_RULES = {
 IMAGE_RULES = {
     "cosine": ImageRule(steps=5, guidance=0.0),
     "guided": ImageRule(steps=5, guidance=3.0),
+    "guided now and then": ImageRule(steps=5, guidance=3.0, guide_every=2),
     "argmax": ImageRule(steps=4, guidance=0.0, draw="argmax"),
     "linear": ImageRule(steps=5, guidance=0.0, schedule="linear", anneal="linear"),
     "hidden": ImageRule(steps=4, guidance=0.0, quota="hidden"),
@@ -407,3 +408,30 @@ def test_what_a_step_reveals_is_the_formula(rule):
     )  # fmt: skip
     for found, *given in zip(np.asarray(revealed), sure, entropy, strict=True):
         assert set(np.flatnonzero(found)) == passing(rule, *given)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_guidance_is_computed_in_every_nth_step_and_kept_in_between(every):
+    """Against the loop written out: c + g (c - u), with c - u of the last step that had both."""
+    rule = ImageRule(steps=5, guidance=2.0, guide_every=every, draw="argmax", temperature=0.0)
+    tokens, valid = rows()
+    other, other_valid = settings(rule)["unconditional"]
+    steps = denoise_steps(NETWORK, tokens, valid, **settings(rule))
+    now, apart = jnp.asarray(tokens), None
+    span = slice(START, START + LENGTH)
+
+    def logits(tokens, valid):
+        return unembed(hidden(tokens, jnp.asarray(valid))[:, span], VOCAB.image_offset, VOCAB.codebook_size)
+
+    for step, after in enumerate(steps):
+        c = logits(now, valid)
+        if step % every == 0:
+            apart = c - logits(jnp.asarray(other).at[:, span].set(now[:, span]), other_valid)
+        is_hidden = now[:, span] == VOCAB.mask
+        key = jax.vmap(jax.vmap(jax.random.key))(jnp.zeros((B, LENGTH), jnp.uint32))
+        index, reveal = rule.reveal(
+            key, c + 2.0 * apart, is_hidden,
+            jnp.full(B, LENGTH), jnp.full(B, step), LENGTH,
+        )  # fmt: skip
+        now = now.at[:, span].set(jnp.where(reveal, index + VOCAB.image_offset, now[:, span]))
+        np.testing.assert_array_equal(now, after)

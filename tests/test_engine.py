@@ -72,9 +72,12 @@ def test_on_several_devices_too():
     assert_equal(made.run(job(rule, rows), [SEEDS[i] for i in rows]), [alone[i] for i in rows])
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_text_and_drawings_at_once(guidance):
-    text, images = RULES["dual"], ImageRule(steps=4, guidance=guidance)
+@pytest.mark.parametrize("images", [
+    ImageRule(steps=4, guidance=0.0), ImageRule(steps=4, guidance=2.0),
+    ImageRule(steps=4, guidance=2.0, guide_every=2),
+], ids=["plain", "guided", "guided now and then"])  # fmt: skip
+def test_text_and_drawings_at_once(images):
+    text = RULES["dual"]
     made = engine(slots=3)
     tickets = [*made.submit(job(text), SEEDS), *made.submit(drawing_job(images), [1, 2])]
     drawn = decode.run(PARAMS, MODEL, V, one_device(), drawing_job(images), [1, 2])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmada_jax.diffusion.rules import ImageRule, TextRule
+from mmada_jax.diffusion.rules import PRESETS, ImageRule, TextRule
 from mmada_jax.model import inputs
 from mmada_jax.model.inputs import Defaults
 from mmada_jax.tokens.tokenizer import TextTokenizer, chat
@@ -112,6 +112,17 @@ def test_the_mask_in_ids_is_refused(tokenizer):
         for given in (masked, ["three", masked], masked[None]):
             with pytest.raises(ValueError, match="a prompt of ids holds the mask"):
                 all_ids(of, given, tokenizer, vocab)
+
+
+def test_a_preset_gives_several_fields_of_a_rule_and_fields_by_name_come_after_it():
+    fast = PRESETS["text"]["fast"]
+    assert inputs.rule_of(TextRule(block=8), None, {"decode": "fast"}) == TextRule(block=8, **fast)
+    changes = {"decode": "fast", "window": 16, "block": None}
+    assert inputs.rule_of(TextRule(), None, changes) == TextRule(**fast | {"window": 16})
+    assert inputs.rule_of(ImageRule(), None, {"decode": "exact"}) == ImageRule()
+    for default, message in ((TextRule(), "exact or cached or fast"), (ImageRule(), "exact or fast")):
+        with pytest.raises(ValueError, match=f"decode is 'quick'; for {default.modality} it is {message}"):
+            inputs.rule_of(default, None, {"decode": "quick"})
 
 
 def test_fields_of_a_rule_by_name():

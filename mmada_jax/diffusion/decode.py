@@ -242,7 +242,8 @@ def state_shardings(mesh: jax.sharding.Mesh, rule: rules.Rule) -> denoise.State:
     """Where the state of a decoding lies on a mesh."""
     rows = sharding.batch_sharding(mesh)
     cache = None if rule.cache == "none" else caches.shardings(mesh)
-    return denoise.State(rows, rows, rows, rows, cache=cache)
+    apart = rows if rule.guidance and rule.guide_every > 1 else None
+    return denoise.State(rows, rows, rows, rows, cache=cache, apart=apart)
 
 
 def draft_of(placed: Placed) -> denoise.Draft:

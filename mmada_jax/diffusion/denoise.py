@@ -64,7 +64,8 @@ class Draft(NamedTuple):
 class State(NamedTuple):
     """Where each row of a decoding stands: its tokens, the number of the current block of its span, the
     number of the step within the block, and its steps over all blocks. If a record is kept, the record so
-    far. If the rule has a cache, the stored keys and values of all layers."""
+    far. If the rule has a cache, the stored keys and values of all layers; if it reuses guidance, how far
+    the conditional logits were from the unconditional ones [B, N, V] when both were last computed."""
 
     tokens_BL: jax.Array
     block_B: jax.Array
@@ -72,6 +73,7 @@ class State(NamedTuple):
     steps_B: jax.Array
     record: Record | None = None
     cache: Any = None
+    apart: jax.Array | None = None
 
 
 def denoise(
@@ -135,8 +137,7 @@ def begin(
     share: int = 1,
 ) -> State:
     """The state before the first step. The arguments are those of `denoise`."""
-    zero_B = jnp.zeros(len(draft.tokens_BL), jnp.int32)
-    state = State(draft.tokens_BL, zero_B, zero_B, zero_B)
+    state = blank(network, draft.tokens_BL, length, rule, vocab)
     if rule.cache != "none":
         spot, size = _spot(draft, state, length, rule), rule.size(length)
         state = state._replace(cache=cached.begin(network, rule, size, spot, reach, share))
@@ -146,6 +147,18 @@ def begin(
     zero_BL = jnp.zeros(draft.tokens_BL.shape, jnp.float32)
     of_tokens = Record(jnp.where(to_fill_BL, jnp.int32(NEVER), -1), zero_BL, zero_BL)
     return state._replace(record=of_tokens)
+
+
+def blank(network: Denoiser, tokens_BL: jax.Array, length: int, rule: Rule, vocab: Vocab) -> State:
+    """The state of rows for which nothing has been computed."""
+    B, L = tokens_BL.shape
+    zero_B = jnp.zeros(B, jnp.int32)
+    cache = None if rule.cache == "none" else network.empty_cache(B, L)
+    apart = None
+    if rule.guidance and rule.guide_every > 1:
+        n_ids = rule.vocabulary(vocab)[1] or vocab.rows
+        apart = jnp.zeros((B, rule.size(length), n_ids), jnp.float32)
+    return State(tokens_BL, zero_B, zero_B, zero_B, cache=cache, apart=apart)
 
 
 def unfinished(draft: Draft, state: State, length: int, rule: Rule) -> jax.Array:
@@ -165,13 +178,15 @@ def advance(
     hidden_BN = in_block_BN & (now_BN == vocab.mask)
     n_given_B = jnp.sum(in_block_BN & (take(draft.tokens_BL) == vocab.mask), axis=1)
 
-    active_B, cache = unfinished(draft, state, length, rule), state.cache
-    if cache is None:
-        logits_BNV, plain_BNV = _logits(network, draft, state, spot.at_B, size, rule, vocab)
-    else:
+    active_B, cache, apart_BNV = unfinished(draft, state, length, rule), state.cache, state.apart
+    if rule.cache != "none":
         h_BND, cache = cached.hidden_states(network, rule, size, length, spot, active_B, cache)
-        logits_BNV = network.unembed(h_BND, *rule.vocabulary(vocab)).astype(jnp.float32)
-        plain_BNV = logits_BNV
+        logits_BNV = plain_BNV = _unembed(network, h_BND, rule, vocab)
+    elif rule.guidance:
+        logits_BNV, plain_BNV, apart_BNV = _guided(network, draft, state, spot.at_B, size, rule, vocab)
+    else:
+        h_BLD = network.hidden_states(state.tokens_BL, draft.valid_BL)
+        logits_BNV = plain_BNV = _unembed(network, take(h_BLD), rule, vocab)
     fold, within_BN = jax.vmap(jax.random.fold_in), place_BN - draft.start_B[:, None]
     key_BN = jax.vmap(fold, (None, 1), 1)(fold(draft.key_B, state.step_B), within_BN)
     index_BN, reveal_BN = rule.reveal(key_BN, logits_BNV, hidden_BN, n_given_B, state.step_B, length)
@@ -202,7 +217,8 @@ def advance(
             lambda x_BL, new_BN: put(x_BL, jnp.where(reveal_BN, new_BN, take(x_BL))), record, values
         )
     step_B = jnp.where(done_B, 0, state.step_B + 1)
-    return State(tokens_BL, block_B, step_B, state.steps_B + active_B.astype(jnp.int32), record, cache)
+    steps_B = state.steps_B + active_B.astype(jnp.int32)
+    return State(tokens_BL, block_B, step_B, steps_B, record, cache, apart_BNV)
 
 
 def _spot(draft, state, length, rule):
@@ -218,23 +234,44 @@ def _spot(draft, state, length, rule):
     return cached.Spot(state.tokens_BL, draft.valid_BL, first_B, end_B, at_B, begins_B)
 
 
-def _logits(network, draft, state, window_B, size, rule, vocab):
-    """Logits [B, N, V] of the windows, guided, and those of the conditional rows alone."""
-    tokens_BL, valid_BL = state.tokens_BL, draft.valid_BL
-    if rule.guidance:
+def _guided(network, draft, state, at_B, size, rule, vocab):
+    """Logits [B, N, V], guided; those of the conditional rows alone; what the state keeps as `apart`.
+
+    With `guide_every` n the unconditional rows are computed in every n-th step of a row; the distance is
+    kept in between."""
+
+    def alone():
+        h_BLD = network.hidden_states(state.tokens_BL, draft.valid_BL)
+        return _unembed(network, _take(h_BLD, at_B, size), rule, vocab)
+
+    def both():
         # The two rows of a pair stand side by side, so they are on one device, and so are their logits.
-        hidden_BL = jnp.full_like(tokens_BL, vocab.mask)
-        other_BL, other_valid_BL = draft.other or (hidden_BL, valid_BL)
-        other_BL = jnp.where(_in_span(draft), tokens_BL, other_BL)
-        tokens_BL, valid_BL = _pairs(tokens_BL, other_BL), _pairs(valid_BL, other_valid_BL)
-        window_B = _pairs(window_B, window_B)
-    h_BND = _take(network.hidden_states(tokens_BL, valid_BL), window_B, size)
-    logits_BNV = network.unembed(h_BND, *rule.vocabulary(vocab)).astype(jnp.float32)
-    if not rule.guidance:
-        return logits_BNV, logits_BNV
-    logits_B2NV = logits_BNV.reshape(-1, 2, *logits_BNV.shape[1:])
-    c_BNV, u_BNV = logits_B2NV[:, 0], logits_B2NV[:, 1]
-    return u_BNV + np.float32(1 + rule.guidance) * (c_BNV - u_BNV), c_BNV
+        hidden_BL = jnp.full_like(state.tokens_BL, vocab.mask)
+        other_BL, other_valid_BL = draft.other or (hidden_BL, draft.valid_BL)
+        other_BL = jnp.where(_in_span(draft), state.tokens_BL, other_BL)
+        h_BLD = network.hidden_states(
+            _pairs(state.tokens_BL, other_BL), _pairs(draft.valid_BL, other_valid_BL)
+        )
+        logits_BNV = _unembed(network, _take(h_BLD, _pairs(at_B, at_B), size), rule, vocab)
+        logits_B2NV = logits_BNV.reshape(-1, 2, *logits_BNV.shape[1:])
+        return logits_B2NV[:, 0], logits_B2NV[:, 1]
+
+    if rule.guide_every == 1:
+        c_BNV, u_BNV = both()
+        return u_BNV + np.float32(1 + rule.guidance) * (c_BNV - u_BNV), c_BNV, None
+
+    def both_apart():
+        c_BNV, u_BNV = both()
+        return c_BNV, c_BNV - u_BNV
+
+    due_B = state.step_B % rule.guide_every == 0
+    c_BNV, apart_BNV = jax.lax.cond(jnp.any(due_B), both_apart, lambda: (alone(), state.apart))
+    apart_BNV = jnp.where(due_B[:, None, None], apart_BNV, state.apart)
+    return c_BNV + np.float32(rule.guidance) * apart_BNV, c_BNV, apart_BNV
+
+
+def _unembed(network, h_BND, rule, vocab):
+    return network.unembed(h_BND, *rule.vocabulary(vocab)).astype(jnp.float32)
 
 
 def _pairs(a_B, b_B):

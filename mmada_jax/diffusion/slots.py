@@ -62,10 +62,10 @@ def empty(shape: Shape, slots: int, places: int, other: bool = False) -> Slots:
 @functools.cache
 def _made(shape):
     def make(placed):
-        zero_S, cache = jnp.zeros_like(placed.start_B), None
-        if shape.rule.cache != "none":
-            cache = transformer.Network(None, shape.config).empty_cache(*placed.tokens_BL.shape)
-        return Slots(placed, State(placed.tokens_BL, zero_S, zero_S, zero_S, cache=cache))
+        network = transformer.Network(None, shape.config)
+        return Slots(
+            placed, denoise.blank(network, placed.tokens_BL, shape.length, shape.rule, shape.vocab)
+        )
 
     return _jit(shape, make, (sharding.batch_sharding(shape.mesh),), _shardings(shape))
 

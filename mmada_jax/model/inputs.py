@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from mmada_jax.diffusion.rules import ImageRule, TextRule
+from mmada_jax.diffusion.rules import PRESETS, ImageRule, TextRule
 from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 from mmada_jax.tokens.vocab import Vocab
@@ -142,11 +142,17 @@ def caption_ids(caption: Any, tokenizer: TextTokenizer, vocab: Vocab) -> list[in
 
 
 def rule_of(default: AnyRule, rule: AnyRule | None, changes: Mapping[str, Any]) -> AnyRule:
-    """`rule`, by default `default`, with these fields changed; None changes nothing.
+    """`rule`, by default `default`, with these fields changed; None changes nothing. `decode` among them
+    names a preset (`rules.PRESETS`), whose fields come first.
 
     Raises ValueError for a rule of another kind, a field that it lacks, a value out of range."""
     rule = default if rule is None else rule
-    kind = type(default)
+    kind, changes = type(default), dict(changes)
+    if (preset := changes.pop("decode", None)) is not None:
+        known = PRESETS[default.modality]
+        if preset not in known:
+            raise ValueError(f"decode is {preset!r}; for {default.modality} it is {' or '.join(known)}")
+        changes = known[preset] | {key: x for key, x in changes.items() if x is not None}
     if not isinstance(rule, kind):
         raise ValueError(
             f"the rule is {_shown(rule)}; give {kind.__name__}(...), or its fields by name, as in steps=12"

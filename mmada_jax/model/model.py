@@ -328,6 +328,8 @@ class Model:
                     f"a prompt of {n} tokens and {more} new ones don't fit: the model was trained on rows "
                     f"of {trained} and takes {self.config.max_len}; shorten the prompt or lower max_new"
                 )
+        if rule.cache != "none" and rule.stop is None:
+            rule = dataclasses.replace(rule, stop=self.vocab.eos)  # what follows the end is never read
         rule.check_length(most)
         return rule, new, most
 

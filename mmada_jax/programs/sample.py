@@ -69,6 +69,11 @@ def parser() -> Parser:
 
     task_of = {}
     group = top.add_argument_group("decoding (defaults: as the model's folder says)")
+    add(
+        "--decode",
+        (*OF_TEXT, *OF_PICTURES),
+        help="a preset: exact (as trained), fast; text: cached too (see docs/decoding.md)",
+    )
     add("--steps", (*OF_TEXT, *OF_PICTURES), type=int, help="denoising steps; text: one per token")
     add("--guidance", (*OF_TEXT, *OF_PICTURES), type=float, help="0: none")
     add("--temperature", (*OF_TEXT, *OF_PICTURES), type=float, help="of text, or of the order of pictures")
@@ -130,7 +135,7 @@ def main(argv: list[str]) -> None:
         step=args.step,
     )
     names, texts, drawings = args.inputs, [], []
-    rule = {name: getattr(args, name) for name in ("steps", "guidance", "temperature")} | {
+    rule = {name: getattr(args, name) for name in ("decode", "steps", "guidance", "temperature")} | {
         "seed": args.seed
     }
     of_text = rule | {"block": args.block, "max_new": args.max_new}

@@ -6,7 +6,7 @@ model.draw("a handwritten seven", steps=12).image.save("seven.png")
 Every task takes one prompt or picture and gives one result, or takes a list and gives a list. Where a
 task has several inputs, an input that is given by itself goes with each of the others. A rule, TextRule
 or ImageRule, says how tokens are decoded; its fields can be given by name instead (steps, guidance,
-temperature, block, ...).
+temperature, block, ...), and several of them at once by decode="fast" (see docs/decoding.md).
 
 Only loading and the methods that people call live here; how they work is in `model.model`.
 """
@@ -118,13 +118,14 @@ class MMaDA(Model):
         seed: Seed = 0,
         *,
         block: int | None = None,
+        decode: str | None = None,
         **fields: Any,
     ) -> Any:
         """Thinks about each prompt, then draws an image with the thought in view: a pair of Text and
         Drawing, or a list of pairs. `block` is a field of the rule for the thought, `fields` are fields
-        of the rule for the image."""
-        job = self.think_job(prompts, text_rule, block=block)
-        return self.think_then_draw(self.params, job, image_rule, seed, **fields)
+        of the rule for the image, `decode` is a preset for both."""
+        job = self.think_job(prompts, text_rule, block=block, decode=decode)
+        return self.think_then_draw(self.params, job, image_rule, seed, decode=decode, **fields)
 
     def inpaint(
         self,

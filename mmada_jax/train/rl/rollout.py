@@ -47,6 +47,11 @@ def response_span(task: Task, vocab: Vocab, rows: RowShape) -> ResponseSpan:
         task.image.check_length(rows.n_image)
         return ResponseSpan(rows.image.start, rows.n_image, rows.length, task.image)
     task.text.check_length(task.max_new)
+    if task.text.cache != "none":
+        raise ValueError(
+            f"text.cache is {task.text.cache!r}; rollouts need 'none', so that the log-probabilities that "
+            "they record are those of the policy"
+        )
     # In front of a question about an image stand the token of the task, soi, the image and eoi.
     start = task.max_prompt + (rows.n_image + 3 if task.layout == "mmu" else 0)
     rule = dataclasses.replace(task.text, stop=vocab.eos)
