@@ -113,7 +113,7 @@ def test_block(params, model, data):
     table = transformer.rope_table(x.shape[1], CONFIG.d_head, CONFIG.rope_theta)
     table = (x[None, None] for x in table)
     ours, _ = transformer._Block(CONFIG).apply(
-        {"params": weights}, ours_of(x), jnp.float32(layer), ours_of(valid), *table
+        {"params": weights}, ours_of(x), jnp.float32(layer), None, ours_of(valid), *table, None
     )
     assert_close(np.asarray(ours)[valid], theirs[valid])
 
@@ -175,9 +175,9 @@ def test_training_step_of_the_twin_learns(model, data):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def generate(params, batch, rule, start, length, unconditional=None):
+def generate(params, batch, rule, start, length, unconditional=None, config=CONFIG):
     return denoise.denoise(
-        transformer.Network(params, CONFIG),
+        transformer.Network(params, config),
         jnp.asarray(batch.tokens),
         batch.valid,
         start=start,
@@ -211,6 +211,28 @@ def test_greedy_text(params, model, steps):
     assert not (theirs == VOCAB.mask).any()
 
 
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_greedy_text_with_a_cache(n_kv_heads):
+    config = dataclasses.replace(CONFIG, n_kv_heads=n_kv_heads)
+    # Fresh weights hardly look at other tokens; with these it matters what is stored.
+    params = jax.tree.map_with_path(
+        lambda path, x: x * {"o_HKD": 6, "down_FD": 3, "head_DV": 3}.get(path[-1].key, 1),
+        transformer.init_params(jax.random.key(0), config),
+    )
+    prompts = [[20, 21, 22, 23, 24], [30, 31, 32, 33, 34]]
+    batch, model = layout.continuation(VOCAB, prompts, 20), benchmark.load_twin(params, config)[0]
+    tokens = benchmark.to_torch(batch, model)["tokens"]
+    of_row = {"start": 5, "length": 20}
+    theirs = twin.generate_text_cached(model, tokens, **of_row, block=8, mask=VOCAB.mask)
+    texts = {}
+    for cache in ("dual", "none"):
+        rule = rules.TextRule(block=8, cache=cache, never=(VOCAB.mask,))
+        texts[cache] = generate(params, batch, rule, **of_row, config=config)
+    np.testing.assert_array_equal(texts["dual"], theirs)
+    assert (texts["none"] != texts["dual"]).any()
+    assert not (theirs == VOCAB.mask).any()
+
+
 @pytest.mark.parametrize("steps", [12, 5, 1])
 def test_argmax_image(params, model, data, steps):
     batch, uncond = data["image"], data["uncond"]
@@ -238,17 +260,22 @@ def test_argmax_image(params, model, data, steps):
     assert not (theirs == VOCAB.mask).any()
 
 
-def test_benchmark_writes_its_numbers(tmp_path, capsys):
+def test_benchmark_writes_its_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "CACHED", dataclasses.replace(CONFIG, vocab=200, n_layers=1))
+    monkeypatch.setattr(benchmark, "N_CACHED_NEW", 40)
     arguments = ["--preset", "tiny", "--rows", "4", "--repeats", "1"]
     bench.main(["twin", *arguments, "--json", str(tmp_path / "out.json")])
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["logits_difference"] < 1e-4
     assert report["twin"] == "timed"
     assert report["machine"]["torch"] == torch.__version__
-    assert list(report["tasks"]) == ["training step", "text generation", "image generation"]
+    assert list(report["tasks"]) == ["training step", "text generation", "image generation",
+                                     "cached text generation"]  # fmt: skip
+    assert report["cached"].items() >= {"new": 40, "block": 32, "repeats": 1, "equal": 1.0}.items()
     for result in report["tasks"].values():
         assert result["ratio"] == result["twin"]["median"] / result["ours"]["median"] > 0
-    assert "RATIO" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "RATIO" in shown and "40 new ones in blocks of 32" in shown
 
 
 def test_benchmark_without_torch_and_optax(params, data, capsys, monkeypatch):

@@ -1,4 +1,5 @@
-"""What MMaDA does with its model, in plain PyTorch: a training step, text and image generation.
+"""What MMaDA does with its model, in plain PyTorch: a training step, text and image generation, and text
+generation with stored keys and values.
 
 Written from the description of the published system, as one writes PyTorch today (fused attention,
 guidance as one batch of twice the rows, inference mode, no compilation). The model is the one that
@@ -71,6 +72,62 @@ def generate_text(model, tokens_BL, valid_BL, *, start, length, steps, block, ma
             rank = sure.masked_fill(now != mask, -torch.inf).argsort(1, descending=True).argsort(1)
             quota = count // per_block + (step < count % per_block)
             tokens[:, span] = torch.where((now == mask) & (rank < quota), drawn, now)
+    return tokens
+
+
+def rope(x_BHLK, cos_LK, sin_LK):
+    """Rotates the two halves of each head by position."""
+    a, b = x_BHLK.chunk(2, dim=-1)
+    return x_BHLK * cos_LK + torch.cat([-b, a], dim=-1) * sin_LK
+
+
+def hidden_states(model, tokens_BQ, places, cache):
+    """The states [B, Q, D] before the head of the tokens at `places`, a slice of each row.
+
+    Their keys and values replace those in the cache, a pair of tensors [B, H, L, K] for each layer, all of
+    which they see.
+    """
+    net = model.model.transformer
+    cos, sin = (x[places] for x in model.rope_tables(cache[0][0].shape[2], tokens_BQ.device))
+    x = net.wte(tokens_BQ)
+    for layer, (k_BHLK, v_BHLK) in zip(net.blocks, cache, strict=True):
+        h = layer.attn_norm(x)
+        q, k, v = (
+            project(h).unflatten(-1, (-1, layer.d_head)).transpose(1, 2)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        k_BHLK[:, :, places] = rope(k, cos, sin).repeat_interleave(layer.groups, dim=1)
+        v_BHLK[:, :, places] = v.repeat_interleave(layer.groups, dim=1)
+        out = F.scaled_dot_product_attention(rope(q, cos, sin), k_BHLK, v_BHLK)
+        x = x + layer.attn_out(out.transpose(1, 2).flatten(2))
+        h = layer.ff_norm(x)
+        x = x + layer.ff_out(F.silu(layer.ff_proj(h)) * layer.up_proj(h))
+    return x
+
+
+@torch.inference_mode()
+def generate_text_cached(model, tokens_BL, *, start, length, block, mask):
+    """Fills [start, start + length) block by block, the most certain token in each step. -> tokens.
+
+    The first step of a block computes the whole row and stores keys and values, the other steps compute the
+    block alone. Rows are whole, without padding. The mask isn't drawn.
+    """
+    tokens, net, (B, L) = tokens_BL.clone(), model.model.transformer, tokens_BL.shape
+    heads = model.config.n_heads
+    like = {"dtype": net.wte.weight.dtype, "device": tokens.device}
+    cache = [torch.empty(2, B, heads, L, model.config.d_model // heads, **like) for _ in net.blocks]
+    for first in range(start, start + length, block):
+        span = slice(first, min(first + block, start + length))
+        for step in range(span.stop - first):
+            if step == 0:
+                x = hidden_states(model, tokens, slice(0, L), cache)[:, span]
+            else:
+                x = hidden_states(model, tokens[:, span], span, cache)
+            logits, now = net.ff_out(net.ln_f(x)).float(), tokens[:, span]
+            drawn = logits.index_fill(-1, torch.tensor(mask, device=logits.device), -torch.inf).argmax(-1)
+            sure = logits.softmax(-1).gather(-1, drawn[..., None])[..., 0]
+            best = sure.masked_fill(now != mask, -torch.inf).argmax(1, keepdim=True)
+            tokens[:, span] = now.scatter(1, best, drawn.gather(1, best))
     return tokens
 
 

@@ -1,12 +1,15 @@
 """Times ours against the same model in plain PyTorch: same weights, same machine, same run.
 
-    mmada bench twin                       # the digits preset; about a minute on a CPU
+    mmada bench twin                       # the digits preset; two minutes on a CPU
     mmada bench twin --repeats 51 --json out.json
 
 The logits of the two sides must agree before anything is timed. Then a training step, text
 generation and image generation are timed in turns (ours, the twin's, ours, ...), so that whatever
 else the machine does hits both. The claim is the RATIO of the medians, twin / ours; the times
 themselves belong to one machine at one moment.
+
+Cached text generation has a wider model than the presets and one row: its keys and values are stored
+at the beginning of each block, and further steps compute the block alone, on both sides.
 
 The twin is tests/torch_twin.py. Ours is timed alone where torch is missing or lacks the accelerator
 that JAX has. Where optax is missing the training step ends in plain gradient descent: jax, flax and
@@ -46,6 +49,12 @@ MAX_TEXT, N_IMAGE = 20, 32
 N_PROMPT, N_NEW = 20, 16
 TEXT = rules.TextRule(steps=16, block=8)
 IMAGE = rules.ImageRule(steps=12, guidance=2.0)
+CACHED = transformer.Config(
+    d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, d_mlp=768, vocab=2048, max_len=384, dtype="float32",
+    unroll=6,
+)  # fmt: skip
+N_CACHED_PROMPT, N_CACHED_NEW = 128, 256
+CACHED_TEXT = rules.TextRule(block=32, cache="dual", never=(VOCAB.mask,))
 OBJECTIVE = corrupt.Config()
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 
@@ -68,6 +77,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sides["twin"] = twin_tasks(model, data)
     load_before = os.getloadavg()[0]
     tasks = time_tasks(sides, args.repeats)
+    cached_sides, cached = cached_tasks(CACHED, N_CACHED_PROMPT, N_CACHED_NEW)
+    cached["repeats"] = max(1, args.repeats // 4)
+    tasks |= time_tasks(cached_sides, cached["repeats"], warm_up=1)
     return {
         "preset": args.preset,
         "params": transformer.param_count(config),
@@ -78,6 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],
         "twin": why_not or "timed",
         "logits_difference": difference,
+        "cached": cached,
         "tasks": tasks,
     }
 
@@ -317,6 +330,45 @@ def twin_tasks(model: Any, data: Mapping[str, layout.Batch]) -> Tasks:
     return {"training step": run_train, "text generation": write, "image generation": draw}
 
 
+def cached_tasks(
+    config: transformer.Config, n_prompt: int, n_new: int
+) -> tuple[dict[str, Tasks], dict[str, Any]]:
+    """Text generation of one row with a cache, on both sides, and what the report says of it. There `equal`
+    is the share of new tokens that are the same on both sides."""
+    params, vocab = transformer.init_params(jax.random.key(0), config), VOCAB
+    words = np.random.default_rng(0).integers(FIRST_WORD, vocab.image_offset, n_prompt).tolist()
+    batch = layout.continuation(vocab, [words], n_new)
+
+    @jax.jit
+    def write(params, tokens_BL, valid_BL):
+        return denoise.denoise(
+            transformer.Network(params, config),
+            tokens_BL,
+            valid_BL,
+            start=n_prompt,
+            length=n_new,
+            rule=CACHED_TEXT,
+            vocab=vocab,
+            key=jax.random.key(0),
+        )
+
+    task = "cached text generation"
+    sides = {"ours": {task: lambda: np.asarray(write(params, batch.tokens, batch.valid))}}
+    about = {
+        "params": transformer.param_count(config), "prompt": n_prompt, "new": n_new,
+        "block": CACHED_TEXT.block, "equal": None,
+    }  # fmt: skip
+    model, _ = load_twin(params, config)
+    if model is not None:
+        tokens = to_torch(batch, model)["tokens"]
+        of_rule = {"start": n_prompt, "length": n_new, "block": CACHED_TEXT.block, "mask": vocab.mask}
+        generate = functools.partial(module("tests/torch_twin.py").generate_text_cached, **of_rule)
+        sides["twin"] = {task: lambda: generate(model, tokens).cpu()}
+        ours, twin = (np.asarray(tasks[task]())[:, n_prompt:] for tasks in sides.values())
+        about["equal"] = float(np.mean(ours == twin))
+    return sides, about
+
+
 def to_torch(batch: layout.Batch, model: Any) -> dict[str, Any]:
     """A batch as a dict of tensors beside the model; integers are int64, as PyTorch wants ids."""
     import torch
@@ -359,6 +411,12 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines.append(report["twin"])
     else:
         lines.append(f"logits agree: largest difference {report['logits_difference']:.1e} of the largest")
+    cached = report["cached"]
+    lines.append(
+        f"cached text generation: {cached['params']:,} parameters, a row of {cached['prompt']} tokens and "
+        f"{cached['new']} new ones in blocks of {cached['block']}; {cached['repeats']} repeats"
+        + ("" if cached["equal"] is None else f"; {100 * cached['equal']:.1f} % of the tokens are equal")
+    )
     lines += [
         "",
         f"{'median (quartiles), ms':<22}{'ours':>26}{'PyTorch twin':>26}{'RATIO':>8}{'CPU ratio':>11}",
