@@ -41,7 +41,7 @@ def test_the_input_is_measured_for_each_number_of_threads(tmp_path, capsys):
 
 
 def test_every_name_is_a_file_and_the_other_way_round():
-    shared = {"__init__", "timing", "cases", "decode_report"}
+    shared = {"__init__", "timing", "cases", "decode_report", "serving"}
     files = {path.stem for path in (ROOT / "launch/benchmarks").glob("*.py")} - shared
     assert files == set(bench.BENCHMARKS)
 

@@ -43,7 +43,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from launch.benchmarks import cases, decode_report, timing
+from launch.benchmarks import cases, decode_report, serving, timing
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
@@ -73,6 +73,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     load_before = os.getloadavg()[0]
     rows = [row for (batch, new), of in jobs.items() for row in time_sides(subject, of, batch, new, args)]
+    engine = None
+    if max(args.batch) > 1 and "all" in by_new[max(args.new)]:
+        new = 512 if 512 in args.new else max(args.new)
+        with progress(f"{max(args.batch)} requests, {new} new: the engine", 1, "comparison") as bar:
+            job = jobs[max(args.batch), new]["all"]
+            engine = serving.through_engine(subject.model, job, min(args.repeats, 3))
+            bar.update(1)
+    drawn = serving.drawing(subject.model, args.repeats)
     judged = None
     if subject.task and not args.no_cases:
         new = 512 if 512 in args.new else max(args.new)
@@ -88,8 +96,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "cache_512": ratio(rows, "cache", 512),
         "all_512": ratio(rows, "all", 512),
         "all_1024": ratio(rows, "all", 1024),
-        "engine_16": None,
-        "draw": None,
+        "engine": engine,
+        "engine_16": engine["ratio"] if engine and engine["rows"] == 16 else None,
+        "drawing": drawn,
+        "draw": drawn and drawn["ratio"],
         "cases": judged,
         "accuracy": {
             name: judged and judged["techniques"].get(of) and count(judged, of)
@@ -184,10 +194,10 @@ def random_model(sizes: tuple[int, int, int], length: int) -> MMaDA:
     heads = width // 64 if width % 64 == 0 else width // 16
     config = transformer.Config(
         d_model=width, n_layers=layers, n_heads=heads, n_kv_heads=heads, d_mlp=2 * width, vocab=ids,
-        max_len=layout.bucket(length), dtype="float32", unroll=min(layers, 8),
+        max_len=max(320, layout.bucket(length)), dtype="float32", unroll=min(layers, 8),
     )  # fmt: skip
     special = dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True))
-    vocab, mesh = Vocab(ids, 0, rows=ids, **special), sharding.make_mesh()
+    vocab, mesh = Vocab(ids - ids // 4, ids // 4, rows=ids, **special), sharding.make_mesh()
     places = decode.param_shardings(mesh, config)
     params = jax.jit(lambda key: transformer.init_params(key, config), out_shardings=places)(
         jax.random.key(0)

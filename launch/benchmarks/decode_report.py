@@ -46,6 +46,10 @@ def as_text(report: Mapping[str, Any]) -> str:
             continue
         cells = (f"{column.text(row):>{column.width}}" for column in COLUMNS)
         lines.append(f"{row['technique']:<28}" + "".join(cells))
+    if report["engine"]:
+        lines += ["", engine_as_text(report["engine"])]
+    if report["drawing"]:
+        lines += ["", drawing_as_text(report["drawing"])]
     if report["cases"]:
         lines += ["", *cases_as_text(report["cases"])]
     lines += [
@@ -58,6 +62,25 @@ def as_text(report: Mapping[str, Any]) -> str:
             "Random weights are never certain: `all` reveals four tokens in each step and doesn't stop."
         )
     return "\n".join(lines)
+
+
+def engine_as_text(engine: Mapping[str, Any]) -> str:
+    """The engine against one request after the other."""
+    one, together = (timing.as_text(engine["seconds"][name], 2) for name in ("one by one", "together"))
+    return (
+        f"{engine['rows']} requests by `all`, one by one {one} s, in {engine['rows']} slots {together} s: "
+        f"RATIO {engine['ratio']:.2f}, {'equal' if engine['equal'] else 'UNEQUAL'} tokens, "
+        f"{100 * engine['idle']:.1f} % of the slots idle while requests waited"
+    )
+
+
+def drawing_as_text(drawn: Mapping[str, Any]) -> str:
+    """Guided drawing against guidance now and then."""
+    plain, fast = (timing.as_text(drawn["seconds"][name], 3) for name in ("plain", "fast"))
+    return (
+        f"{drawn['rows']} guided drawings of {drawn['tokens']} tokens, {drawn['steps']} steps: {plain} s, "
+        f"with guidance in every {drawn['guide_every']}. step {fast} s: RATIO {drawn['ratio']:.2f}"
+    )
 
 
 def cases_as_text(judged: Mapping[str, Any]) -> list[str]:

@@ -292,7 +292,7 @@ PRESETS = {
         "cached": {"cache": "dual"},
         "fast": {"cache": "dual", "window": 64, "threshold": 0.9, "relax": 0.3},
     },
-    "image": {"exact": {}, "fast": {"guide_every": 3}},
+    "image": {"exact": {}, "fast": {"guide_every": 4}},
 }
 
 

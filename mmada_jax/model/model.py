@@ -329,7 +329,7 @@ class Model:
                     f"of {trained} and takes {self.config.max_len}; shorten the prompt or lower max_new"
                 )
         if rule.cache != "none" and rule.stop is None:
-            rule = dataclasses.replace(rule, stop=self.vocab.eos)  # what follows the end is never read
+            rule = dataclasses.replace(rule, stop=self.vocab.end_turn)  # what follows is never read
         rule.check_length(most)
         return rule, new, most
 
