@@ -56,6 +56,28 @@ def test_think_and_draw(model):
     np.testing.assert_array_equal(made[0][1].codes, again[0][1].codes)
 
 
+def test_think_while_drawing(model):
+    prompts = ["draw 3+4", "draw"]
+    made = model.think_and_draw(prompts, TextRule(block=1), FAST, seed=1, together=True)
+    for prompt, (thought, drawing) in zip(prompts, made, strict=True):
+        assert len(thought.ids) <= model.max_text - len(model.tokenizer.encode(chat(prompt)))
+        assert drawing.codes.shape == (4, 8)
+        assert (drawing.codes >= 0).all()
+    [again] = model.think_and_draw(prompts[:1], TextRule(block=1), FAST, seed=[1], together=True)
+    [alone] = model.think_and_draw(prompts[:1], TextRule(block=1), FAST, seed=[1], together=True)
+    np.testing.assert_array_equal(again[1].codes, alone[1].codes)
+    one = model.think_and_draw(prompts[0], TextRule(block=1), FAST, seed=[1], together=True)
+    np.testing.assert_array_equal(one[1].codes, alone[1].codes)
+    with pytest.raises(ValueError, match="rows with several spans need 'none'"):
+        model.think_and_draw(prompts, TextRule(cache="dual"), FAST, together=True)
+
+
+def test_text_by_a_preset_is_the_text_by_its_fields(model):
+    fields = {"cache": "dual", "window": 64, "threshold": 0.9, "relax": 0.3}
+    by_name = model.generate("7 + 12", max_new=8, block=4, decode="fast")
+    assert by_name.text == model.generate("7 + 12", max_new=8, block=4, **fields).text
+
+
 def test_inpaint_keeps_what_is_not_covered(model, canvases):
     masks = np.zeros((2, 8, 16), bool)
     masks[0, :, 8:] = True

@@ -76,6 +76,23 @@ def run(
     return job.spans(np.asarray(tokens_BL))
 
 
+def run_spans(
+    params: Any,
+    config: transformer.Config,
+    vocab: Vocab,
+    mesh: jax.sharding.Mesh,
+    jobs: Sequence[Job],
+    seed: int | Sequence[int] = 0,
+) -> list[list[np.ndarray]]:
+    """Fills the spans of several jobs in the same steps. The jobs have the same rows, and each a span and a
+    rule of its own. The ids of each job's spans."""
+    fill = _spans_decoder(mesh, config, vocab, tuple((job.length, job.rule) for job in jobs))
+    placed = [put(mesh, job, seed) for job in jobs]
+    with jax.set_mesh(mesh):
+        tokens_BL = np.asarray(fill(params, placed))
+    return [job.spans(tokens_BL) for job in jobs]
+
+
 def steps(
     params: Any,
     config: transformer.Config,
@@ -179,6 +196,27 @@ def decoder(
         fill,
         in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
         out_shardings=everywhere,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+@functools.cache
+def _spans_decoder(mesh, config, vocab, of_jobs):
+    """The jitted (params, the placed rows of each job) -> tokens [B, L], which every process gets whole."""
+
+    def fill(params, placed):
+        spans = [
+            denoise.Span(of.start_B, of.length_B, length, rule, of.other)
+            for of, (length, rule) in zip(placed, of_jobs, strict=True)
+        ]
+        first, network = placed[0], transformer.Network(params, config)
+        rows = first.tokens_BL, first.valid_BL
+        return denoise.denoise_spans(network, *rows, spans, vocab=vocab, key_B=_keys(first))
+
+    return jax.jit(
+        fill,
+        in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
+        out_shardings=sharding.replicated(mesh),
         compiler_options=sharding.compiler_options(mesh),
     )
 

@@ -9,6 +9,7 @@ How a step reveals tokens is in `rules`. Networks are in `nets`, meshes and jitt
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -123,6 +124,83 @@ def denoise(
         begin(network, draft, **of_rule, record=record, reach=reach, share=share),
     )
     return (state.tokens_BL, state.record) if record else state.tokens_BL
+
+
+class Span(NamedTuple):
+    """A part of each row that is filled by a rule of its own: `start` and `length` [B] of each row, and the
+    `longest` of all, for which the rule is meant. `other` are the unconditional rows of guidance."""
+
+    start_B: jax.Array
+    length_B: jax.Array
+    longest: int
+    rule: Rule
+    other: tuple[jax.Array, jax.Array] | None = None
+
+
+def denoise_spans(
+    network: Denoiser,
+    tokens_BL: jax.Array,
+    valid_BL: jax.Array,
+    spans: Sequence[Span],
+    *,
+    vocab: Vocab,
+    key_B: jax.Array,
+) -> jax.Array:
+    """Fills several spans of each row in the same steps, as in thinking while drawing (MMaDA-Parallel);
+    returns the rows [B, L].
+
+    In each step all spans see the row as the step before has left it, and take part until they are
+    filled. Spans without guidance share the pass over the rows. The key of a span is the key of its row,
+    folded with the number of the span. Raises ValueError for a rule with a cache, since a stored key or
+    value would miss what the other spans become.
+    """
+    for span in spans:
+        span.rule.check_length(span.longest)
+        if span.rule.cache != "none":
+            raise ValueError(f"cache is {span.rule.cache!r}; rows with several spans need 'none'")
+    keys = [jax.vmap(jax.random.fold_in, (0, None))(key_B, number) for number in range(len(spans))]
+    drafts = [
+        Draft(tokens_BL, valid_BL, span.start_B, span.length_B, key_B, span.other)
+        for span, key_B in zip(spans, keys, strict=True)
+    ]
+    fields = [{"length": span.longest, "rule": span.rule, "vocab": vocab} for span in spans]
+    parts = list(zip(drafts, fields, strict=True))
+
+    def going(states):
+        left = (
+            jnp.any(unfinished(draft, state, of["length"], of["rule"]))
+            for (draft, of), state in zip(parts, states, strict=True)
+        )
+        return functools.reduce(jnp.logical_or, left)
+
+    def step(states):
+        once, tokens_BL = _Once(network), states[0].tokens_BL
+        states = [state._replace(tokens_BL=tokens_BL) for state in states]
+        states = [
+            advance(once, draft, state, **of) for (draft, of), state in zip(parts, states, strict=True)
+        ]
+        tokens_BL = states[0].tokens_BL
+        for draft, state in zip(drafts[1:], states[1:], strict=True):
+            tokens_BL = jnp.where(_in_span(draft), state.tokens_BL, tokens_BL)
+        return [state._replace(tokens_BL=tokens_BL) for state in states]
+
+    states = [begin(network, draft, **of) for draft, of in parts]
+    return jax.lax.while_loop(going, step, states)[0].tokens_BL
+
+
+class _Once:
+    """A denoiser that computes rows once, however often a step asks for them."""
+
+    def __init__(self, network: Denoiser):
+        self.unembed, self._network, self._made = network.unembed, network, []
+
+    def hidden_states(self, tokens_BL, valid_BL):
+        for tokens, valid, h_BLD in self._made:
+            if tokens is tokens_BL and valid is valid_BL:
+                return h_BLD
+        h_BLD = self._network.hidden_states(tokens_BL, valid_BL)
+        self._made.append((tokens_BL, valid_BL, h_BLD))
+        return h_BLD
 
 
 def begin(

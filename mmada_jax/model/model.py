@@ -210,6 +210,18 @@ class Model:
         pairs = list(zip(thoughts, drawings, strict=True))
         return pairs[0] if job.one else pairs
 
+    def think_while_drawing(
+        self, params: Any, job: Job, rule: ImageRule | None = None, seed: Seed = 0, **fields: Any
+    ) -> Any:
+        """Runs the job of `think_job`, and in the same steps draws an image, so that the thought and the
+        image see each other: a pair of Text and Drawing for each row, or one pair."""
+        rule = self._image_rule(rule, fields)
+        rows = [layout.Batch(*row) for row in zip(*job.rows, strict=True)]
+        image = dataclasses.replace(self._image_job(rows, rule, job.one), rows=job.rows)
+        texts, images = decode.run_spans(params, self.config, self.vocab, self.mesh, [job, image], seed)
+        pairs = list(zip(map(self.read, texts), self.drawings(self.codes(images)), strict=True))
+        return pairs[0] if job.one else pairs
+
     # ---- What comes out -------------------------------------------------------------------------
 
     def results(self, job: Job, spans: Sequence[np.ndarray], hidden: str = "") -> Any:

@@ -119,13 +119,16 @@ class MMaDA(Model):
         *,
         block: int | None = None,
         decode: str | None = None,
+        together: bool = False,
         **fields: Any,
     ) -> Any:
         """Thinks about each prompt, then draws an image with the thought in view: a pair of Text and
         Drawing, or a list of pairs. `block` is a field of the rule for the thought, `fields` are fields
-        of the rule for the image, `decode` is a preset for both."""
+        of the rule for the image, `decode` is a preset for both. With `together` it thinks while it draws:
+        both are revealed in the same steps."""
         job = self.think_job(prompts, text_rule, block=block, decode=decode)
-        return self.think_then_draw(self.params, job, image_rule, seed, decode=decode, **fields)
+        draw = self.think_while_drawing if together else self.think_then_draw
+        return draw(self.params, job, image_rule, seed, decode=decode, **fields)
 
     def inpaint(
         self,
