@@ -2,125 +2,33 @@
 
 import dataclasses
 import itertools
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from denoise_toys import (
+    IMAGE_RULES,
+    LENGTH,
+    NETWORK,
+    RULES,
+    START,
+    TEXT_RULES,
+    VOCAB,
+    B,
+    L,
+    denoise_steps,
+    hidden,
+    rows,
+    run,
+    settings,
+    unembed,
+    with_head,
+)
 
 from mmada_jax.diffusion import schedule
-from mmada_jax.diffusion.denoise import (
-    Draft,
-    Span,
-    advance,
-    begin,
-    denoise,
-    denoise_spans,
-    unfinished,
-)
+from mmada_jax.diffusion.denoise import denoise
 from mmada_jax.diffusion.rules import ImageRule, TextRule, transfer_quota
-from mmada_jax.tokens.vocab import Vocab
-
-V, D, B, L = 40, 8, 3, 20
-VOCAB = Vocab(
-    image_offset=24, codebook_size=16, rows=V, bos=0, eos=1, mask=2, pad=3, soi=4, eoi=5, t2i=6, mmu=7,
-    r2i=8, start_header=9, end_header=10, end_turn=11,
-)  # fmt: skip
-START, LENGTH = 6, 12
-RNG = np.random.default_rng(0)
-EMBED_VD = jnp.asarray(RNG.normal(size=(V, D)), jnp.float32)
-# The mask and the pad are never the most likely tokens.
-HEAD_DV = jnp.asarray(RNG.normal(size=(D, V)), jnp.float32).at[:, 2:4].set(0)
-MIX_LL = jnp.asarray(RNG.normal(size=(L, L)), jnp.float32)
-
-TEXT_RULES = {
-    "greedy": TextRule(steps=12, block=12),
-    "blocks": TextRule(steps=6, block=4),
-    "largest": TextRule(steps=6, block=6, temperature=1.0, remask="largest"),
-    "margin": TextRule(steps=4, block=12, remask="margin"),
-    "entropy": TextRule(steps=6, block=6, remask="entropy"),
-    "random": TextRule(steps=6, block=6, remask="random"),
-    "hot": TextRule(steps=6, block=6, temperature=0.7),
-    "guided": TextRule(steps=6, block=6, guidance=1.5),
-    "threshold": TextRule(block=6, threshold=0.6),
-    "factor": TextRule(block=12, factor=1.5),
-    "relaxed": TextRule(block=6, threshold=0.6, relax=0.3),
-    "leap": TextRule(block=12, threshold=0.6, leap=0.4, radius=2),
-    "bound": TextRule(block=12, bound=0.8),
-    "stop": TextRule(steps=6, block=4, stop=11),
-    "shorter last block": TextRule(steps=6, block=5),
-    "one a step": TextRule(block=5),
-}
-IMAGE_RULES = {
-    "cosine": ImageRule(steps=5, guidance=0.0),
-    "guided": ImageRule(steps=5, guidance=3.0),
-    "guided now and then": ImageRule(steps=5, guidance=3.0, guide_every=2),
-    "argmax": ImageRule(steps=4, guidance=0.0, draw="argmax"),
-    "linear": ImageRule(steps=5, guidance=0.0, schedule="linear", anneal="linear"),
-    "hidden": ImageRule(steps=4, guidance=0.0, quota="hidden"),
-    "one step": ImageRule(steps=1, guidance=0.0),
-    "largest": ImageRule(steps=5, guidance=0.0, remask="largest"),
-}
-RULES = {f"text {k}": r for k, r in TEXT_RULES.items()} | {f"image {k}": r for k, r in IMAGE_RULES.items()}
-
-
-def hidden(tokens_BL, valid_BL):
-    mixed = jnp.einsum("LM,BMD->BLD", MIX_LL, jnp.where(valid_BL[..., None], EMBED_VD[tokens_BL], 0))
-    return jnp.tanh(mixed)
-
-
-def unembed(h_BLD, first=0, size=None):
-    head = HEAD_DV[:, first:] if size is None else HEAD_DV[:, first : first + size]
-    return h_BLD @ head
-
-
-# Trunk and head; tests that need another head replace it.
-NETWORK = types.SimpleNamespace(hidden_states=hidden, unembed=unembed)
-
-
-def with_head(unembed):
-    return types.SimpleNamespace(hidden_states=hidden, unembed=unembed)
-
-
-def rows(known=()):
-    """Rows with a hidden span, some of whose tokens are `known`."""
-    tokens = np.random.default_rng(1).integers(12, 24, size=(B, L)).astype(np.int32)
-    tokens[:, START : START + LENGTH] = VOCAB.mask
-    tokens[:, [START + i for i in known]] = 30
-    valid = np.ones((B, L), bool)
-    valid[1, :3] = False
-    return tokens, valid
-
-
-def settings(rule, seed=0):
-    other = None
-    if isinstance(rule, ImageRule) and rule.guidance:
-        tokens, valid = rows()
-        other = (np.where(np.arange(L) < START, 12, tokens).astype(np.int32), valid)
-    return {"start": START, "length": LENGTH, "rule": rule, "vocab": VOCAB, "key": jax.random.key(seed),
-            "unconditional": other}  # fmt: skip
-
-
-def denoise_steps(network, tokens, valid, *, start, length, rule, vocab, key, unconditional):
-    """The decoding as a Python loop: the rows after every step."""
-    n = len(tokens)
-    draft = Draft(
-        jnp.asarray(tokens), jnp.asarray(valid), jnp.full(n, start), jnp.full(n, length),
-        jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)), unconditional,
-    )  # fmt: skip
-    step = jax.jit(lambda state: advance(
-        network, draft, state, length=length, rule=rule, vocab=vocab
-    ))  # fmt: skip
-    state = begin(network, draft, length=length, rule=rule, vocab=vocab)
-    while unfinished(draft, state, length, rule).any():
-        state = step(state)
-        yield state.tokens_BL
-
-
-def run(rule, tokens_valid=None, seed=0):
-    call = jax.jit(lambda t, v: denoise(NETWORK, t, v, **settings(rule, seed)))
-    return np.asarray(call(*(tokens_valid or rows())))
 
 
 def test_a_model_that_draws_the_mask_comes_to_an_end():
@@ -363,163 +271,3 @@ def test_the_last_block_is_shorter_and_the_others_are_not():
             blocks = [one[:5], one[5:10], one[10:]]
             for before, after in itertools.pairwise(blocks):
                 assert not before.any() or after.all()
-
-
-def passing(rule, sure_N, entropy_N):
-    """Which of a block's hidden places (NaN: not hidden) a step reveals, written out place by place."""
-    hidden = np.flatnonzero(~np.isnan(sure_N))
-    best_first = sorted(hidden, key=lambda n: entropy_N[n] if rule.bound is not None else -sure_N[n])
-    chosen, total = {best_first[0]}, 0.0
-    if rule.threshold is not None:
-        tau = rule.threshold * (1 - rule.relax * (1 - len(hidden) / len(sure_N)))
-        anchors = [n for n in hidden if sure_N[n] >= tau]
-        chosen |= set(anchors)
-        if rule.leap is not None:
-            near = [n for n in hidden if any(abs(n - a) <= rule.radius for a in anchors)]
-            chosen |= {n for n in near if sure_N[n] >= rule.leap}
-    elif rule.bound is not None:
-        for n in best_first:
-            if total > rule.bound:
-                break
-            chosen.add(n)
-            total += entropy_N[n]
-    else:
-        for k, n in enumerate(best_first):
-            if k and sure_N[n] < 1 - rule.factor / (k + 2):
-                break
-            chosen.add(n)
-    return chosen
-
-
-@pytest.mark.parametrize("rule", [
-    TextRule(threshold=0.5), TextRule(threshold=0.9), TextRule(threshold=0.6, relax=0.5),
-    TextRule(threshold=0.7, leap=0.2, radius=1), TextRule(threshold=0.7, leap=0.4), TextRule(factor=1.0),
-    TextRule(factor=0.3), TextRule(bound=0.5), TextRule(bound=2.0), TextRule(bound=0.0),
-], ids=str)  # fmt: skip
-def test_what_a_step_reveals_is_the_formula(rule):
-    rng, n = np.random.default_rng(3), 16
-    logits = rng.normal(size=(40, n, 6)) * rng.uniform(0.5, 6, (40, n, 1))
-    hidden = rng.random((40, n)) < 0.6
-    hidden[:, 0] = True
-    p = np.exp(logits) / np.exp(logits).sum(axis=2, keepdims=True)
-    sure = np.where(hidden, p.max(axis=2), np.nan)
-    entropy = -(p * np.log(p)).sum(axis=2)
-    _, revealed = rule.reveal(
-        jax.random.key(0), jnp.asarray(logits, jnp.float32), jnp.asarray(hidden), jnp.full(40, n),
-        jnp.zeros(40, jnp.int32), n,
-    )  # fmt: skip
-    for found, *given in zip(np.asarray(revealed), sure, entropy, strict=True):
-        assert set(np.flatnonzero(found)) == passing(rule, *given)
-
-
-@pytest.mark.parametrize("every", [1, 2, 3])
-def test_guidance_is_computed_in_every_nth_step_and_kept_in_between(every):
-    """Against the loop written out: c + g (c - u), with c - u of the last step that had both."""
-    rule = ImageRule(steps=5, guidance=2.0, guide_every=every, draw="argmax", temperature=0.0)
-    tokens, valid = rows()
-    other, other_valid = settings(rule)["unconditional"]
-    steps = denoise_steps(NETWORK, tokens, valid, **settings(rule))
-    now, apart = jnp.asarray(tokens), None
-    span = slice(START, START + LENGTH)
-
-    def logits(tokens, valid):
-        return unembed(hidden(tokens, jnp.asarray(valid))[:, span], VOCAB.image_offset, VOCAB.codebook_size)
-
-    for step, after in enumerate(steps):
-        c = logits(now, valid)
-        if step % every == 0:
-            apart = c - logits(jnp.asarray(other).at[:, span].set(now[:, span]), other_valid)
-        is_hidden = now[:, span] == VOCAB.mask
-        key = jax.vmap(jax.vmap(jax.random.key))(jnp.zeros((B, LENGTH), jnp.uint32))
-        index, reveal = rule.reveal(
-            key, c + 2.0 * apart, is_hidden,
-            jnp.full(B, LENGTH), jnp.full(B, step), LENGTH,
-        )  # fmt: skip
-        now = now.at[:, span].set(jnp.where(reveal, index + VOCAB.image_offset, now[:, span]))
-        np.testing.assert_array_equal(now, after)
-
-
-SPANS = {
-    "text": (2, 7, TextRule(block=3)),
-    "image": (10, 8, ImageRule(steps=4, guidance=2.0, draw="argmax")),
-}
-
-
-def run_spans(names, network=NETWORK, **changes):
-    """Rows whose text and image are hidden, with the spans of these names filled."""
-    tokens, valid = rows()
-    tokens[:, 9] = 20
-    for start, length, _ in SPANS.values():
-        tokens[:, start : start + length] = VOCAB.mask
-    spans = [
-        Span(jnp.full(B, start), jnp.full(B, length), length, dataclasses.replace(rule, **changes))
-        for start, length, rule in map(SPANS.get, names)
-    ]
-    keys = jax.random.split(jax.random.key(4), B)
-    call = jax.jit(lambda t, v: denoise_spans(network, t, v, spans, vocab=VOCAB, key_B=keys))
-    return tokens, np.asarray(call(tokens, valid))
-
-
-@pytest.mark.parametrize("name", SPANS)
-def test_a_span_by_itself_is_filled_as_by_denoise(name):
-    start, length, rule = SPANS[name]
-    rule = dataclasses.replace(rule, temperature=0.0)
-    tokens, filled = run_spans([name], temperature=0.0)
-    alone = denoise(
-        NETWORK,
-        tokens,
-        rows()[1],
-        start=start,
-        length=length,
-        rule=rule,
-        vocab=VOCAB,
-        key=jax.random.key(0),
-    )
-    np.testing.assert_array_equal(filled, alone)
-
-
-def test_two_spans_are_filled_in_the_same_steps_and_see_each_other():
-    """Against the loop written out: both spans predict from the row that the step before has left."""
-    tokens, filled = run_spans(["text", "image"], temperature=0.0)
-    assert (filled != VOCAB.mask).all()
-    draft_of = {
-        name: Draft(jnp.asarray(tokens), jnp.asarray(rows()[1]), jnp.full(B, start), jnp.full(B, length),
-                    jax.random.split(jax.random.key(0), B))
-        for name, (start, length, _) in SPANS.items()
-    }  # fmt: skip
-    fields = {
-        name: {"length": length, "rule": dataclasses.replace(rule, temperature=0.0), "vocab": VOCAB}
-        for name, (_, length, rule) in SPANS.items()
-    }
-    states = {name: begin(NETWORK, draft_of[name], **fields[name]) for name in SPANS}
-    now = np.array(tokens)
-    for _ in range(7):  # the text takes 7 steps, the image 4
-        states = {
-            name: advance(
-                NETWORK, draft_of[name], state._replace(tokens_BL=jnp.asarray(now)), **fields[name]
-            )
-            for name, state in states.items()
-        }
-        for name, (start, length, _) in SPANS.items():
-            span = slice(start, start + length)
-            now[:, span] = np.asarray(states[name].tokens_BL)[:, span]
-    np.testing.assert_array_equal(filled, now)
-    # The text would be another one without the image.
-    assert (run_spans(["text"], temperature=0.0)[1][:, 2:9] != filled[:, 2:9]).any()
-
-
-def test_spans_without_guidance_share_a_pass():
-    passes = []
-
-    def counted(tokens_BL, valid_BL):
-        passes.append(1)
-        return hidden(tokens_BL, valid_BL)
-
-    network = types.SimpleNamespace(hidden_states=counted, unembed=unembed)
-    run_spans(["text", "image"], network, guidance=0.0)
-    assert len(passes) == 1  # as the step is traced
-
-
-def test_several_spans_do_not_go_with_a_cache():
-    with pytest.raises(ValueError, match="cache is 'dual'; rows with several spans need 'none'"):
-        run_spans(["text"], cache="dual")
