@@ -118,10 +118,15 @@ def test_what_does_not_fit_ends_before_anything_is_compiled(model_workdir, tmp_p
 
 def test_techniques_are_those_that_the_options_name(model_workdir):
     args = options(only=None)
-    subject = decode.Subject(decode.random_model((32, 1, 64), 64), {}, is_random=False)
+    subject = decode.Subject(decode.random_model((32, 1, 64), 256), {}, is_random=False)
     assert tuple(decode.rules(args, subject, 20)) == bench.DECODINGS
     by_chance = decode.rules(args, decode.Subject(subject.model, {}, is_random=True), 20)
     assert set(bench.DECODINGS) - set(by_chance) == set(decode.BY_CERTAINTY)
+    for name, rule in decode.rules(args, subject, 20).items():
+        assert subject.job(1, 20, rule).rule == rule, (
+            "no field is added, so that ratios are of what is named"
+        )
+        assert (rule.stop is not None) == (name in ("stop", "all"))
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (3, 9), (40, 10), (700, 700)])

@@ -143,7 +143,12 @@ class Subject:
             special = {getattr(vocab, name) for name in SPECIAL_TOKENS}
             words = [i for i in range(vocab.image_offset) if i not in special]
             prompts = rng.choice(words, (batch, PROMPT))
-        return self.model.text_job(prompts, rule, new)
+        return self.job_of(prompts, new, rule)
+
+    def job_of(self, prompts: Any, new: int, rule: TextRule) -> Job:
+        """Rows of these prompts, decoded by this very rule: by default a rule with a cache stops at the end
+        of a text, which is a technique of its own here."""
+        return dataclasses.replace(self.model.text_job(prompts, rule, new), rule=rule)
 
 
 def open_subject(args: argparse.Namespace) -> Subject:
@@ -373,7 +378,7 @@ def judge(subject: Subject, by_name: Mapping[str, TextRule], new: int, n: int) -
         for name, rule in by_name.items():
             spans[name], texts = [], []
             for part in parts:
-                job = model.text_job(part, rule, new)
+                job = subject.job_of(part, new, rule)
                 of_part = model.run(model.params, job)
                 spans[name] += of_part
                 texts += [text.text for text in model.results(job, of_part)]

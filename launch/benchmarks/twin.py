@@ -419,13 +419,13 @@ def as_text(report: Mapping[str, Any]) -> str:
     )
     lines += [
         "",
-        f"{'median (quartiles), ms':<22}{'ours':>26}{'PyTorch twin':>26}{'RATIO':>8}{'CPU ratio':>11}",
+        f"{'median (quartiles), ms':<22}{'ours':>30}{'PyTorch twin':>30}{'RATIO':>8}{'CPU ratio':>11}",
     ]
     for task, result in report["tasks"].items():
         row = f"{task:<22}"
         ms = timing.in_ms({side: result[side] for side in ("ours", "twin") if side in result})
         for side in ("ours", "twin"):
-            row += f"{timing.as_text(ms[side]) if side in ms else '-':>26}"
+            row += f"{timing.as_text(ms[side]) if side in ms else '-':>30}"
         if "ratio" in result:
             row += f"{result['ratio']:>8.2f}{result['cpu_ratio']:>11.2f}"
         lines.append(row)
