@@ -25,7 +25,7 @@ PRESETS = ("digits", "tiny")
 SPLITS = ("train", "validation", "test")
 DECODINGS = (
     "plain", "stop", "prefix", "cache", "window", "steps", "threshold", "relax", "leap", "factor", "bound",
-    "all",
+    "all", "engine", "draw",
 )  # fmt: skip
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
 

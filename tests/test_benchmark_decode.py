@@ -3,24 +3,24 @@
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from launch import bench
-from launch.benchmarks import cases, decode, decode_report, timing
+from launch.benchmarks import cases, decode, decode_report, serving, timing
 from mmada_jax.data import digits
+from mmada_jax.devices import sharding
 
 TINY = ["--random", "32,1,64", "--new", "24", "--batch", "1", "--repeats", "2", "--block", "8",
         "--window", "8"]  # fmt: skip
+OPTIONS = types.SimpleNamespace(
+    only=None, block=8, window=8, threshold=0.9, relax=0.3, leap=0.7, factor=1.0, bound=0.1
+)
 
 
 def run(*words):
     return bench.main(["decode", *map(str, words)])
-
-
-def options(only):
-    of_rules = {"threshold": 0.9, "relax": 0.3, "leap": 0.7, "factor": 1.0, "bound": 0.1}
-    return types.SimpleNamespace(block=8, window=8, only=only, **of_rules)
 
 
 def test_random_weights_are_timed_and_drawn(tmp_path, capsys):
@@ -37,7 +37,7 @@ def test_random_weights_are_timed_and_drawn(tmp_path, capsys):
         assert 0 <= row["equal"] <= 1 and row["turns"] == 2 and row["compile_seconds"] > 0
     assert report["rules"]["24"]["all"].items() >= {"cache": "dual", "window": 8, "steps": 6}.items()
     assert report["machine"]["cores"] >= 1
-    # They are of 512 and 1024 tokens, or aren't there yet.
+    # They are of 512 and 1024 tokens, or weren't asked for.
     for name in ("cache_512", "all_512", "all_1024", "engine_16", "draw"):
         assert report[name] is None
     assert report["accuracy"] == {"plain": None, "fast": None} and report["cases"] is None
@@ -45,6 +45,20 @@ def test_random_weights_are_timed_and_drawn(tmp_path, capsys):
     assert "batch 1, 24 new tokens" in shown and "random weights: " in shown
     assert "Random weights are never certain" in shown
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_engine_and_drawing_are_timed_by_themselves(monkeypatch, capsys):
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", lambda: one)
+    monkeypatch.setattr(serving, "N_IMAGE", 16)
+    report = run(
+        "--random", "32,1,64", "--new", 16, "--batch", 2, "--repeats", 1, "--only", "engine", "draw"
+    )
+    assert report["rows"] == [] and report["engine_16"] is None
+    assert report["engine"]["rows"] == 2 and report["engine"]["ratio"] > 0
+    assert report["draw"] == report["drawing"]["ratio"] > 0
+    shown = capsys.readouterr().out
+    assert "2 requests by `all`, one by one" in shown and "4 guided drawings of 16 tokens" in shown
 
 
 def test_plain_decoding_that_takes_too_long_is_left_out(capsys):
@@ -107,6 +121,7 @@ def test_what_does_not_fit_ends_before_anything_is_compiled(model_workdir, tmp_p
         ([*model, "--random", "32,1,64"], "name two models"),
         ([*model, "--plot", tmp_path / "none" / "x.png"], "no folder"),
         (["--prompts", tmp_path / "x.txt"], "give --model too"),
+        (["--random", "32,1,64", "--only", "draw", "--plot", "x.png"], "names none"),
         (["--random", "32,1,64", "--only", "relax"], "relax needs a model that is certain"),
         (["--random", "30,1,64"], "the width must be a multiple of 16"),
     ):
@@ -117,12 +132,15 @@ def test_what_does_not_fit_ends_before_anything_is_compiled(model_workdir, tmp_p
 
 
 def test_techniques_are_those_that_the_options_name(model_workdir):
-    args = options(only=None)
     subject = decode.Subject(decode.random_model((32, 1, 64), 256), {}, is_random=False)
-    assert tuple(decode.rules(args, subject, 20)) == bench.DECODINGS
-    by_chance = decode.rules(args, decode.Subject(subject.model, {}, is_random=True), 20)
+    names = decode.chosen(OPTIONS, subject)
+    assert tuple(names) == bench.DECODINGS
+    by_chance = decode.chosen(OPTIONS, decode.Subject(subject.model, {}, is_random=True))
     assert set(bench.DECODINGS) - set(by_chance) == set(decode.BY_CERTAINTY)
-    for name, rule in decode.rules(args, subject, 20).items():
+    assert decode.rules(OPTIONS, subject, 20, decode.BESIDE) == {}
+    by_name = decode.rules(OPTIONS, subject, 20, names)
+    assert (*by_name, *decode.BESIDE) == bench.DECODINGS
+    for name, rule in by_name.items():
         assert subject.job(1, 20, rule).rule == rule, (
             "no field is added, so that ratios are of what is named"
         )
@@ -151,8 +169,7 @@ def test_tokens_count_up_to_the_end_of_an_answer():
 
 def test_steps_that_a_rule_fixes_are_those_that_are_taken():
     subject = decode.Subject(decode.random_model((32, 1, 64), 256), {}, is_random=True)
-    args = options(only=["plain", "steps"])
-    for rule in decode.rules(args, subject, 20).values():
+    for rule in decode.rules(OPTIONS, subject, 20, ["steps"]).values():
         side = decode.Side.__new__(decode.Side)
         side.model, side.job = subject.model, subject.job(1, 20, rule)
         assert side.steps() == sum(1 for _ in subject.model.steps(subject.model.params, side.job))

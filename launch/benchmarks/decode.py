@@ -19,6 +19,9 @@ each. The techniques, by fields of TextRule:
     bound      as many tokens as keep their joint entropy low (bound)
     all        cache, window, threshold, relax and stop together
 
+Beside them `engine` times many requests at once by `all` against one after the other, and `draw` guided
+drawing against guidance now and then.
+
 A model with random weights is never certain. It has no techniques of certainty, and its `all` reveals four
 tokens in each step and doesn't stop.
 
@@ -43,6 +46,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch.bench import DECODINGS
 from launch.benchmarks import cases, decode_report, serving, timing
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode
@@ -58,6 +62,7 @@ from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 RANDOM = (512, 8, 4096)
 PROMPT = 128  # tokens of a prompt, where nobody gives one
 BY_CERTAINTY = ("stop", "threshold", "relax", "leap", "factor", "bound")
+BESIDE = ("engine", "draw")
 CASE_ROWS = 16
 LONG = 60.0  # seconds of a call of plain decoding from which on it is called once
 
@@ -65,25 +70,30 @@ LONG = 60.0  # seconds of a call of plain decoding from which on it is called on
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All numbers of a run. Raises ValueError for options that don't go together or don't fit the model."""
     subject = open_subject(args)
-    by_new = {new: rules(args, subject, new) for new in args.new}
+    names = chosen(args, subject)
+    if args.plot and set(names) <= set(BESIDE):
+        raise ValueError(f"--plot draws techniques, and --only {' '.join(names)} names none")
+    by_new = {new: rules(args, subject, new, names) for new in args.new}
     jobs = {
         (batch, new): {name: subject.job(batch, new, rule) for name, rule in by_new[new].items()}
         for batch in args.batch
         for new in args.new
+        if by_new[new]
     }
     load_before = os.getloadavg()[0]
     rows = [row for (batch, new), of in jobs.items() for row in time_sides(subject, of, batch, new, args)]
-    engine = None
-    if max(args.batch) > 1 and "all" in by_new[max(args.new)]:
-        new = 512 if 512 in args.new else max(args.new)
-        with progress(f"{max(args.batch)} requests, {new} new: the engine", 1, "comparison") as bar:
-            job = jobs[max(args.batch), new]["all"]
+    most, new = max(args.batch), 512 if 512 in args.new else max(args.new)
+    engine = drawn = judged = None
+    if "engine" in names and most > 1 and subject.model.mesh.size == 1:
+        with progress(f"{most} requests, {new} new: the engine", 1, "comparison") as bar:
+            job = subject.job(most, new, rules(args, subject, new, ["all"])["all"])
             engine = serving.through_engine(subject.model, job, min(args.repeats, 3))
             bar.update(1)
-    drawn = serving.drawing(subject.model, args.repeats)
-    judged = None
-    if subject.task and not args.no_cases:
-        new = 512 if 512 in args.new else max(args.new)
+    if "draw" in names:
+        with progress("guided drawing", 1, "comparison") as bar:
+            drawn = serving.drawing(subject.model, args.repeats)
+            bar.update(1)
+    if subject.task and by_new[new] and not args.no_cases:
         judged = judge(subject, by_new[new], new, args.cases)
     report = {
         "machine": timing.machine(),
@@ -210,9 +220,24 @@ def random_model(sizes: tuple[int, int, int], length: int) -> MMaDA:
     return MMaDA(params, config, vocab, None, None, None, config.max_len, (1, 1), mesh)
 
 
-def rules(args: argparse.Namespace, subject: Subject, new: int) -> dict[str, TextRule]:
-    """The rule of each technique for so many new tokens, plain decoding first. Raises ValueError for a
-    technique that says nothing of a random model."""
+def chosen(args: argparse.Namespace, subject: Subject) -> list[str]:
+    """The names that `--only` has, by default all that say something of the model. Raises ValueError for a
+    technique that says nothing of it."""
+    certain = [name for name in args.only or () if name in BY_CERTAINTY]
+    if subject.is_random and certain:
+        raise ValueError(
+            f"{certain[0]} needs a model that is certain of some tokens, and random weights are not; "
+            "give --model FOLDER"
+        )
+    left_out = BY_CERTAINTY if subject.is_random else ()
+    return args.only or [name for name in DECODINGS if name not in left_out]
+
+
+def rules(
+    args: argparse.Namespace, subject: Subject, new: int, names: Sequence[str]
+) -> dict[str, TextRule]:
+    """The rules of these techniques for so many new tokens, first that of plain decoding. Without a
+    technique there is none."""
     vocab, blocks = subject.model.vocab, -(-new // args.block)
     quota = {"steps": blocks * max(1, min(args.block, new) // 4)}
     surely = {"threshold": args.threshold, "relax": args.relax}
@@ -232,16 +257,13 @@ def rules(args: argparse.Namespace, subject: Subject, new: int) -> dict[str, Tex
         "bound": {"bound": args.bound},
         "all": window | (quota if subject.is_random else surely | stop),
     }
-    names = args.only or [name for name in fields if not (subject.is_random and name in BY_CERTAINTY)]
-    if subject.is_random and (wrong := [name for name in names if name in BY_CERTAINTY]):
-        raise ValueError(
-            f"{wrong[0]} needs a model that is certain of some tokens, and random weights are not; "
-            "give --model FOLDER"
-        )
     # The mask reveals nothing, and the answers of random weights would end anywhere.
     never = (vocab.mask, vocab.eos, vocab.end_turn) if subject.is_random else (vocab.mask,)
-    names = ["plain", *(name for name in fields if name in names and name != "plain")]
-    return {name: TextRule(block=args.block, never=never, **fields[name]) for name in names}
+    techniques = [name for name in fields if name in names]
+    return {
+        name: TextRule(block=args.block, never=never, **fields[name])
+        for name in dict.fromkeys(["plain", *techniques] if techniques else ())
+    }
 
 
 def changes(rule: TextRule) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def drawing(model: MMaDA, repeats: int) -> dict[str, Any] | None:
         if model.vq_config:
             return model.draw_job(["a picture"] * ROWS, rule)
         rng = np.random.default_rng(0)
-        texts = rng.integers(64, model.vocab.image_offset, (ROWS, MAX_TEXT // 2))
+        texts = rng.integers(model.vocab.image_offset // 2, model.vocab.image_offset, (ROWS, MAX_TEXT // 2))
         rows = [layout.t2i_generation(model.vocab, text.tolist(), N_IMAGE, MAX_TEXT) for text in texts]
         other = layout.stack([layout.drop_condition(model.vocab, row, MAX_TEXT) for row in rows])
         start_B, length_B = np.full((2, ROWS), [[MAX_TEXT + 2], [N_IMAGE]])
