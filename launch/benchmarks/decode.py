@@ -347,7 +347,8 @@ def time_sides(
     timed = {name: side for name, side in sides.items() if turns[name]}
     total = sum(turns[name] * expected[name] for name in timed)
     with progress(f"{what}: decoding", round(total, 3), "s") as bar:
-        times = timing.take_turns(timed, turns, 0, called=lambda name: bar.update(expected[name]))
+        told = lambda name: bar.update(min(expected[name], bar.total - bar.n))  # noqa: E731
+        times = timing.take_turns(timed, turns, 0, called=told)
     rows = []
     for name, side in sides.items():
         row = {"batch": batch, "new": new, "technique": name, "steps": steps[name]}
