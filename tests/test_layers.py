@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
     "": "ranges disk files config progress",
     "tokens": "vocab tokenizer layout",
-    "data": "records images digits sources.source sources.paths sources.rows sources.arrayrecord "
+    "data": "records images digits totals sources.source sources.paths sources.rows sources.arrayrecord "
     "sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds sources.webdataset "
     "sources texts pipeline",
     "devices": "chips sharding distributed hlo",
@@ -22,7 +22,7 @@ FLOORS = {
     "folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "engine api",
-    "measure": "held_out digits report",
+    "measure": "held_out digits totals report",
     "train": "optim board metrics runs sweep rows supervised rl.rewards.quantities rl.rewards.extract "
     "rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo "
     "rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "

@@ -8,7 +8,7 @@ names is read only if it lies below the folder of its source.
 
 import numpy as np
 
-from mmada_jax.data import digits
+from mmada_jax.data import digits, totals
 from mmada_jax.data.sources.arrayrecord import ArrayRecords
 from mmada_jax.data.sources.imagefolder import ImageFolder
 from mmada_jax.data.sources.jsonl import JsonLines
@@ -33,6 +33,7 @@ _OPEN = {
     "llava": (Llava, ("image_root",)),
     "imagefolder": (ImageFolder, ("labels",)),
     "digits": (None, ()),
+    "totals": (None, ()),
 }
 
 
@@ -51,6 +52,8 @@ def open_source(config: SourceConfig, root: str = "", with_images: bool = True) 
         raise ValueError(f"{config.path}: format {config.format!r} has no use for {', '.join(unused)}")
     if config.format == "digits":
         return digits.open_records(config.path, config.split)
+    if config.format == "totals":
+        return totals.open_records(config.path, config.split)
     source = Llava(config, root, with_images) if config.format == "llava" else make(config, root)
     errors = []
     for index in np.linspace(0, len(source) - 1, 16).astype(int):

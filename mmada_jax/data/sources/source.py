@@ -10,7 +10,9 @@ from typing import Any, Literal, Protocol
 from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.ranges import Ranged, Weight
 
-FORMATS = ("arrayrecord", "tfds", "webdataset", "parquet", "jsonl", "llava", "imagefolder", "digits")
+FORMATS = (
+    "arrayrecord", "tfds", "webdataset", "parquet", "jsonl", "llava", "imagefolder", "digits", "totals"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
