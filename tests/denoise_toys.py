@@ -55,6 +55,8 @@ IMAGE_RULES = {
     "hidden": ImageRule(steps=4, guidance=0.0, quota="hidden"),
     "one step": ImageRule(steps=1, guidance=0.0),
     "largest": ImageRule(steps=5, guidance=0.0, remask="largest"),
+    "halton": ImageRule(steps=5, guidance=0.0, order="halton", columns=4, schedule="arccos"),
+    "emerge": ImageRule(steps=5, guidance=0.0, order="emerge"),
 }
 RULES = {f"text {k}": r for k, r in TEXT_RULES.items()} | {f"image {k}": r for k, r in IMAGE_RULES.items()}
 

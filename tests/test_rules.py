@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from denoise_toys import LENGTH, NETWORK, START, VOCAB, B, denoise_steps, hidden, rows, settings, unembed
 
-from mmada_jax.diffusion.rules import ImageRule, TextRule
+from mmada_jax.diffusion.rules import ImageRule, TextRule, halton_order
 
 
 def passing(rule, sure_N, entropy_N):
@@ -81,3 +81,59 @@ def test_guidance_is_computed_in_every_nth_step_and_kept_in_between(every):
         )  # fmt: skip
         now = now.at[:, span].set(jnp.where(reveal, index + VOCAB.image_offset, now[:, span]))
         np.testing.assert_array_equal(now, after)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (3, 7), (16, 16), (32, 32)])
+def test_the_halton_order_visits_every_place_once_and_every_quarter_early(grid):
+    order = halton_order(*grid)
+    assert sorted(order) == list(range(grid[0] * grid[1]))
+    if min(grid) > 3:
+        n = grid[0] * grid[1] // 4
+        i, j = np.divmod(order[:n], grid[1])
+        counts = np.bincount(2 * (2 * i >= grid[0]) + (2 * j >= grid[1]), minlength=4)
+        assert np.abs(counts - n / 4).max() <= max(1, 0.1 * n)
+
+
+def reveals(rule, seed, logits_seed, rows=400, n=16):
+    """The places that each step reveals [steps, rows, n], by a decoding of nothing but logits."""
+    logits = jnp.asarray(np.random.default_rng(logits_seed).normal(size=(rows, n, 8)), jnp.float32)
+    hidden, shown = jnp.ones((rows, n), bool), []
+    keys = jax.random.split(jax.random.key(seed), (rule.steps, rows, n))
+    for step in range(rule.steps):
+        args = keys[step], logits, hidden, jnp.full(rows, n), jnp.full(rows, step)
+        shown.append(np.asarray(rule.reveal(*args, n)[1]))
+        hidden &= ~shown[-1]
+    assert not hidden.any()
+    return np.array(shown)
+
+
+@pytest.mark.parametrize("rule", [
+    ImageRule(steps=6, order="halton", columns=4, schedule="arccos"), ImageRule(steps=6, order="emerge"),
+], ids=["halton", "emerge"])  # fmt: skip
+def test_the_order_does_not_depend_on_the_draw(rule):
+    np.testing.assert_array_equal(reveals(rule, 0, 1), reveals(rule, 0, 2))
+    other_seed = (reveals(rule, 0, 1) != reveals(rule, 1, 1)).any()
+    assert other_seed == (rule.order == "emerge")
+
+
+def test_by_halton_each_step_reveals_the_next_places_of_the_order():
+    rule = ImageRule(steps=6, order="halton", columns=4, schedule="arccos")
+    shown, order = reveals(rule, 0, 1, rows=2)[:, 0], halton_order(4, 4)
+    counts = shown.sum(axis=1)
+    for step, end in enumerate(np.cumsum(counts)):
+        assert set(np.flatnonzero(shown[step])) == set(order[end - counts[step] : end])
+    np.testing.assert_array_equal(16 - np.cumsum(counts), [14, 12, 10, 8, 5, 0])  # floor(16 arccos(t) 2/pi)
+
+
+def test_by_emerge_the_share_of_hidden_codes_follows_the_schedule():
+    rows, n = 400, 16
+    left = 1 - np.cumsum(reveals(ImageRule(steps=6, order="emerge"), 0, 1).mean(axis=(1, 2)))
+    expected = np.cos(np.pi / 2 * np.arange(1, 7) / 6)
+    error = np.sqrt(expected * (1 - expected) / (rows * n))
+    assert (np.abs(left - expected) <= 4 * error + 1e-6).all()
+
+
+@pytest.mark.parametrize("columns", [None, 5])
+def test_the_halton_order_needs_the_columns_of_the_picture(columns):
+    with pytest.raises(ValueError, match=f"columns is {columns}; with order 'halton' it must be"):
+        ImageRule(order="halton", columns=columns).check_length(16)

@@ -8,6 +8,7 @@ ends, and which tokens a step reveals. So a new way of decoding is one more clas
 """
 
 import dataclasses
+import functools
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -24,6 +25,7 @@ Guidance = Annotated[float, Range(0, 1e6)]
 Passing = Annotated[float, Range(0, 1, above=True)]
 Token = Annotated[int, Range(0, 2**31 - 1)]
 CACHES = ("none", "prefix", "dual")
+ORDERS = ("certainty", "halton", "emerge")
 REMASKS = ("low_confidence", "largest", "margin", "entropy", "random")
 
 
@@ -214,6 +216,12 @@ class ImageRule(Ranged):
     inpainting over all steps. With `remask` "largest" a position is as certain as its most likely code,
     whichever was drawn: the order doesn't depend on the draw.
 
+    `order` says which codes stay. By "certainty", as above; "halton": a fixed order that spreads over the
+    picture, of which `columns` is the number of codes in a row (Halton-MaskGIT, arXiv 2503.17076);
+    "emerge": each hidden code stays with the same probability, which makes the share of hidden codes
+    follow `schedule` (MaskGRPO, arXiv 2510.02880). In the latter two no code is judged, and the order
+    doesn't depend on the draw; `temperature` and `remask` have no effect.
+
     With `guide_every` n guidance computes its unconditional row in every n-th step, and keeps in between
     how far the two rows were apart (LazyMAR, arXiv 2503.12450): up to twice as fast, and not exact.
     """
@@ -232,11 +240,20 @@ class ImageRule(Ranged):
     anneal: Literal["product", "linear"] = "product"
     quota: Literal["total", "hidden"] = "total"
     remask: Literal["low_confidence", "largest"] = "low_confidence"
+    order: Literal[ORDERS] = "certainty"
+    columns: Positive | None = None
     guide_every: Positive = 1
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if this rule can't fill a span of `length` tokens."""
         schedule.named(self.schedule)
+        if self.order not in ORDERS:
+            raise ValueError(f"unknown order {self.order!r}; known: {', '.join(ORDERS)}")
+        if self.order == "halton" and (self.columns is None or length % self.columns):
+            raise ValueError(
+                f"columns is {self.columns}; with order 'halton' it must be the number of codes in a row "
+                f"of the picture, and divide its {length} codes"
+            )
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
 
@@ -259,17 +276,11 @@ class ImageRule(Ranged):
         if self.draw == "sample":
             drawn_BNV += _gumbel(key_BN, 0, logits_BNV.shape[2:])
         x0_BN = jnp.argmax(drawn_BNV, axis=-1)
-        p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
-        sure_BN = jnp.max(p_BNV, axis=-1) if self.remask == "largest" else pick(p_BNV, x0_BN)
-
-        ratio_T = np.arange(1, self.steps + 1) / self.steps
-        tau_T = np.cumprod(1 - ratio_T) if self.anneal == "product" else 1 - ratio_T
-        tau_B = jnp.asarray((self.temperature * tau_T).astype(np.float32))[step_B]
-        score_BN = jnp.log(jnp.maximum(sure_BN, np.float32(1e-20)))
-        score_BN += tau_B[:, None] * _gumbel(key_BN, 1)
-        score_BN = jnp.where(hidden_BN, score_BN, jnp.inf)
+        if self.order == "emerge":
+            return x0_BN, hidden_BN & (_uniform(key_BN, 1) < self._emerging()[step_B][:, None])
 
         # Of U unknown tokens at most U - 1 and at least one stay hidden, until the last step.
+        ratio_T = np.arange(1, self.steps + 1) / self.steps
         schedule_of = schedule.named(self.schedule)
         keep_B = jnp.asarray(schedule.hidden_counts(schedule_of, length, self.steps))[step_B]
         if self.quota == "hidden":
@@ -278,9 +289,51 @@ class ImageRule(Ranged):
             keep_B = jnp.floor(n_given_B.astype(jnp.float32) * gamma_B).astype(jnp.int32)
         unknown_B = jnp.sum(hidden_BN, axis=1)
         keep_B = jnp.maximum(1, jnp.minimum(unknown_B - 1, keep_B))
+        is_last_B1 = (step_B >= self.steps - 1)[:, None]
+        if self.order == "halton":
+            rank_N = halton_order(length // self.columns, self.columns).argsort().astype(np.int32)
+            rank_BN = jnp.where(hidden_BN, rank_N[None], length).argsort(axis=1).argsort(axis=1)
+            return x0_BN, hidden_BN & ((rank_BN < (unknown_B - keep_B)[:, None]) | is_last_B1)
+
+        p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
+        sure_BN = jnp.max(p_BNV, axis=-1) if self.remask == "largest" else pick(p_BNV, x0_BN)
+        tau_T = np.cumprod(1 - ratio_T) if self.anneal == "product" else 1 - ratio_T
+        tau_B = jnp.asarray((self.temperature * tau_T).astype(np.float32))[step_B]
+        score_BN = jnp.log(jnp.maximum(sure_BN, np.float32(1e-20)))
+        score_BN += tau_B[:, None] * _gumbel(key_BN, 1)
+        score_BN = jnp.where(hidden_BN, score_BN, jnp.inf)
         cut_B1 = jnp.take_along_axis(jnp.sort(score_BN, axis=1), keep_B[:, None], axis=1)
-        again_BN = (score_BN < cut_B1) & (step_B < self.steps - 1)[:, None]
-        return x0_BN, hidden_BN & ~again_BN
+        return x0_BN, hidden_BN & ~((score_BN < cut_B1) & ~is_last_B1)
+
+    def _emerging(self):
+        """The probability that a hidden code is revealed, in each step."""
+        t = (np.arange(self.steps + 1) / self.steps).astype(np.float32)
+        hidden = np.clip(schedule.named(self.schedule)(t), 1e-6, 1)
+        return jnp.asarray(np.append(1 - hidden[1:-1] / hidden[:-2], 1).astype(np.float32))
+
+
+@functools.cache
+def halton_order(rows: int, columns: int) -> np.ndarray:
+    """The places of a grid, int [rows * columns], in the order in which the Halton sequence of bases 2 and
+    3 first comes to each: every part of the grid is visited early."""
+
+    def van_der_corput(n, base):
+        """The digits of n in this base, mirrored at the point."""
+        value, unit = np.zeros(len(n)), 1.0
+        while n.any():
+            unit /= base
+            value += unit * (n % base)
+            n = n // base
+        return value
+
+    found, first, count = np.zeros(0, int), 1, 4 * rows * columns
+    while len(found) < rows * columns:
+        n = np.arange(first, first + count)
+        i, j = (van_der_corput(n, 2) * rows).astype(int), (van_der_corput(n, 3) * columns).astype(int)
+        places = np.append(found, i * columns + j)
+        found = places[np.sort(np.unique(places, return_index=True)[1])]
+        first += count
+    return found
 
 
 Rule = TextRule | ImageRule

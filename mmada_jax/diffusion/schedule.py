@@ -37,6 +37,17 @@ class Cosine:
 
 
 @dataclasses.dataclass(frozen=True)
+class Arccos:
+    """arccos(t) / (pi / 2), the schedule of Halton-MaskGIT (arXiv 2503.17076): few tokens at first."""
+
+    def __call__(self, t):
+        """t -> ratio."""
+        if isinstance(t, np.ndarray):  # correctly rounded, as in Cosine
+            return (np.arccos(t.astype(np.float64)) / (math.pi / 2)).astype(np.float32)
+        return t.__array_namespace__().acos(t) / np.float32(math.pi / 2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Power(Ranged):
     """1 - t^exponent, clipped to [1e-6, 1]. Exponent 1 is the linear schedule."""
 
@@ -72,7 +83,7 @@ class Sigmoid(Ranged):
 
 
 def named(name: str) -> Schedule:
-    """`cosine`, `linear`, `powK` (K a number, as in pow2 or pow0.5) or `sigmoid`."""
+    """`cosine`, `linear`, `powK` (K a number, as in pow2 or pow0.5), `sigmoid` or `arccos`."""
     if name.startswith("pow"):
         try:
             exponent = float(name[3:])
@@ -80,9 +91,9 @@ def named(name: str) -> Schedule:
             pass
         else:
             return Power(exponent)
-    known = {"cosine": Cosine(), "linear": Power(1.0), "sigmoid": Sigmoid()}
+    known = {"cosine": Cosine(), "linear": Power(1.0), "sigmoid": Sigmoid(), "arccos": Arccos()}
     if name not in known:
-        raise ValueError(f"unknown schedule {name!r}; known: cosine, linear, powK, sigmoid")
+        raise ValueError(f"unknown schedule {name!r}; known: cosine, linear, powK, sigmoid, arccos")
     return known[name]
 
 

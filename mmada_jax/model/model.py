@@ -299,6 +299,8 @@ class Model:
 
     def _image_rule(self, rule: ImageRule | None, fields: dict[str, Any]) -> ImageRule:
         rule = inputs.rule_of(self.defaults.image, rule, fields)
+        if rule.order == "halton" and rule.columns is None:
+            rule = dataclasses.replace(rule, columns=self.grid[1])
         rule.check_length(self.n_image)
         return rule
 
