@@ -45,6 +45,9 @@ def decode_options(parser: Parser) -> None:
     parser.add_argument(
         "--random", type=sizes, metavar="D,N,V", help="random weights: width, layers, vocabulary"
     )
+    parser.add_argument(
+        "--train", action="store_true", help="train the model of long sums first (configs/totals.py)"
+    )
     parser.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="prompts, one a line")
     parser.add_argument(
         "--only", nargs="+", choices=DECODINGS, metavar="NAME", help=f"of {', '.join(DECODINGS)}"

@@ -9,7 +9,7 @@ import pytest
 
 from launch import bench
 from launch.benchmarks import cases, decode, decode_report, serving, timing
-from mmada_jax.data import digits
+from mmada_jax.data import digits, totals
 from mmada_jax.devices import sharding
 
 TINY = ["--random", "32,1,64", "--new", "24", "--batch", "1", "--repeats", "2", "--block", "8",
@@ -118,8 +118,9 @@ def test_what_does_not_fit_ends_before_anything_is_compiled(model_workdir, tmp_p
     model = ["--model", model_workdir]
     for words, error in (
         ([*model, "--new", "4096"], "4096 new ones don't fit"),
-        ([*model, "--random", "32,1,64"], "name two models"),
+        ([*model, "--random", "32,1,64"], "name different models"),
         ([*model, "--plot", tmp_path / "none" / "x.png"], "no folder"),
+        (["--train", "--random", "32,1,64"], "--random and --train name"),
         (["--prompts", tmp_path / "x.txt"], "give --model too"),
         (["--random", "32,1,64", "--only", "draw", "--plot", "x.png"], "names none"),
         (["--random", "32,1,64", "--only", "relax"], "relax needs a model that is certain"),
@@ -147,16 +148,39 @@ def test_techniques_are_those_that_the_options_name(model_workdir):
         assert (rule.stop is not None) == (name in ("stop", "all"))
 
 
-@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (3, 9), (40, 10), (700, 700)])
-def test_comparison_is_mcnemars_exact_test(only_first, only_second):
-    from scipy.stats import binomtest
+def test_sums_are_as_long_as_their_answers_may_be():
+    questions, is_right = cases.TASKS["totals"]
+    for new, rounds in ((16, 1), (128, 1), (256, 2), (512, 4), (1024, 4)):
+        asked = questions(3, new)
+        chains = [totals.parse(question) for question in asked]
+        assert len(set(asked)) == 3
+        assert all(chain.rounds == rounds and chain.split == "test" for chain in chains)
+        assert is_right(asked[0], chains[0].answer) and not is_right(asked[0], chains[1].answer)
 
-    first = np.array([1] * only_first + [0] * only_second + [1, 1, 0], bool)
-    second = np.array([0] * only_first + [1] * only_second + [1, 1, 0], bool)
-    found = cases.compare(first, second)
-    n = only_first + only_second
-    want = binomtest(only_first, n).pvalue if n else 1
-    assert found[:2] == (only_first, only_second) and found.p == pytest.approx(want)
+
+def test_without_a_name_the_model_is_that_of_the_sums(model_workdir, monkeypatch, tmp_path):
+    monkeypatch.setattr(cases, "TRAINED", tmp_path / "totals")
+    assert cases.trained(train=False) is None
+    monkeypatch.setattr(cases, "TRAINED", model_workdir)
+    monkeypatch.setattr(decode, "PROMPT", 8)
+    report = run("--new", 4, "--batch", 1, "--block", 4, "--repeats", 1, "--only", "plain")
+    assert report["model"]["name"] == str(model_workdir)
+
+
+def test_training_goes_through_both_stages(monkeypatch, tmp_path):
+    trained = []
+
+    def train(config, workdir):
+        trained.append((workdir, config["init"], config["image_tokenizer"]))
+        return types.SimpleNamespace(step=config["steps"] if len(trained) < 4 else 1)
+
+    monkeypatch.setattr("mmada_jax.train.supervised.train", train)
+    monkeypatch.setattr(cases, "TRAINED", tmp_path / "sums")
+    cases.trained(train=True)
+    first = ("../sums_short", "../sums_short/image_tokenizer")
+    assert trained == [(tmp_path / "sums_short", "", ""), (tmp_path / "sums", *first)]
+    with pytest.raises(SystemExit, match="143"):
+        cases.trained(train=True)
 
 
 def test_tokens_count_up_to_the_end_of_an_answer():

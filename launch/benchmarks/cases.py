@@ -1,13 +1,17 @@
 """Held-out cases of text that a program can judge: what a model is asked, whether its answers are right,
-and whether two ways of decoding differ on the same cases."""
+and the model that is trained for them."""
 
 import json
-import math
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
+from mmada_jax.data import totals
+from mmada_jax.weights.workdir import has_step
+
+# The workdir of the model that is measured if no other is named.
+TRAINED = pathlib.Path("runs/totals")
 
 
 class Task(NamedTuple):
@@ -18,8 +22,14 @@ class Task(NamedTuple):
     is_right: Callable[[str, str], bool]
 
 
+def _sums(n: int, new: int) -> list[str]:
+    """Sums of as many rounds as so many new tokens can answer, of those that a model is trained on."""
+    records = totals.open_records(str(max(1, min(4, (new - 3) // 108))), "test")
+    return [records.chain(i).question for i in range(n)]
+
+
 # Format of a source of conversations (a data.lm_chat of a configuration) -> the task that it trains.
-TASKS: dict[str, Task] = {}
+TASKS = {"totals": Task(_sums, lambda question, text: totals.check(question, text).chain)}
 
 
 def task_of(folder: pathlib.Path) -> tuple[str, Task] | None:
@@ -31,18 +41,21 @@ def task_of(folder: pathlib.Path) -> tuple[str, Task] | None:
     return (found[0], TASKS[found[0]]) if found else None
 
 
-class Comparison(NamedTuple):
-    """Cases that only the first of two ways has right, those that only the second has, and the two-sided p
-    of McNemar's exact test: how likely counts as unequal are if a case is as likely of either kind."""
+def trained(train: bool) -> pathlib.Path | None:
+    """The workdir of a model of long sums, with `train` trained in both stages unless they are done. None
+    if there is none. A SIGTERM on the way ends the program when what is trained is saved."""
+    if train:
+        from configs.totals import get_config
+        from mmada_jax.train.supervised import train as train_stage
 
-    only_first: int
-    only_second: int
-    p: float
-
-
-def compare(first_B: Sequence[bool], second_B: Sequence[bool]) -> Comparison:
-    """McNemar's exact test. The arguments say which cases are right, in the same order."""
-    first_B, second_B = np.asarray(first_B, bool), np.asarray(second_B, bool)
-    a, b = int(np.sum(first_B & ~second_B)), int(np.sum(second_B & ~first_B))
-    tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b)
-    return Comparison(a, b, min(1.0, 2 * tail))
+        first = TRAINED.with_name(f"{TRAINED.name}_short")
+        for stage, workdir in (("short", first), ("long", TRAINED)):
+            config = get_config(stage).to_dict()
+            if stage == "long":
+                config |= {
+                    "init": f"../{first.name}",
+                    "image_tokenizer": f"../{first.name}/image_tokenizer",
+                }
+            if int(train_stage(config, workdir).step) < config["steps"]:
+                sys.exit(143)  # as a shell has it for SIGTERM
+    return TRAINED if has_step(TRAINED) else None

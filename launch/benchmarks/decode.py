@@ -1,6 +1,7 @@
 """Times plain decoding of text against each technique that makes it faster, and compares what they say.
 
-    mmada bench decode                                  # random weights, 25 million of them
+    mmada bench decode                                  # runs/totals; without it random weights, 25 million
+    mmada bench decode --train                          # trains the model of runs/totals first
     mmada bench decode --model FOLDER --json out.json --plot out.png
     mmada bench decode --only cache all --new 512 --batch 1 --no-cases
 
@@ -53,6 +54,7 @@ from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.disk import write_whole
+from mmada_jax.measure.totals import mcnemar
 from mmada_jax.nets import transformer
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
@@ -163,8 +165,9 @@ class Subject:
 
 def open_subject(args: argparse.Namespace) -> Subject:
     """The model that the options name. Raises ValueError or FileNotFoundError if there is none."""
-    if args.model and args.random:
-        raise ValueError("--model and --random name two models; give one of them")
+    named = [f"--{name}" for name in ("model", "random", "train") if getattr(args, name)]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} name different models; give one of them")
     if args.prompts and not args.model:
         raise ValueError("--prompts are for a model that reads text; give --model too")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -172,11 +175,12 @@ def open_subject(args: argparse.Namespace) -> Subject:
     for path in filter(None, (args.json, args.plot)):
         if not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {path.parent} to write {path.name} into")
-    if not args.model:
+    folder = args.model or (None if args.random else cases.trained(args.train))
+    if not folder:
         model = random_model(args.random or RANDOM, PROMPT + max(args.new))
         return Subject(model, describe(model, "random weights", f"{PROMPT} random ids"), True)
-    prompts, task = None, cases.task_of(pathlib.Path(args.model))
-    model = MMaDA.load(args.model)
+    prompts, task = None, cases.task_of(pathlib.Path(folder))
+    model = MMaDA.load(folder)
     asked = f"{PROMPT} random ids"
     if args.prompts:
         prompts = [line for line in args.prompts.read_text().splitlines() if line.strip()]
@@ -185,7 +189,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
             raise ValueError(f"{args.prompts} has no line; write a prompt on each")
     elif task:
         asked = f"held-out cases of {task[0]}"
-    return Subject(model, describe(model, str(args.model), asked), False, task and task[1], prompts)
+    return Subject(model, describe(model, str(folder), asked), False, task and task[1], prompts)
 
 
 def describe(model: MMaDA, name: str, prompts: str) -> dict[str, Any]:
@@ -409,12 +413,12 @@ def judge(subject: Subject, by_name: Mapping[str, TextRule], new: int, n: int) -
             right[name] = [task.is_right(*pair) for pair in zip(questions, texts[:n], strict=True)]
     techniques = {}
     for name in by_name:
-        against = cases.compare(right["plain"], right[name])
+        only_plain, only_it, p = mcnemar(np.array(right["plain"]), np.array(right[name]))
         techniques[name] = {
             "correct": sum(right[name]),
-            "only_plain": against.only_first,
-            "only_it": against.only_second,
-            "p": against.p,
+            "only_plain": only_plain,
+            "only_it": only_it,
+            "p": p,
             "equal": equal(spans["plain"][:n], spans[name][:n], model.vocab),
         }
     return {"total": n, "new": new, "techniques": techniques}
