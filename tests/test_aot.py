@@ -103,6 +103,21 @@ def test_drawing_with_the_8b_on_a_tensor_mesh():
 
 
 @pytest.mark.aot
+def test_steps_of_decoding_text(small):
+    """A cached step computes a block of 32 tokens, a plain one the whole row of 387."""
+    common = ("--config", small, "--topology", "v5p:2x2x1", "--json", "--config.batch_size=2")
+    plain, cached = (json.loads(launch(*common, "--step", step).stdout) for step in ("text", "text_cached"))
+    assert plain["fits"] and cached["fits"]
+    assert (plain["row_length"], cached["row_length"]) == (387, 32)
+    # What the other 355 tokens of the two rows take: three layers, and attention. Per chip.
+    layers = 2 * 2 * 355 * 3 * (4 * 512 * 512 + 3 * 512 * 1024) / 4
+    assert 1 < (plain["matmul_flops"] - cached["matmul_flops"]) / layers < 1.4
+    weights = 2 * (134656 * 512 * 2) / 4  # embedding and head of 4 chips, bf16
+    assert cached["roofline_ms"] > 1e3 * weights / 2765e9
+    assert plain["roofline_ms"] > 0
+
+
+@pytest.mark.aot
 def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change():
     flags = ["--topology", "v5e:4x4", "--config.batch_size=128", "--json"]
     run = launch("--config", "configs/pretrain.py:8b,phase=3", *flags)

@@ -31,6 +31,7 @@ class Chip:
     ghz: float
     topologies: tuple[str, ...]
     wraps: int  # an axis that is a multiple of this long is a ring
+    hbm_gbps: float  # gigabytes that it reads from its memory in a second
     cores: int = 1  # per chip, in the cloud's names: v5p-128 has 64 chips
     scoped_vmem_kib: int | None = None
 
@@ -48,9 +49,9 @@ _CUBES = (
 )  # fmt: skip
 
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", 15.75, 197, 1.5, _FLAT, wraps=16),
-    "v5p": Chip("TPU v5", 95.74, 459, 1.75, _CUBES, wraps=4, cores=2, scoped_vmem_kib=32768),
-    "v6e": Chip("TPU v6 lite", 31.25, 918, 1.75, _FLAT, wraps=16, scoped_vmem_kib=65536),
+    "v5e": Chip("TPU v5 lite", 15.75, 197, 1.5, _FLAT, wraps=16, hbm_gbps=819),
+    "v5p": Chip("TPU v5", 95.74, 459, 1.75, _CUBES, wraps=4, hbm_gbps=2765, cores=2, scoped_vmem_kib=32768),
+    "v6e": Chip("TPU v6 lite", 31.25, 918, 1.75, _FLAT, wraps=16, hbm_gbps=1640, scoped_vmem_kib=65536),
 }
 
 

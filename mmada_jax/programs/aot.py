@@ -5,6 +5,8 @@
         --config.batch_size=1024 --config.model.remat=attention+middle --json
     mmada aot --config configs/pretrain.py:8b,phase=3 --step draw --topology v6e:1x1 \
         --config.batch_size=1
+    mmada aot --config configs/pretrain.py:8b,phase=3 --step text_cached --topology v5e:2x2 \
+        --config.batch_size=16
     mmada aot --config configs/unigrpo.py:8b --topology v5p:4x4x8
 
 A model of one's own has the sizes of its configuration and of its tokenizers, which must be there:
@@ -26,7 +28,7 @@ WORKDIR = (
     "where the run will lie: the paths of its tokenizers and its start are relative to it; what isn't "
     "there yet is known of the published 8B models alone (default: runs/aot)"
 )
-STEPS = ("train", "draw", "rollout", "score", "update")
+STEPS = ("train", "draw", "text", "text_cached", "rollout", "score", "update")
 
 
 def main(argv: list[str]) -> None:
@@ -35,8 +37,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--topology", required=True, help="as v5p:4x4x4 or v5p-128; of one slice")
     parser.add_argument("--slices", type=int, default=1, metavar="N",
                         help="how many slices; the mesh axis data crosses them (default: 1)")  # fmt: skip
-    parser.add_argument("--step", choices=STEPS, help="training (the default), or drawing with guidance; "
-                        "of UniGRPO one of the last three, by default all")  # fmt: skip
+    parser.add_argument(
+        "--step",
+        choices=STEPS,
+        help="training (the default), drawing with guidance, a step of decoding text, plain or with a "
+        "cache; of UniGRPO one of the last three, by default all",
+    )
     parser.add_argument(
         "--task", default="", help="of a UniGRPO config (default: the task with the longest rows)"
     )
@@ -103,8 +109,13 @@ def as_text(report):
             f"ceiling      {report['mfu_ceiling']:.1%} of the peak, by the compiler's estimate of "
             f"{report['cycles'] / 1e6:.0f} M cycles,",
             "             collectives and Pallas kernels not counted; this is not a throughput",
-            "collectives",
         ]
+        if report["roofline_ms"] is not None:
+            lines.append(
+                f"roofline     {report['roofline_ms']} ms: weights and cache read once, or the products "
+                "computed, whichever is longer; not a measurement"
+            )
+        lines.append("collectives")
         lines += [
             f"  {kind:20} {c['count']:5}, {c['async']} asynchronous, {c['bytes'] / 1e9:.2f} GB"
             for kind, c in report["collectives"].items()
@@ -123,7 +134,7 @@ def what_to_change(report):
     text = f"does not fit: {needed:.2f} GiB needed, a chip has {limit:.2f}. "
     if report["step"] in ("rollout", "score", "update"):
         return text + "Use more chips, or lower the task's groups or --config.objective.responses."
-    if report["step"] == "draw":
+    if report["step"] in ("draw", "text", "text_cached"):
         return text + "Use more chips (each holds a part of the weights), or lower --config.batch_size."
     ways, parts = [], report["accumulate"]
     rows, n_data = round(report["rows_per_chip"]), report["mesh"]["data"] * report["mesh"]["fsdp"]

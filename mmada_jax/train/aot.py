@@ -23,6 +23,7 @@ from mmada_jax.devices import chips, hlo, sharding
 from mmada_jax.diffusion import decode, rules
 from mmada_jax.model import inputs
 from mmada_jax.model.model import Model
+from mmada_jax.nets import cache as caches
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA
@@ -82,14 +83,54 @@ def lower_train(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stage
         return step.lower(shapes, _key(), layout.Batch(**batch, task=task))
 
 
-def lower_draw(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """Drawing `run.batch_size` images with guidance, not yet compiled: the loop over the steps."""
+BLOCK = 32  # tokens of a block of text
+
+
+def lower_text(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh, is_cached: bool) -> jax.stages.Lowered:
+    """A step of decoding text in `run.batch_size` rows, not yet compiled: the ids of a block that are most
+    likely. It computes whole rows, or the block with stored keys and values of the rest."""
+    params, model = _bf16(plan, mesh)
+    B, L = run.batch_size, plan.shape.length
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def ids(network, h_BND):
+        return jax.numpy.argmax(network.unembed(h_BND), axis=-1)
+
+    def plain(params, tokens_BL, valid_BL):
+        network = transformer.Network(params, model)
+        return ids(network, network.hidden_states(tokens_BL, valid_BL)[:, -BLOCK:])
+
+    def of_block(params, tokens_BN, place_BN, valid_BN, cache, seen_BL):
+        network = transformer.Network(params, model)
+        return ids(network, network.hidden_block(tokens_BN, place_BN, valid_BN, cache, seen_BL)[0])
+
+    places = jax.tree.map(lambda x: x.sharding, params)
+    with jax.set_mesh(mesh):
+        if not is_cached:
+            step = jax.jit(plain, in_shardings=(places, rows, rows), out_shardings=everywhere)
+            given = [jax.ShapeDtypeStruct((B, L), kind) for kind in (np.int32, bool)]
+            return step.lower(params, *given)
+        of_cache = caches.shardings(mesh)
+        in_shardings = (places, rows, rows, rows, of_cache, rows)
+        step = jax.jit(of_block, in_shardings=in_shardings, out_shardings=everywhere)
+        given = [jax.ShapeDtypeStruct((B, BLOCK), kind) for kind in (np.int32, np.int32, bool)]
+        cache = jax.eval_shape(lambda: transformer.Network(None, model).empty_cache(B, L))
+        return step.lower(params, *given, cache, jax.ShapeDtypeStruct((B, L), bool))
+
+
+def _bf16(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, transformer.Config]:
+    """The params of a model that decodes, as shapes on the mesh, and its architecture."""
     model = dataclasses.replace(plan.model, remat="none")
     shapes = transformer.param_shapes(model)
     places = sharding.tree_shardings(mesh, transformer.param_axes(model), shapes)
-    params = jax.tree.map(
+    return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=place), shapes, places
-    )
+    ), model
+
+
+def lower_draw(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """Drawing `run.batch_size` images with guidance, not yet compiled: the loop over the steps."""
+    params, model = _bf16(plan, mesh)
     B, L = run.batch_size, plan.shape.length
     rows = jax.ShapeDtypeStruct((B, L), np.int32), jax.ShapeDtypeStruct((B, L), bool)
     with jax.set_mesh(mesh):
@@ -170,7 +211,7 @@ class Subject:
     copies: int = 1  # two where guidance runs a second row beside each
 
 
-TRAINING, RL = ("train", "draw"), ("rollout", "score", "update")
+TRAINING, RL = ("train", "draw", "text", "text_cached"), ("rollout", "score", "update")
 
 
 def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.Path = WORKDIR) -> Subject:
@@ -209,10 +250,12 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.P
         return Subject(lower, model, mesh, B, L, 3, None, run.accumulate, run.loss_chunk)
     # No rows to spread: every chip has a part of each weight. Every image has a second row.
     model = dataclasses.replace(model, remat="none")
-    mesh, logits = (
-        {"data": 1, "fsdp": 1, "tensor": -1},
-        2 * B * plan.shape.n_image * plan.vocab.codebook_size,
-    )
+    mesh = {"data": 1, "fsdp": 1, "tensor": -1}
+    if step in ("text", "text_cached"):
+        is_cached = step == "text_cached"
+        lower = functools.partial(lower_text, run, plan, is_cached=is_cached)
+        return Subject(lower, model, mesh, B, BLOCK if is_cached else L, 1, B * BLOCK * model.vocab)
+    logits = 2 * B * plan.shape.n_image * plan.vocab.codebook_size
     return Subject(functools.partial(lower_draw, run, plan), model, mesh, 2 * B, L, 1, logits, copies=2)
 
 
@@ -232,14 +275,16 @@ def report(
     model_flops      of the model's forward and backward pass, nothing recomputed
     mfu_ceiling      model_flops / (peak * cycles / clock): the compiler's estimate of cycles, which
                      knows neither collectives nor kernels. Not a throughput.
+    roofline_ms      the least time that a step of text takes: to read what it is given once, weights and
+                     cache, or to compute the products, whichever is longer. Not a measurement.
     collectives      kind -> count, how many of them are asynchronous, bytes
     layer_loop_blocking_mb   of collectives that nothing hides, forward and backward of one layer
     """
     what = subject(run, step, task, workdir)
     model = what.model
-    if step == "draw" and model.n_kv_heads % topology.chips:
+    if step in ("draw", "text", "text_cached") and model.n_kv_heads % topology.chips:
         raise ValueError(
-            f"drawing gives every chip its own heads: {model.n_kv_heads} can't be split over the "
+            f"decoding gives every chip its own heads: {model.n_kv_heads} can't be split over the "
             f"{topology.chips} chips of {topology}; choose a smaller topology"
         )
     mesh = sharding.make_mesh(**what.mesh, devices=devices(topology))
@@ -287,6 +332,7 @@ def report(
         "model_flops": flops,
         "cycles": cycles,
         "mfu_ceiling": round(flops / (chip.tflops * 1e12 * cycles / (chip.ghz * 1e9)), 3),
+        "roofline_ms": _roofline_ms(chip, arguments, program) if step.startswith("text") else None,
         "collectives": _collectives(program),
         "layer_loop_blocking_mb": round(
             _blocking_mb(program, model.n_layers // model.unroll) / model.unroll, 1
@@ -295,10 +341,15 @@ def report(
     }
 
 
+def _roofline_ms(chip: chips.Chip, bytes_read: int, program: hlo.CompiledProgram) -> float:
+    flops = program.matmul_flops() + program.kernel_flops()
+    return round(1e3 * max(bytes_read / (chip.hbm_gbps * 1e9), flops / (chip.tflops * 1e12)), 2)
+
+
 # What isn't known of a program that the compiler refused.
 NOT_COMPILED = dict.fromkeys((
     "hbm_arguments_gib", "hbm_temporaries_gib", "matmul_flops", "model_flops", "cycles", "mfu_ceiling",
-    "collectives", "layer_loop_blocking_mb", "attention_kernel",
+    "roofline_ms", "collectives", "layer_loop_blocking_mb", "attention_kernel",
 ))  # fmt: skip
 
 
