@@ -187,6 +187,20 @@ def test_what_fails_is_told_to_all_who_wait_for_it():
     assert_equal(made.run(job(RULES["dual"]), SEEDS), fill(RULES["dual"]))
 
 
+def test_a_listener_that_fails_ends_its_own_request_alone():
+    made = engine(slots=2)
+    rule = RULES["dual"]
+
+    def fail(ticket):
+        raise OSError("the listener has gone")
+
+    [gone] = made.submit(job(rule, [0]), SEEDS[:1], progress=fail)
+    [stays] = made.submit(job(rule, [3]), SEEDS[3:])
+    with pytest.raises(OSError, match="the listener has gone"):
+        gone.result()
+    assert_equal([stays.result()], fill(rule, [3]))
+
+
 def test_caches_keep_within_the_memory():
     rule = RULES["dual, window"]
     of_row = 2 * MODEL.n_layers * MODEL.n_kv_heads * 32 * MODEL.d_head * 4

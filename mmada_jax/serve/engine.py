@@ -179,7 +179,8 @@ class Engine:
                 try:
                     self._clear(lane)
                     self._join(lane, joining.get(key, []))
-                    self._advance(lane)
+                    if lane.live:
+                        self._advance(lane)
                 except Exception as error:  # whatever it is, those who wait hear of it
                     for ticket in (*lane.tickets, *joining.get(key, [])):
                         if ticket is not None:
@@ -346,8 +347,11 @@ class Engine:
                 self.counters["tokens"] += length
                 self._end(ticket, "done")
         for ticket in told:
-            if ticket.progress:
-                ticket.progress(ticket)
+            try:
+                if ticket.progress:
+                    ticket.progress(ticket)
+            except Exception as error:  # one listener's error isn't that of the rows beside it
+                self._end(ticket, "failed", error)
 
     def _end(self, ticket, state, error=None):
         with self._lock:
@@ -359,8 +363,10 @@ class Engine:
 
     def _end_late(self):
         now = time.monotonic()
-        seated = (ticket for lane in self._lanes.values() for ticket in lane.tickets if ticket)
-        for ticket in (*self._waiting, *seated):
+        seated = [ticket for lane in self._lanes.values() for ticket in lane.tickets if ticket]
+        with self._lock:
+            tickets = [*self._waiting, *seated]
+        for ticket in tickets:
             if ticket.deadline is not None and now > ticket.deadline and not ticket.over:
                 spent, limit = now - ticket.submitted, ticket.deadline - ticket.submitted
                 message = (
