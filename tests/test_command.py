@@ -142,7 +142,7 @@ def test_options_know_what_the_library_knows():
     from mmada_jax.train.rl.unigrpo import MASKINGS
     from mmada_jax.weights.lazy import DTYPES
 
-    assert set(prepare.FORMATS) == set(sources.FORMATS) - {"arrayrecord", "digits"}
+    assert set(prepare.FORMATS) == set(sources.FORMATS) - {"arrayrecord", "digits", "totals"}
     assert typing.get_args(images.Resize) == prepare.RESIZE
     assert tuple(DTYPES) == convert.DTYPES
     assert set(RL) <= set(importlib.import_module("mmada_jax.programs.aot").STEPS)
