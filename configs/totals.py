@@ -16,7 +16,7 @@ from mmada_jax.config import parse_arg
 
 STAGES = {
     "short": {"rounds": "1", "max_text": 195, "steps": 600, "rows": 12, "lr": 4e-3, "eps": 0.2},
-    "long": {"rounds": "1-4", "max_text": 519, "steps": 1000, "rows": 8, "lr": 4e-3, "eps": 0.1},
+    "long": {"rounds": "1-4", "max_text": 519, "steps": 900, "rows": 8, "lr": 3e-3, "eps": 0.1},
 }
 SMOKE = {"rounds": "1", "max_text": 195, "steps": 2, "rows": 8, "lr": 1e-3, "eps": 0.2}
 

@@ -15,7 +15,7 @@ from mmada_jax.tokens.tokenizer import TextTokenizer, chat
 from mmada_jax.train import runs
 from mmada_jax.train.supervised import train
 
-TERMS = (3, 5, 2, 4, 1, 5, 5, 1, 2, 3, 4, 1)
+TERMS = (3, 1, 2, 3, 1, 1, 3, 2, 2, 3, 2, 2)
 CHAIN = totals.Chain(TERMS, 2)
 
 
@@ -31,15 +31,15 @@ def tokenizer():
 def test_a_chain_asks_and_answers():
     asked = CHAIN.question.split("\n")
     assert len(asked) == 12
-    assert asked[:2] == ["a2:x+3=y", "b2:x+5=y"] and asked[-1] == "l2:x+1=y"
+    assert asked[:2] == ["a2:x+3=y", "b2:x+1=y"] and asked[-1] == "l2:x+2=y"
     said = CHAIN.answer.split("\n")
-    assert said[:3] == ["<think>a1:0+3=3", "b1:3+5=8", "c1:8+2=10"]
-    assert said[11:13] == ["l1:15+1=16", "a2:16+3=19"]
-    assert len(said) == 24 and said[-1] == "l2:11+1=12</think>12"
+    assert said[:3] == ["<think>a1:0+3=3", "b1:3+1=4", "c1:4+2=6"]
+    assert said[11:13] == ["l1:3+2=5", "a2:5+3=8"]
+    assert len(said) == 24 and said[-1] == "l2:8+2=0</think>0"
     for rounds in range(1, 10):
         chain = totals.Chain(TERMS, rounds)
         assert totals.parse(chain.question) == chain
-        assert chain.answer.endswith(f"</think>{rounds * sum(TERMS) % 20}")
+        assert chain.answer.endswith(f"</think>{rounds * sum(TERMS) % 10}")
 
 
 def wrong_questions():
@@ -49,7 +49,7 @@ def wrong_questions():
     for old, new in (
         ("a2", "a3"),
         ("a2", "a0"),
-        ("x+3", "x+6"),
+        ("x+3", "x+4"),
         ("x+3", "x+0"),
         ("x+3", "x+13"),
         ("=y", "="),
@@ -72,8 +72,8 @@ def test_the_splits_share_no_terms(rounds):
         assert {chain.split for chain in chains} == {split}
         assert {chain.rounds for chain in chains} == set(range(int(rounds[0]), int(rounds[-1]) + 1))
         seen[split] = {chain.terms for chain in chains}
-        assert len(seen[split]) == 600
-    assert len(set.union(*seen.values())) == 1800
+        assert len(seen[split]) > 580  # the same terms come again, if rarely
+    assert len(set.union(*seen.values())) == sum(map(len, seen.values()))
 
 
 def test_records_are_functions_of_their_index():
@@ -134,11 +134,11 @@ def test_the_checker_accepts_the_truth_and_no_single_wrong_token(tokenizer):
 
 def test_the_checker_says_what_is_right():
     right = CHAIN.answer
-    wrong_line = right.replace("3+5=8\nc1:8", "3+5=9\nc1:9", 1)
+    wrong_line = right.replace("3+1=4\nc1:4", "3+1=5\nc1:5", 1)
     assert totals.check(CHAIN.question, wrong_line) == totals.Verdict(chain=False, total=True, lines=1)
-    wrong_total = f"{right[:-2]}13"
+    wrong_total = f"{right[:-1]}1"
     assert totals.check(CHAIN.question, wrong_total) == totals.Verdict(chain=False, total=False, lines=24)
-    cut = right.partition("c1:8")[0]
+    cut = right.partition("c1:4")[0]
     assert totals.check(CHAIN.question, cut) == totals.Verdict(chain=False, total=False, lines=2)
     with pytest.raises(ValueError, match="asks for no totals"):
         totals.check("3+8", right)
@@ -163,7 +163,7 @@ class Teller:
 
 
 def test_right_chains_are_counted_case_by_case(tokenizer):
-    some, every = (Teller(tokenizer, knows) for knows in (lambda q: q[5] in "12", lambda q: True))
+    some, every = (Teller(tokenizer, knows) for knows in (lambda q: q[5] in "1", lambda q: True))
     rule = TextRule(block=32, threshold=0.9)
     few, all_ = measured.chains(some, 40, 2, rule, seed=3), measured.chains(every, 40, 2)
     assert some.asked == [(16, 224, rule, 3)] * 3
@@ -171,10 +171,10 @@ def test_right_chains_are_counted_case_by_case(tokenizer):
     assert all_.chain_B.all() and all_.total_B.all() and set(all_.lines_B) == {24}
     records = totals.open_records("2", "test")
     first = np.array([records.chain(i).terms[0] for i in range(40)])
-    np.testing.assert_array_equal(few.chain_B, first < 3)
-    assert str(few).startswith(f"40 chains of 2 rounds: {np.sum(first < 3)} right (")
+    np.testing.assert_array_equal(few.chain_B, first < 2)
+    assert str(few).startswith(f"40 chains of 2 rounds: {np.sum(first < 2)} right (")
     only_few, only_all, p = measured.mcnemar(few.chain_B, all_.chain_B)
-    assert (only_few, only_all) == (0, np.sum(first >= 3))
+    assert (only_few, only_all) == (0, np.sum(first >= 2))
     assert p == 2 / 2**only_all
 
 

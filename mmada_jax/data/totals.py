@@ -2,22 +2,22 @@
 which a program checks.
 
     question  a2:x+3=y          answer  <think>a1:0+3=3
-              b2:x+5=y                  b1:3+5=8
+              b2:x+1=y                  b1:3+1=4
               ...                       ...
-              l2:x+4=y                  l1:15+4=19
-                                        a2:19+3=2
+              l2:x+2=y                  l1:3+2=5
+                                        a2:5+3=8
                                         ...
-                                        l2:14+4=18</think>18
+                                        l2:8+2=0</think>0
 
-A sum has twelve terms of 1 to 5, which are added in one to nine rounds. A line of the question says the
+A sum has twelve terms of 1 to 3, which are added in one to nine rounds. A line of the question says the
 name of a term, a letter, the number of rounds, and the term. A line of the answer says the name, the round,
-the total so far, the term and the new total. After 19 a total begins at 0 again, so each is a single token.
-A line has 9 tokens, a question 107, and the answer to r rounds 108 r + 3 with the end of its turn.
+the total so far, the term and the new total. Totals are last digits, so each is a single token. A line has
+9 tokens, a question 107, and the answer to r rounds 108 r + 3 with the end of its turn.
 
 It is made to be learned in minutes. Every token follows from a few others, nearly all of them at a constant
 distance: the term from the question or the round before, the new total from the line itself. And terms are
-small, since a total then says much about the next one. Where it says nothing, as with the last digits of
-sums of any digits, no gradient leads to addition: a small model copies all else and guesses.
+small, since a total then says much about the next one. Where it says nothing, as after terms of 0 to 9, no
+gradient leads to addition: a small model copies all else and guesses.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from mmada_jax.data.records import Record
 from mmada_jax.tokens.tokenizer import END_THINK, THINK, split_thought
 
 NAMES = "abcdefghijkl"
-TERMS = (1, 2, 3, 4, 5)
-CLOCK = 20  # totals are below it
+TERMS = (1, 2, 3)
+CLOCK = 10  # totals are taken modulo it
 ROUNDS = 9  # at most
 SPLITS = ("train", "validation", "test")
 RECORDS = 2**18  # of each split
@@ -87,11 +87,11 @@ class Verdict:
 def parse(question: str) -> Chain:
     """The chain of a question. Raises ValueError for a text that isn't one."""
     rounds = re.match("[a-z]([1-9]):", question)
-    chain = Chain(tuple(map(int, re.findall("[+]([1-5])=", question))), int(rounds[1]) if rounds else 0)
+    chain = Chain(tuple(map(int, re.findall("[+]([1-3])=", question))), int(rounds[1]) if rounds else 0)
     if len(chain.terms) != len(NAMES) or chain.question != question:
         raise ValueError(
             f"{question!r:.80} asks for no totals; it needs {len(NAMES)} lines, from 'a4:x+3=y' with the "
-            f"number of rounds and a term of 1 to 5 on to {NAMES[-1]!r}"
+            f"number of rounds and a term of 1 to 3 on to {NAMES[-1]!r}"
         )
     return chain
 
