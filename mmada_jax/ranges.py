@@ -4,7 +4,7 @@
     class Config(Ranged):
         lr: Annotated[float, Range(0, 100)] = 5e-5
         warmup: Count = 5000
-        model: Annotated[dict[str, Any], FieldsOf(transformer.Config)] = ...
+        model: Annotated[dict[str, Any], FieldsOf(transformer.ModelConfig)] = ...
 
 An upper limit is far beyond all values in use. It makes a slip of the keyboard an error at the start,
 instead of a run that never ends. How texts and mappings become dataclasses is in config.py.

@@ -19,7 +19,7 @@ from mmada_jax.nets import vq
 from mmada_jax.weights import magvit_keys
 
 PREPARE = str(ROOT / "launch" / "prepare.py")
-VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
+VQ = vq.VQConfig(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
 
 
 def encode(pixels, format="PNG"):

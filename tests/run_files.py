@@ -22,7 +22,7 @@ from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.workdir import record_files
 
-VQ = vq.Config(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
+VQ = vq.VQConfig(32, (1, 2), (1, 1), (1, 2), (1, 1), bits=6)
 SIZE, N_CODES = 8, 16
 STEPS = 6
 N = 2 * STEPS  # records of a source: the rows of a task in a run

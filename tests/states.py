@@ -8,7 +8,7 @@ from mmada_jax.nets import transformer
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.state import TrainState, state_shardings
 
-CONFIG = transformer.Config(
+CONFIG = transformer.ModelConfig(
     d_model=16, n_layers=1, n_heads=2, n_kv_heads=2, d_mlp=32, vocab=64, max_len=16, dtype="float32"
 )
 

@@ -182,7 +182,7 @@ NEEDED = {
 NEEDED["train.rl.run.RLRun"] = {
     "program": "rl", "init": "x", "iterations": 1, "tasks": {"drawing": NEEDED["train.rl.run.Task"]},
 }  # fmt: skip
-NEEDED["nets.clip.Config"] = {
+NEEDED["nets.clip.ClipConfig"] = {
     "vision": NEEDED["nets.clip.Tower"], "text": NEEDED["nets.clip.Tower"], "d_features": 8,
     "image_size": 8, "patch": 4, "vocab": 9, "max_text": 7, "eos": None,
 }  # fmt: skip

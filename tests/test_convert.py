@@ -84,7 +84,7 @@ def test_the_published_image_tokenizer_there_and_back(tmp_path):
     shapes = load_golden("magvitv2_state_dict_shapes")[0]
     pool = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
     state = {key: np.resize(pool, shape) for key, shape in shapes.items()} | magvit_keys.constants(
-        vq.Config()
+        vq.VQConfig()
     )
     assert len(state) == 382
     src = publish(tmp_path / "src", state, {"_class_name": "MAGVITv2"}, form="bin")

@@ -6,7 +6,7 @@ import pytest
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import corrupt
-from mmada_jax.diffusion.corrupt import Config
+from mmada_jax.diffusion.corrupt import LossConfig
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import LLADA as V
 
@@ -29,7 +29,7 @@ def batch_of(tasks):
     return layout.stack([MAKE[task]() for task in tasks])
 
 
-def run(key, batch, config=Config()):  # noqa: B008  frozen
+def run(key, batch, config=LossConfig()):  # noqa: B008  frozen
     return jax.jit(corrupt.corrupt, static_argnums=(2, 3))(key, batch, V, config)
 
 
@@ -65,7 +65,7 @@ def test_weight_stands_on_hidden_tokens_and_the_brackets_of_t2i(key):
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 def test_an_image_hides_an_exact_number(name, min_ratio):
     batch = batch_of(["t2i"] * 256)
-    hidden = hidden_in(batch, run(KEYS[0], batch, Config(schedule=name, min_ratio=min_ratio)))
+    hidden = hidden_in(batch, run(KEYS[0], batch, LossConfig(schedule=name, min_ratio=min_ratio)))
     t = times(KEYS[0], 256).astype(np.float64)
     ratio = np.cos(np.pi / 2 * t) if name == "cosine" else 1 - t
     exact = N * np.maximum(ratio, min_ratio)
@@ -90,7 +90,7 @@ def test_images_hide_every_position_equally_often_and_each_row_its_own():
 def test_text_hides_each_token_with_probability_p(task):
     rows, eps = 4096, 0.1
     batch = batch_of([task] * rows)
-    hidden = hidden_in(batch, run(KEYS[2], batch, Config(eps=eps)))
+    hidden = hidden_in(batch, run(KEYS[2], batch, LossConfig(eps=eps)))
     hidden = hidden[batch.target].reshape(rows, -1)
     p = (1 - eps) * times(KEYS[2], rows) + eps
     deviation = np.sqrt((p * (1 - p)).sum())
@@ -130,7 +130,7 @@ def reductions(batch, hidden, p, nll, config):
 @pytest.mark.parametrize("lm_per", ["token", "answer"])
 @pytest.mark.parametrize("tasks", [MIXED, ("t2i",), ("lm", "mmu"), ("r2i", "t2i", "r2i"), ("lm_chat",) * 3])
 def test_weights_reproduce_the_reductions_of_the_reference(tasks, lm_per):
-    config = Config(lm_per=lm_per, **COEFFICIENTS)
+    config = LossConfig(lm_per=lm_per, **COEFFICIENTS)
     batch = batch_of(tasks)
     nll = np.random.default_rng(0).exponential(size=batch.tokens.shape)
     for key in KEYS:
@@ -143,7 +143,7 @@ def test_weights_reproduce_the_reductions_of_the_reference(tasks, lm_per):
 
 
 def test_tasks_without_rows_leave_no_trace():
-    config = Config(**COEFFICIENTS)
+    config = LossConfig(**COEFFICIENTS)
     batch = batch_of(("lm", "mmu"))
     other = dataclasses.replace(config, t2i=1e9, lm_chat=1e9, r2i=1e9)
     weights = [np.asarray(run(KEYS[0], batch, c).weights_BL) for c in (config, other)]
@@ -164,12 +164,12 @@ def test_row_counts_are_those_of_the_whole_batch_on_many_devices(sizes):
 
 def test_unknown_schedules_are_errors_at_once():
     with pytest.raises(ValueError, match="unknown schedule 'cosin'"):
-        Config(schedule="cosin")
+        LossConfig(schedule="cosin")
 
 
 # ---- Hidden as decoding meets it -------------------------------------------------------------------
 
-PREFIX = Config(answer_mask="prefix", prefix_next=3, **COEFFICIENTS)
+PREFIX = LossConfig(answer_mask="prefix", prefix_next=3, **COEFFICIENTS)
 
 
 def parts_of(batch):
@@ -233,8 +233,8 @@ def test_the_image_of_a_clean_thought_is_hidden_by_number():
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_a_mixture_cuts_its_share_of_the_answers_and_nothing_else(share):
     batch = batch_of(MIXED * 128)
-    config = Config(answer_mask="mixture", prefix_rows=share, **COEFFICIENTS)
-    plain, mixed = run(KEYS[1], batch, Config(**COEFFICIENTS)), run(KEYS[1], batch, config)
+    config = LossConfig(answer_mask="mixture", prefix_rows=share, **COEFFICIENTS)
+    plain, mixed = run(KEYS[1], batch, LossConfig(**COEFFICIENTS)), run(KEYS[1], batch, config)
     prefix = run(KEYS[1], batch, dataclasses.replace(config, answer_mask="prefix"))
     same = (np.asarray(plain.tokens_BL) == mixed.tokens_BL).all(axis=1)
     answers = np.isin(batch.task, [layout.TASKS.index(t) for t in ("lm_chat", "mmu", "r2i")])
@@ -251,6 +251,6 @@ def test_a_mixture_cuts_its_share_of_the_answers_and_nothing_else(share):
 
 def test_shares_and_numbers_that_mean_nothing_are_errors():
     with pytest.raises(ValueError, match=r"prefix_rows is 1\.5; it must be a share"):
-        Config(prefix_rows=1.5)
+        LossConfig(prefix_rows=1.5)
     with pytest.raises(ValueError, match="prefix_next is 0; it must be at least 1"):
-        Config(prefix_next=0)
+        LossConfig(prefix_next=0)

@@ -32,7 +32,7 @@ SCHEDULES = load_golden("schedules")[0]
 def backbone(name):
     settings, arrays = load_golden(name)
     fields = settings["config"]
-    config = transformer.Config(
+    config = transformer.ModelConfig(
         d_model=fields["d_model"],
         n_layers=fields["n_layers"],
         n_heads=fields["n_heads"],
@@ -91,7 +91,7 @@ def mixed_batch(golden, lm_per, coefficients):
         task,
         a["B.p_mask"][:, 0],
         a["B.answer_lengths"][:, 0].astype(np.int32),
-        corrupt.Config(lm_per=lm_per, **dict(zip(TASKS_IN_B, coefficients, strict=True))),
+        corrupt.LossConfig(lm_per=lm_per, **dict(zip(TASKS_IN_B, coefficients, strict=True))),
     )
     return (ids, valid, np.where(scored, labels, 0), weights), task
 
@@ -220,7 +220,7 @@ def test_inpainting(golden):
 def tokenizer():
     settings, arrays = load_golden("magvit")
     encoder, decoder = settings["config"]["encoder"], settings["config"]["decoder"]
-    config = vq.Config(
+    config = vq.VQConfig(
         channels=encoder["ch"],
         encoder_mult=tuple(encoder["ch_mult"]),
         encoder_blocks=tuple(encoder["num_res_blocks"]),
@@ -262,7 +262,7 @@ def test_decoder(tokenizer):
 
 def test_keys_of_the_full_size_tokenizer():
     expected = load_golden("magvitv2_state_dict_shapes")[0]
-    config = vq.Config()
+    config = vq.VQConfig()
     ours = {key: rule.torch_shape for key, rule in magvit_keys.key_table(config).items()}
     ours["quantize.embedding"] = (config.codebook_size, config.bits)
     ours["quantize.power_vals"] = (config.bits,)

@@ -11,7 +11,7 @@ from folders import CONFIG, VALUES, VQ
 from mmada_jax.nets import transformer, vq
 from mmada_jax.weights import llada_keys, magvit_keys
 
-LM = transformer.Config(
+LM = transformer.ModelConfig(
     d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=48, vocab=40, max_len=32, dtype="float32"
 )
 

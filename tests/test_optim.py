@@ -11,7 +11,7 @@ import pytest
 from mmada_jax.nets import transformer, vq
 from mmada_jax.train import optim
 
-CONFIG = transformer.Config(
+CONFIG = transformer.ModelConfig(
     d_model=16, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=32, vocab=64, max_len=16, dtype="float32"
 )
 

@@ -179,7 +179,7 @@ class Refusing:
 @pytest.fixture(scope="module")
 def tiny_vq():
     levels = {name: (1, 1) for name in ("encoder_mult", "encoder_blocks", "decoder_mult", "decoder_blocks")}
-    config = vq.Config(channels=32, bits=6, **levels)
+    config = vq.VQConfig(channels=32, bits=6, **levels)
     return vq_params(config), config
 
 

@@ -16,7 +16,7 @@ from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 from mmada_jax.train.runs import ModelRun
 from mmada_jax.train.supervised import model_objective
 
-CONFIG = transformer.Config(
+CONFIG = transformer.ModelConfig(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_mlp=64, vocab=64, max_len=32, dtype="float32"
 )
 

@@ -8,7 +8,7 @@ import pytest
 
 from mmada_jax.nets import transformer
 
-TINY = transformer.Config(
+TINY = transformer.ModelConfig(
     d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=24, vocab=40, dtype="float32"
 )
 B, L = 3, 6

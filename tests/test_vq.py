@@ -7,7 +7,7 @@ import pytest
 
 from mmada_jax.nets import vq
 
-TINY = vq.Config(
+TINY = vq.VQConfig(
     channels=32,
     encoder_mult=(1, 2),
     encoder_blocks=(1, 1),
@@ -45,7 +45,7 @@ def test_shapes_and_what_a_token_covers(params):
     assert codes.shape == (2, 2, 3) and codes.dtype == jnp.int32
     assert np.all((codes >= 0) & (codes < TINY.codebook_size))
     assert jax.jit(vq.decode, static_argnums=1)(params, TINY, codes).shape == PIXELS.shape
-    assert vq.Config().downsampling == 16 and vq.Config().codebook_size == 8192
+    assert vq.VQConfig().downsampling == 16 and vq.VQConfig().codebook_size == 8192
 
 
 def test_images_do_not_touch_each_other(params):

@@ -211,7 +211,7 @@ def random_model(sizes: tuple[int, int, int], length: int) -> MMaDA:
             f"than {2 * len(SPECIAL_TOKENS)}"
         )
     heads = width // 64 if width % 64 == 0 else width // 16
-    config = transformer.Config(
+    config = transformer.ModelConfig(
         d_model=width, n_layers=layers, n_heads=heads, n_kv_heads=heads, d_mlp=2 * width, vocab=ids,
         max_len=max(320, layout.bucket(length)), dtype="float32", unroll=min(layers, 8),
     )  # fmt: skip

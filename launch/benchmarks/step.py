@@ -24,10 +24,10 @@ from mmada_jax.nets import transformer
 def measure(args):
     """Times in ms, tokens per second and MFU of each implementation of attention."""
     device = jax.devices()[0]
-    config = transformer.Config(n_layers=args.layers, remat=args.remat)
+    config = transformer.ModelConfig(n_layers=args.layers, remat=args.remat)
     B, L = args.rows, args.length
     if device.platform == "cpu":
-        config, B, L = transformer.Config(128, 2, 4, 2, 256, 512, remat=args.remat), 2, 33
+        config, B, L = transformer.ModelConfig(128, 2, 4, 2, 256, 512, remat=args.remat), 2, 33
     names = {"tpu": ("tpu", "xla"), "gpu": ("cudnn", "xla")}.get(device.platform, ("cpu", "xla"))
     runs = {name: step(config, name, B, L) for name in names}
     ms = timing.in_ms(timing.take_turns(runs, args.repeats))
@@ -61,7 +61,7 @@ def as_text(report):
 
 def step(config, implementation, B, L):
     """A call without arguments: one step of gradient descent, half of the positions masked."""
-    config = transformer.Config(**{**vars(config), "attention": implementation})
+    config = transformer.ModelConfig(**{**vars(config), "attention": implementation})
     tokens_BL = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab, (B, L)), jnp.int32)
     valid_BL = jnp.arange(L)[None] >= (jnp.arange(B) * L // (4 * B))[:, None]
 

@@ -49,13 +49,13 @@ MAX_TEXT, N_IMAGE = 20, 32
 N_PROMPT, N_NEW = 20, 16
 TEXT = rules.TextRule(steps=16, block=8)
 IMAGE = rules.ImageRule(steps=12, guidance=2.0)
-CACHED = transformer.Config(
+CACHED = transformer.ModelConfig(
     d_model=256, n_layers=6, n_heads=4, n_kv_heads=4, d_mlp=768, vocab=2048, max_len=384, dtype="float32",
     unroll=6,
 )  # fmt: skip
 N_CACHED_PROMPT, N_CACHED_NEW = 128, 256
 CACHED_TEXT = rules.TextRule(block=32, cache="dual", never=(VOCAB.mask,))
-OBJECTIVE = corrupt.Config()
+OBJECTIVE = corrupt.LossConfig()
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.01, 1.0
 
 # Task -> function that does it once and returns when the result is there.
@@ -128,7 +128,7 @@ def make_data(n_train: int, n_generate: int) -> dict[str, layout.Batch]:
 # ---------------------------------------------------------------------------------------- ours
 
 
-def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout.Batch]) -> Tasks:
+def our_tasks(params: Any, config: transformer.ModelConfig, data: Mapping[str, layout.Batch]) -> Tasks:
     """Training step, text and image generation of mmada_jax, each one jitted function."""
     train, text, image, uncond = (
         jax.tree.map(jnp.asarray, data[name]) for name in ("train", "text", "image", "uncond")
@@ -169,7 +169,7 @@ def our_tasks(params: Any, config: transformer.Config, data: Mapping[str, layout
     }
 
 
-def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[], Any]:
+def training_step(config: transformer.ModelConfig, batch: layout.Batch) -> Callable[[], Any]:
     """The step of mmada_jax/train/supervised.py; gradient descent where its requirements are missing."""
     root = jax.random.key(0)
 
@@ -223,7 +223,7 @@ def training_step(config: transformer.Config, batch: layout.Batch) -> Callable[[
 # -------------------------------------------------------------------------------------- the twin
 
 
-def load_twin(params: Any, config: transformer.Config) -> tuple[Any, str | None]:
+def load_twin(params: Any, config: transformer.ModelConfig) -> tuple[Any, str | None]:
     """The PyTorch model with our weights on the device that JAX uses, or None and why not."""
     try:
         import torch
@@ -260,7 +260,7 @@ def module(path: str) -> Any:
 
 
 def logits_difference(
-    params: Any, config: transformer.Config, model: Any, batch: layout.Batch, limit: float = 1e-4
+    params: Any, config: transformer.ModelConfig, model: Any, batch: layout.Batch, limit: float = 1e-4
 ) -> float:
     """max |ours - twin| / max |twin| over the valid positions. SystemExit above `limit`."""
     import torch
@@ -331,7 +331,7 @@ def twin_tasks(model: Any, data: Mapping[str, layout.Batch]) -> Tasks:
 
 
 def cached_tasks(
-    config: transformer.Config, n_prompt: int, n_new: int
+    config: transformer.ModelConfig, n_prompt: int, n_new: int
 ) -> tuple[dict[str, Tasks], dict[str, Any]]:
     """Text generation of one row with a cache, on both sides, and what the report says of it. There `equal`
     is the share of new tokens that are the same on both sides."""

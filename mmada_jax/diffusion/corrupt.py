@@ -39,7 +39,7 @@ from mmada_jax.tokens.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class LossConfig(Ranged):
     """The coefficient of each task's loss, and how tokens are hidden.
 
     `answer_mask` says how the answers of lm_chat, mmu and r2i are hidden. "random" hides each token
@@ -76,7 +76,7 @@ class Corrupted(NamedTuple):
 
 
 def corrupt(
-    key: jax.Array, batch: Batch, vocab: Vocab, config: Config, ratio: jax.Array | None = None
+    key: jax.Array, batch: Batch, vocab: Vocab, config: LossConfig, ratio: jax.Array | None = None
 ) -> Corrupted:
     """Hides targets of a batch and weighs them. No token but a target is ever hidden.
 
@@ -129,7 +129,7 @@ def _by_prefix(
     image_BL: jax.Array,
     by_number_BL: jax.Array,
     vocab: Vocab,
-    config: Config,
+    config: LossConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Whether a row is cut, bool [B]; and as if all rows were cut: the tokens that are hidden and the
     hidden tokens that are scored, bool [B, L]."""
@@ -159,7 +159,7 @@ def token_weights(
     task_B: jax.Array,
     p_B: jax.Array,
     answer_length_B: jax.Array,
-    config: Config,
+    config: LossConfig,
 ) -> jax.Array:
     """The weight of each token, float32 [B, L]; the loss is sum(weights * nll) over the batch."""
     is_t2i_B = task_B == TASKS.index("t2i")

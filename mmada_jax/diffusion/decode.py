@@ -61,7 +61,7 @@ class Placed(NamedTuple):
 
 def run(
     params: Any,
-    config: transformer.Config,
+    config: transformer.ModelConfig,
     vocab: Vocab,
     mesh: jax.sharding.Mesh,
     job: Job,
@@ -78,7 +78,7 @@ def run(
 
 def run_spans(
     params: Any,
-    config: transformer.Config,
+    config: transformer.ModelConfig,
     vocab: Vocab,
     mesh: jax.sharding.Mesh,
     jobs: Sequence[Job],
@@ -95,7 +95,7 @@ def run_spans(
 
 def steps(
     params: Any,
-    config: transformer.Config,
+    config: transformer.ModelConfig,
     vocab: Vocab,
     mesh: jax.sharding.Mesh,
     job: Job,
@@ -165,7 +165,7 @@ def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
 @functools.cache
 def decoder(
     mesh: jax.sharding.Mesh,
-    config: transformer.Config,
+    config: transformer.ModelConfig,
     vocab: Vocab,
     length: int,
     rule: rules.Rule,
@@ -224,7 +224,7 @@ def _spans_decoder(mesh, config, vocab, of_jobs):
 @functools.cache
 def starter(
     mesh: jax.sharding.Mesh,
-    config: transformer.Config,
+    config: transformer.ModelConfig,
     vocab: Vocab,
     length: int,
     rule: rules.Rule,
@@ -249,7 +249,11 @@ def starter(
 
 @functools.cache
 def stepper(
-    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, length: int, rule: rules.Rule
+    mesh: jax.sharding.Mesh,
+    config: transformer.ModelConfig,
+    vocab: Vocab,
+    length: int,
+    rule: rules.Rule,
 ) -> Callable[[Any, Placed, denoise.State], tuple[denoise.State, jax.Array, jax.Array]]:
     """The jitted (params, placed, state) -> (state after a step, its tokens [B, L], whether to go on).
     Every process gets the latter two whole."""
@@ -293,6 +297,6 @@ def _keys(placed: Placed) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(placed.seed_B), placed.number_B)
 
 
-def param_shardings(mesh: jax.sharding.Mesh, config: transformer.Config) -> Any:
+def param_shardings(mesh: jax.sharding.Mesh, config: transformer.ModelConfig) -> Any:
     """Where the params of a model rest on a mesh. Raises ValueError for a mesh that doesn't divide them."""
     return sharding.tree_shardings(mesh, transformer.param_axes(config), transformer.param_shapes(config))

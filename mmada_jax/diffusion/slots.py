@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     the rule is meant for."""
 
     mesh: jax.sharding.Mesh
-    config: transformer.Config
+    config: transformer.ModelConfig
     vocab: Vocab
     length: int
     rule: rules.Rule

@@ -27,7 +27,7 @@ MAX_NEW = 256
 
 def masked_nll(
     params: dict[str, Any],
-    model: transformer.Config,
+    model: transformer.ModelConfig,
     batch: layout.Batch,
     vocab: Vocab,
     ratios: Sequence[float] = (0.15, 0.5, 0.85),
@@ -72,7 +72,7 @@ def _hidden_nll(mesh, model, vocab, chunk):
         is_task_BT = batch.task[:, None] == jnp.arange(len(layout.TASKS))[None]
 
         def at_ratio(ratio):
-            seen = corrupt.corrupt(key, batch, vocab, corrupt.Config(), ratio)
+            seen = corrupt.corrupt(key, batch, vocab, corrupt.LossConfig(), ratio)
             hidden_BL = seen.tokens_BL != seen.targets_BL
             h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, batch.valid)
             logp_BL = loss.token_log_probs(h_BLD, params["head_DV"], seen.targets_BL, hidden_BL, chunk)

@@ -51,11 +51,11 @@ class Model:
     compute; `run`, `steps` and `complete` fill its hidden spans with given params.
     """
 
-    config: transformer.Config
+    config: transformer.ModelConfig
     vocab: Vocab
     tokenizer: TextTokenizer
     vq_params: Any
-    vq_config: vq.Config | None
+    vq_config: vq.VQConfig | None
     max_text: int
     grid: tuple[int, int]
     mesh: jax.sharding.Mesh
@@ -280,7 +280,7 @@ class Model:
             return self.vision.decode(np.asarray(codes_Bij)[None])[0]
         return self.vision.decode(codes_Bij)
 
-    def _images(self) -> vq.Config:
+    def _images(self) -> vq.VQConfig:
         """The architecture of the image tokenizer; raises ValueError if there is none."""
         if self.vq_config is None:
             raise ValueError(

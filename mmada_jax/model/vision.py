@@ -33,11 +33,11 @@ class Vision:
     """
 
     params: Any = dataclasses.field(repr=False)
-    config: vq.Config
+    config: vq.VQConfig
     mesh: jax.sharding.Mesh
 
     @classmethod
-    def place(cls, params: Any, config: vq.Config, mesh: jax.sharding.Mesh) -> "Vision":
+    def place(cls, params: Any, config: vq.VQConfig, mesh: jax.sharding.Mesh) -> "Vision":
         """Puts params, arrays of the host or Lazy ones, onto the mesh."""
         everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), params)
         return cls(sharding.put_params(params, everywhere, np.dtype("float32")), config, mesh)
@@ -88,7 +88,7 @@ class Vision:
         return np.concatenate(out)[: len(x_B)]
 
 
-def _codes(params: Any, config: vq.Config, pixels_BIJC: jax.Array) -> jax.Array:
+def _codes(params: Any, config: vq.VQConfig, pixels_BIJC: jax.Array) -> jax.Array:
     """Within a jit: pixels, uint8 or floats in [-1, 1], -> codes int32 [B, i, j]."""
     if pixels_BIJC.dtype == jnp.uint8:
         pixels_BIJC = pixels_BIJC.astype(jnp.float32) / np.float32(127.5) - 1
@@ -101,7 +101,7 @@ def _over_all(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 @functools.cache
-def _encoder(mesh: jax.sharding.Mesh, config: vq.Config) -> Callable[..., jax.Array]:
+def _encoder(mesh: jax.sharding.Mesh, config: vq.VQConfig) -> Callable[..., jax.Array]:
     everywhere = sharding.replicated(mesh)
     return jax.jit(
         lambda params, pixels_BIJC: _codes(params, config, pixels_BIJC),
@@ -111,7 +111,7 @@ def _encoder(mesh: jax.sharding.Mesh, config: vq.Config) -> Callable[..., jax.Ar
 
 
 @functools.cache
-def _decoder(mesh: jax.sharding.Mesh, config: vq.Config) -> Callable[..., jax.Array]:
+def _decoder(mesh: jax.sharding.Mesh, config: vq.VQConfig) -> Callable[..., jax.Array]:
     everywhere = sharding.replicated(mesh)
     return jax.jit(
         lambda params, codes_Bij: vq.decode(params, config, codes_Bij),

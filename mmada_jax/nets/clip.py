@@ -43,7 +43,7 @@ class Tower(Ranged):
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class ClipConfig(Ranged):
     """Architecture. The state at the first token `eos` gives the features of a text; with None it is the
     state at the largest id."""
 
@@ -82,7 +82,7 @@ def preprocess(images: Sequence[Any], size: int) -> np.ndarray:
     return (out - np.float32(MEAN)) / np.float32(DEVIATION)
 
 
-def image_features(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
+def image_features(params: dict[str, Any], config: ClipConfig, pixels_BIJC: jax.Array) -> jax.Array:
     """Preprocessed pixels [B, size, size, 3] -> features [B, P], whose length isn't 1 yet."""
     p, B, n = params["vision"], pixels_BIJC.shape[0], config.image_size // config.patch
     patches = pixels_BIJC.reshape(B, n, config.patch, n, config.patch, 3).transpose(0, 1, 3, 2, 4, 5)
@@ -94,7 +94,7 @@ def image_features(params: dict[str, Any], config: Config, pixels_BIJC: jax.Arra
     return _norm(h_BD, p["norm_scale_D"], p["norm_bias_D"], config.vision.norm_eps) @ p["project_DP"]
 
 
-def text_features(params: dict[str, Any], config: Config, tokens_BS: jax.Array) -> jax.Array:
+def text_features(params: dict[str, Any], config: ClipConfig, tokens_BS: jax.Array) -> jax.Array:
     """Tokens int32 [B, S], S at most max_text -> features [B, P], whose length isn't 1 yet. Tokens after
     the first end of text have no effect, since attention is causal."""
     p, S = params["text"], tokens_BS.shape[1]

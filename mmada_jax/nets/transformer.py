@@ -36,7 +36,7 @@ KEEPABLE = ("attention", "middle", "qkv", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class ModelConfig(Ranged):
     """Architecture. `dtype` is that of the computation; params are created in float32."""
 
     d_model: Annotated[int, Range(1, 1_000_000)] = 4096
@@ -84,20 +84,20 @@ class Config(Ranged):
 
 # Vocabulary sizes of `digits` and `tiny` are set by their users.
 PRESETS = {
-    "llada-8b": Config(remat="full"),
-    "tiny": Config(d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_mlp=160, vocab=640,
+    "llada-8b": ModelConfig(remat="full"),
+    "tiny": ModelConfig(d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_mlp=160, vocab=640,
                    max_len=256, dtype="float32"),
-    "digits": Config(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_mlp=384, vocab=256,
+    "digits": ModelConfig(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_mlp=384, vocab=256,
                      max_len=128, dtype="float32", unroll=4),
 }  # fmt: skip
 
 
-def param_count(config: Config) -> int:
+def param_count(config: ModelConfig) -> int:
     """Parameters of the model."""
     return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
-def forward_flops(config: Config, rows: int, length: int, logits: int | None = None) -> int:
+def forward_flops(config: ModelConfig, rows: int, length: int, logits: int | None = None) -> int:
     """Operations of a forward pass over rows of `length` tokens, two per multiply-add, with so many
     `logits` at its end (all ids at all positions by default). Training takes three times as many."""
     logits = rows * length * config.vocab if logits is None else logits
@@ -107,7 +107,7 @@ def forward_flops(config: Config, rows: int, length: int, logits: int | None = N
     return 2 * (rows * length * (weights + attention) + logits * config.d_model)
 
 
-def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
+def init_params(key: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Random params, float32: truncated normal at 3 deviations, std 1/sqrt(width), outputs of
     layer i further divided by sqrt(2(i+1)), norms 1 (the "mitchell" scheme of OLMo and LLaDA)."""
     row = jnp.zeros((1, 1), jnp.int32)  # Flax makes params on the way through the model
@@ -116,12 +116,12 @@ def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
     return _Transformer(config).init(key, row, row == 0, None)["params"]
 
 
-def param_shapes(config: Config) -> dict[str, Any]:
+def param_shapes(config: ModelConfig) -> dict[str, Any]:
     """The params tree as ShapeDtypeStructs; nothing is computed."""
     return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
 
 
-def param_axes(config: Config) -> dict[str, Any]:
+def param_axes(config: ModelConfig) -> dict[str, Any]:
     """The params tree with the logical axis names of each array in its place."""
     blocks = {name: ("layers", *axes) for name, axes in _BLOCK_AXES.items()}
     return {"blocks": blocks, **_OUTER_AXES}
@@ -129,7 +129,7 @@ def param_axes(config: Config) -> dict[str, Any]:
 
 def hidden_states(
     params: dict[str, Any],
-    config: Config,
+    config: ModelConfig,
     tokens_BL: jax.Array,
     valid_BL: jax.Array,
     positions_BL: jax.Array | None = None,
@@ -143,7 +143,7 @@ def hidden_states(
 
 def hidden_block(
     params: dict[str, Any],
-    config: Config,
+    config: ModelConfig,
     tokens_BQ: jax.Array,
     place_BQ: jax.Array,
     valid_BQ: jax.Array,
@@ -164,7 +164,11 @@ def hidden_block(
 
 
 def unembed(
-    params: dict[str, Any], config: Config, h_D: jax.Array, first: int = 0, size: int | None = None
+    params: dict[str, Any],
+    config: ModelConfig,
+    h_D: jax.Array,
+    first: int = 0,
+    size: int | None = None,
 ) -> jax.Array:
     """Hidden states [..., D] -> float32 logits over the ids [first, first + size).
 
@@ -181,7 +185,7 @@ class Network:
     """Params with their architecture: trunk and head in one object, as `diffusion.denoise` takes them."""
 
     params: dict[str, Any]
-    config: Config
+    config: ModelConfig
 
     def hidden_states(self, tokens_BL: jax.Array, valid_BL: jax.Array) -> jax.Array:
         """See the function of that name."""
@@ -279,7 +283,7 @@ _BLOCK_AXES = {
 _OUTER_AXES = {"embed_VD": ("vocab", "embed"), "norm_D": (None,), "head_DV": ("embed", "vocab")}
 
 
-def _use(w: jax.Array, name: str, config: Config, heads_merged: bool = False) -> jax.Array:
+def _use(w: jax.Array, name: str, config: ModelConfig, heads_merged: bool = False) -> jax.Array:
     """A weight as its reader wants it: in the dtype of the computation, gathered along embed.
 
     With `heads_merged` the axes of the heads and their width become one, before the gather: nothing
@@ -295,7 +299,7 @@ def _use(w: jax.Array, name: str, config: Config, heads_merged: bool = False) ->
 
 
 class _Block(nn.Module):
-    config: Config
+    config: ModelConfig
     stores: bool = False  # also returns keys and values
 
     @nn.compact
@@ -357,7 +361,7 @@ class _Block(nn.Module):
 
 
 class _Transformer(nn.Module):
-    config: Config
+    config: ModelConfig
     stores: bool = False
 
     @nn.compact

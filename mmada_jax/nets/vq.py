@@ -23,7 +23,7 @@ Level = Annotated[int, Range(1, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Ranged):
+class VQConfig(Ranged):
     """Architecture. Level l has `channels * mult[l]` channels and half the resolution of level l - 1."""
 
     channels: Annotated[int, Range(1, 100_000)] = 128
@@ -56,15 +56,15 @@ class Config(Ranged):
 
 
 PRESETS = {
-    "magvitv2": Config(),
-    "digits": Config(
+    "magvitv2": VQConfig(),
+    "digits": VQConfig(
         channels=32, encoder_mult=(1, 2), encoder_blocks=(1, 1), decoder_mult=(1, 2),
         decoder_blocks=(1, 1), bits=6, pixel_channels=1,
     ),
 }  # fmt: skip
 
 
-def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
+def init_params(key: jax.Array, config: VQConfig) -> dict[str, Any]:
     """Random params {"encoder": ..., "decoder": ...}, float32."""
     side = config.downsampling
     encoder, decoder = jax.random.split(key)
@@ -75,7 +75,7 @@ def init_params(key: jax.Array, config: Config) -> dict[str, Any]:
     }
 
 
-def latents(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
+def latents(params: dict[str, Any], config: VQConfig, pixels_BIJC: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> latents [B, i, j, Z], whose signs are the bits of the codes. Raises ValueError
     for pixels of a shape that doesn't fit."""
     _, I, J, C = pixels_BIJC.shape
@@ -100,19 +100,19 @@ def dequantize(codes_Bij: jax.Array, bits: int) -> jax.Array:
     return (2 * bits_BijZ - 1).astype(jnp.float32)
 
 
-def encode(params: dict[str, Any], config: Config, pixels_BIJC: jax.Array) -> jax.Array:
+def encode(params: dict[str, Any], config: VQConfig, pixels_BIJC: jax.Array) -> jax.Array:
     """Pixels in [-1, 1] -> codes int32 [B, i, j]. A row of tokens has them row by row."""
     return quantize(latents(params, config, pixels_BIJC))
 
 
-def decode(params: dict[str, Any], config: Config, codes_Bij: jax.Array) -> jax.Array:
+def decode(params: dict[str, Any], config: VQConfig, codes_Bij: jax.Array) -> jax.Array:
     """Codes [B, i, j] -> pixels [B, I, J, C], roughly in [-1, 1]; they aren't clipped."""
     z_BijZ = dequantize(codes_Bij, config.bits)
     return _Decoder(config).apply({"params": params["decoder"]}, z_BijZ)
 
 
 def losses(
-    params: dict[str, Any], config: Config, pixels_BIJC: jax.Array, temperature: float = 1.0
+    params: dict[str, Any], config: VQConfig, pixels_BIJC: jax.Array, temperature: float = 1.0
 ) -> dict[str, jax.Array]:
     """The terms of the tokenizer's loss (MAGVIT-v2, arXiv 2310.05737), each a scalar.
 
@@ -203,7 +203,7 @@ class _AttnBlock(nn.Module):
 class _Encoder(nn.Module):
     """Pixels [B, I, J, 3] -> latents [B, i, j, Z]."""
 
-    config: Config
+    config: VQConfig
 
     @nn.compact
     def __call__(self, x):
@@ -226,7 +226,7 @@ class _Encoder(nn.Module):
 class _Decoder(nn.Module):
     """Signs [B, i, j, Z] -> pixels [B, I, J, 3]."""
 
-    config: Config
+    config: VQConfig
 
     @nn.compact
     def __call__(self, z):

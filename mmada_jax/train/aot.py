@@ -118,7 +118,7 @@ def lower_text(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh, is_cached: bo
         return step.lower(params, *given, cache, jax.ShapeDtypeStruct((B, L), bool))
 
 
-def _bf16(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, transformer.Config]:
+def _bf16(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, transformer.ModelConfig]:
     """The params of a model that decodes, as shapes on the mesh, and its architecture."""
     model = dataclasses.replace(plan.model, remat="none")
     shapes = transformer.param_shapes(model)
@@ -200,7 +200,7 @@ class Subject:
     forward passes of the model; `logits` counts the logits of one such pass."""
 
     lower: Callable[[jax.sharding.Mesh], jax.stages.Lowered]
-    model: transformer.Config
+    model: transformer.ModelConfig
     mesh: dict[str, int]
     rows: int
     length: int

@@ -15,7 +15,7 @@ from mmada_jax import config as config_lib
 from mmada_jax.data import digits, records, sources
 from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
 from mmada_jax.data.texts import sample_texts
-from mmada_jax.diffusion.corrupt import Config as LossConfig
+from mmada_jax.diffusion.corrupt import LossConfig
 from mmada_jax.disk import resolved
 from mmada_jax.nets import transformer, vq
 from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
@@ -97,7 +97,9 @@ class ModelRun(Run):
 
     preset: str = "digits"
     init: str = ""
-    model: Annotated[dict[str, Any], FieldsOf(transformer.Config)] = dataclasses.field(default_factory=dict)
+    model: Annotated[dict[str, Any], FieldsOf(transformer.ModelConfig)] = dataclasses.field(
+        default_factory=dict
+    )
     image_tokenizer: str = ""
     text_tokenizer: str = ""
     image_size: Annotated[int, Range(0, 65536)] = 0  # pixels of a side; the scans of digits have their own
@@ -165,8 +167,8 @@ class Plan:
 
     tokenizer: TextTokenizer | None  # None only where `foresee` assumes LLaDA's
     vocab: Vocab
-    model: transformer.Config
-    vq: vq.Config
+    model: transformer.ModelConfig
+    vq: vq.VQConfig
     grid: tuple[int, int]  # rows and columns of image tokens
     max_text: int
     start: Source | None = None
@@ -179,7 +181,7 @@ class Plan:
 
 
 def plan(
-    run: ModelRun, workdir: pathlib.Path, vq_config: vq.Config | None = None, start: bool = False
+    run: ModelRun, workdir: pathlib.Path, vq_config: vq.VQConfig | None = None, start: bool = False
 ) -> Plan:
     """Resolves a run of the model, and raises where it can't work: unknown presets, a task mixture
     or a row length that doesn't fit, no image tokenizer. Nothing is computed or written.
@@ -236,7 +238,7 @@ def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
     return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
 
 
-def grid_of(run: ModelRun, vq_config: vq.Config) -> tuple[int, int]:
+def grid_of(run: ModelRun, vq_config: vq.VQConfig) -> tuple[int, int]:
     """Rows and columns of image tokens."""
     down = vq_config.downsampling
     I, J = (run.image_size, run.image_size) if run.image_size else (digits.HEIGHT, digits.WIDTH)
@@ -289,7 +291,7 @@ def open_start(path: pathlib.Path, weights: bool = True) -> Source:
     return source
 
 
-def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.Path) -> None:
+def _check_same(old: transformer.ModelConfig, new: transformer.ModelConfig, path: pathlib.Path) -> None:
     shapes = [jax.tree.map(lambda x: x.shape, transformer.param_shapes(c)) for c in (old, new)]
     fields = [f for f in ("rope_theta", "norm_eps") if getattr(old, f) != getattr(new, f)]
     if shapes[0] != shapes[1] or fields:
@@ -303,14 +305,14 @@ def _check_same(old: transformer.Config, new: transformer.Config, path: pathlib.
         raise ValueError(f"config.init: {path} holds another model ({what}); change preset or model")
 
 
-def model_of(run: ModelRun, vocab: Vocab, grid: tuple[int, int]) -> transformer.Config:
+def model_of(run: ModelRun, vocab: Vocab, grid: tuple[int, int]) -> transformer.ModelConfig:
     """The architecture of a run: its preset, with the run's own values, for its vocabulary.
 
     Raises ValueError if rows with an image of `grid` tokens are longer than it takes.
     """
     preset = dataclasses.asdict(preset_of(transformer.PRESETS, run.preset))
     values = preset | dict(run.model) | {"vocab": vocab.rows}
-    model = config_lib.from_dict(transformer.Config, values, "model.")
+    model = config_lib.from_dict(transformer.ModelConfig, values, "model.")
     rows = RowShape(run.max_text, grid[0] * grid[1])
     if rows.length > model.max_len:
         raise ValueError(

@@ -314,7 +314,7 @@ class MaskedRows(NamedTuple):
     task_B: jax.Array
 
 
-def model_objective(run: ModelRun, model: transformer.Config, vocab: Vocab) -> Objective:
+def model_objective(run: ModelRun, model: transformer.ModelConfig, vocab: Vocab) -> Objective:
     """The objective of the model: hide tokens of clean rows, predict them, sum the weighted losses."""
     tasks = [task for task, share in run.mixture.items() if share]
 

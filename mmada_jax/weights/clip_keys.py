@@ -17,7 +17,7 @@ from mmada_jax.weights import hub, lazy
 _WRONG_EOS = 2
 
 
-def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], clip.Config, Tokenizer]:
+def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], clip.ClipConfig, Tokenizer]:
     """Params (numpy, float32), architecture and text tokenizer (cuts and fills to max_text) of a folder.
 
     Raises FileNotFoundError for a file that isn't there, ValueError for all that doesn't fit.
@@ -40,7 +40,7 @@ def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], clip.Config, Token
     return params, config, tokenizer
 
 
-def params_of(state: Mapping[str, Any], config: clip.Config) -> dict[str, Any]:
+def params_of(state: Mapping[str, Any], config: clip.ClipConfig) -> dict[str, Any]:
     """State dict -> params as Lazy arrays, float32. The constant position_ids of old files are checked
     and dropped. Raises on any key, shape or dtype amiss."""
     known = {
@@ -56,7 +56,7 @@ def params_of(state: Mapping[str, Any], config: clip.Config) -> dict[str, Any]:
     return lazy.params_of(rest, key_table(config), np.dtype(np.float32), wrong)
 
 
-def key_table(config: clip.Config) -> dict[str, lazy.Rule]:
+def key_table(config: clip.ClipConfig) -> dict[str, lazy.Rule]:
     """PyTorch key -> where the array lies in params and how its axes stand."""
     table = {"logit_scale": lazy.Rule(("scale",), ())}
     V, T, P = config.vision.d_model, config.text.d_model, config.d_features
@@ -117,7 +117,7 @@ _VISION = {
 }  # fmt: skip
 
 
-def config_from_hf(values: Mapping[str, Any]) -> clip.Config:
+def config_from_hf(values: Mapping[str, Any]) -> clip.ClipConfig:
     """The fields of a config.json of CLIP -> the architecture. Unknown fields are ignored.
 
     Raises ValueError, naming each field, for another model_type or a value that isn't implemented.
@@ -151,7 +151,7 @@ def config_from_hf(values: Mapping[str, Any]) -> clip.Config:
             side["intermediate_size"], side["hidden_act"], float(side["layer_norm_eps"]),
         )  # fmt: skip
 
-    return clip.Config(
+    return clip.ClipConfig(
         vision=tower(vision),
         text=tower(text),
         d_features=d_features,

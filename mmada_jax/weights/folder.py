@@ -35,7 +35,7 @@ from mmada_jax.weights.workdir import CONFIG, MODEL, check_files, record_files
 
 IMAGE_TOKENIZER = "image_tokenizer"
 GENERATION = "generation_config.json"
-# Fields of transformer.Config that say how a model is computed. Hugging Face's config.json lacks them.
+# Fields of ModelConfig that say how a model is computed. config.json of Hugging Face lacks them.
 COMPUTED = ("dtype", "attention", "pad", "remat", "unroll")
 _NEITHER = "is no workdir of a training run, no checkpoint and no Hugging Face folder"
 
@@ -55,7 +55,7 @@ class Source:
     path: pathlib.Path
     kind: str
     model_type: str
-    config: transformer.Config | vq.Config
+    config: transformer.ModelConfig | vq.VQConfig
     values: dict[str, Any]
     params: dict[str, Any]
     image_tokenizer: pathlib.Path | None = None
@@ -65,7 +65,7 @@ class Source:
     @property
     def is_image_tokenizer(self) -> bool:
         """Whether the folder holds an image tokenizer, and not a model."""
-        return isinstance(self.config, vq.Config)
+        return isinstance(self.config, vq.VQConfig)
 
     @property
     def dtype(self) -> str:
@@ -268,9 +268,9 @@ def _generation(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path / GENERATION, dict) if (path / GENERATION).is_file() else {}
 
 
-def _shapes_of(config: transformer.Config | vq.Config) -> dict[str, Any]:
+def _shapes_of(config: transformer.ModelConfig | vq.VQConfig) -> dict[str, Any]:
     """The params of an architecture as shapes; nothing is computed."""
-    if isinstance(config, transformer.Config):
+    if isinstance(config, transformer.ModelConfig):
         return transformer.param_shapes(config)
     return jax.eval_shape(functools.partial(vq.init_params, config=config), jax.random.key(0))
 
@@ -286,7 +286,7 @@ def dtype_of(name: str | None) -> np.dtype | None:
 
 
 def describe_model(
-    config: transformer.Config,
+    config: transformer.ModelConfig,
     vocab: Vocab,
     grid: tuple[int, int],
     max_text: int,
@@ -296,7 +296,7 @@ def describe_model(
     """The model.json of a workdir with a model.
 
     config           the fields of a config.json of Hugging Face, and `image_grid` and `max_text`
-    computed         how the run computes it: the fields COMPUTED of transformer.Config
+    computed         how the run computes it: the fields COMPUTED of transformer.ModelConfig
     generation       how it generates by default, as a generation_config.json says it
     image_tokenizer  the folder of its image tokenizer within the workdir, null unless it `draws`
     """
@@ -308,7 +308,7 @@ def describe_model(
     }
 
 
-def describe_image_tokenizer(config: vq.Config) -> dict[str, Any]:
+def describe_image_tokenizer(config: vq.VQConfig) -> dict[str, Any]:
     """The model.json of a workdir with an image tokenizer; see `describe_model`."""
     fields = magvit_keys.config_to_hf(config)
     return {"config": fields, "computed": {}, "generation": {}, "image_tokenizer": None}

@@ -14,7 +14,7 @@ from mmada_jax.weights import lazy
 MODEL_TYPES = ("llada", "mmada")
 
 
-def key_table(config: transformer.Config) -> dict[str, lazy.Rule]:
+def key_table(config: transformer.ModelConfig) -> dict[str, lazy.Rule]:
     """PyTorch key -> where the array lies in params and how its axes stand."""
     D, H, G, K, F = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.d_mlp
     table = {
@@ -42,12 +42,12 @@ def key_table(config: transformer.Config) -> dict[str, lazy.Rule]:
     return table
 
 
-def params_from_torch(state: Mapping[str, np.ndarray], config: transformer.Config) -> dict[str, Any]:
+def params_from_torch(state: Mapping[str, np.ndarray], config: transformer.ModelConfig) -> dict[str, Any]:
     """PyTorch state dict (numpy arrays) -> params in memory. Raises on any key or shape amiss."""
     return lazy.in_memory(lazy.params_of(state, key_table(config)))
 
 
-def params_to_torch(params: Mapping[str, Any], config: transformer.Config) -> dict[str, np.ndarray]:
+def params_to_torch(params: Mapping[str, Any], config: transformer.ModelConfig) -> dict[str, np.ndarray]:
     """Params -> PyTorch state dict of numpy arrays in memory."""
     return lazy.in_memory(lazy.tensors_of(params, key_table(config)))
 
@@ -75,7 +75,7 @@ _FIXED = {
 }
 
 
-def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> transformer.Config:
+def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> transformer.ModelConfig:
     """The fields of a config.json of LLaDA or MMaDA -> the architecture. Unknown fields are ignored.
 
     Raises ValueError, naming each field, for what isn't implemented (ALiBi, learned positions,
@@ -113,16 +113,16 @@ def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> transformer.C
         "n_heads": n_heads,
         "n_kv_heads": 1 if one_kv_head else number("n_kv_heads", default=n_heads or 1),
         "vocab": number("embedding_size", "vocab_size"),
-        "max_len": number("max_sequence_length", default=transformer.Config.max_len),
-        "rope_theta": number("rope_theta", default=transformer.Config.rope_theta, kind=float),
-        "norm_eps": number("rms_norm_eps", default=transformer.Config.norm_eps, kind=float),
+        "max_len": number("max_sequence_length", default=transformer.ModelConfig.max_len),
+        "rope_theta": number("rope_theta", default=transformer.ModelConfig.rope_theta, kind=float),
+        "norm_eps": number("rms_norm_eps", default=transformer.ModelConfig.norm_eps, kind=float),
     }
     codes = values.get("codebook_size")
     if codes is not None and (type(codes) is not int or codes < 0):
         wrong.append(f"codebook_size is {codes!r}, it must be a number of image codes")
     lazy.refuse(wrong, "config.json describes a model that can't be built")
     fields |= {"d_mlp": int(d_mlp), "rope_theta": float(fields["rope_theta"])}
-    return transformer.Config(**fields | overrides)
+    return transformer.ModelConfig(**fields | overrides)
 
 
 # All other fields of the published config.json, with their values. PyTorch's classes of LLaDA and MMaDA
@@ -147,7 +147,7 @@ _PUBLISHED = {
 del _PUBLISHED["rope_scaling"]  # the published config.json doesn't have it; later models do
 
 
-def resolved(values: Mapping[str, Any], config: transformer.Config) -> dict[str, Any]:
+def resolved(values: Mapping[str, Any], config: transformer.ModelConfig) -> dict[str, Any]:
     """The fields of a config.json, completed with all fields that the published one has."""
     sizes = {
         "n_kv_heads": config.n_kv_heads,
@@ -164,7 +164,7 @@ def resolved(values: Mapping[str, Any], config: transformer.Config) -> dict[str,
 
 
 def config_to_hf(
-    config: transformer.Config, vocab: Vocab, grid: tuple[int, int], max_text: int
+    config: transformer.ModelConfig, vocab: Vocab, grid: tuple[int, int], max_text: int
 ) -> dict[str, Any]:
     """Architecture and vocabulary of a model trained here -> the fields of MMaDA's config.json.
 

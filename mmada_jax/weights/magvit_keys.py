@@ -14,7 +14,7 @@ from mmada_jax.weights import lazy
 MODEL_TYPE = "magvitv2"
 
 
-def key_table(config: vq.Config) -> dict[str, lazy.Rule]:
+def key_table(config: vq.VQConfig) -> dict[str, lazy.Rule]:
     """PyTorch key -> where the array lies in params and how its axes stand."""
     table: dict[str, lazy.Rule] = {}
 
@@ -80,17 +80,19 @@ def key_table(config: vq.Config) -> dict[str, lazy.Rule]:
     return table
 
 
-def params_from_torch(state: Mapping[str, np.ndarray], config: vq.Config) -> dict[str, Any]:
+def params_from_torch(state: Mapping[str, np.ndarray], config: vq.VQConfig) -> dict[str, Any]:
     """State dict (numpy arrays) -> params in memory, as `params_of`; the buffers may be left out."""
     return lazy.in_memory(params_of(constants(config) | dict(state), config))
 
 
-def params_to_torch(params: dict[str, Any], config: vq.Config) -> dict[str, np.ndarray]:
+def params_to_torch(params: dict[str, Any], config: vq.VQConfig) -> dict[str, np.ndarray]:
     """Params -> PyTorch state dict of numpy arrays, with the quantiser's constant buffers."""
     return lazy.in_memory(lazy.tensors_of(params, key_table(config))) | constants(config)
 
 
-def params_of(state: Mapping[str, Any], config: vq.Config, dtype: np.dtype | None = None) -> dict[str, Any]:
+def params_of(
+    state: Mapping[str, Any], config: vq.VQConfig, dtype: np.dtype | None = None
+) -> dict[str, Any]:
     """State dict -> params as Lazy arrays. The two constant buffers of the quantiser are checked and
     dropped. Raises on any key, shape or dtype amiss."""
     known = constants(config)
@@ -104,14 +106,14 @@ def params_of(state: Mapping[str, Any], config: vq.Config, dtype: np.dtype | Non
     return lazy.params_of(rest, key_table(config), dtype, wrong)
 
 
-def constants(config: vq.Config) -> dict[str, np.ndarray]:
+def constants(config: vq.VQConfig) -> dict[str, np.ndarray]:
     """The buffers of the quantiser: the signs of every code, and the values of its bits."""
     powers_Z = 2 ** np.arange(config.bits - 1, -1, -1, dtype=np.int64)
     signs = (np.arange(config.codebook_size)[:, None] & powers_Z > 0) * 2.0 - 1
     return {"quantize.embedding": signs.astype(np.float32), "quantize.power_vals": powers_Z}
 
 
-def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> vq.Config:
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> vq.VQConfig:
     """The architecture that a state dict is of: all of it can be read off the shapes of its tensors.
 
     Raises ValueError where that fails; `params_of` then checks every key and shape.
@@ -131,7 +133,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> vq.Config:
             widths = [shapes[f"{half}.{side}.{at}.block.0.conv1.weight"][0] for at in range(levels)]
             fields[f"{half}_mult"] = tuple(width // channels for width in widths)
             fields[f"{half}_blocks"] = tuple(blocks)
-        return vq.Config(**fields)
+        return vq.VQConfig(**fields)
     except KeyError as error:
         hint = lazy.renamed(error.args, shapes)
         raise ValueError(
@@ -141,12 +143,12 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> vq.Config:
         raise ValueError(f"these tensors are no MAGVIT-v2 tokenizer: {error!r}") from error
 
 
-def config_to_hf(config: vq.Config) -> dict[str, Any]:
+def config_to_hf(config: vq.VQConfig) -> dict[str, Any]:
     """The architecture as fields of config.json, which is what the exported modelling file reads."""
     return {"model_type": MODEL_TYPE, "architectures": ["MAGVITv2"], **dataclasses.asdict(config)}
 
 
-def config_from_hf(values: Mapping[str, Any]) -> vq.Config:
+def config_from_hf(values: Mapping[str, Any]) -> vq.VQConfig:
     """The inverse of `config_to_hf`; other fields are ignored. Raises ValueError for one that is wrong."""
-    names = {field.name for field in dataclasses.fields(vq.Config)}
-    return from_dict(vq.Config, {name: value for name, value in values.items() if name in names})
+    names = {field.name for field in dataclasses.fields(vq.VQConfig)}
+    return from_dict(vq.VQConfig, {name: value for name, value in values.items() if name in names})

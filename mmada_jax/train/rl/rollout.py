@@ -100,7 +100,11 @@ def lay_out(model: Model, task: Task, prompts: Sequence[Prompt], responses: int)
 
 
 def make_generate(
-    mesh: jax.sharding.Mesh, config: transformer.Config, vocab: Vocab, at: ResponseSpan, params: Any
+    mesh: jax.sharding.Mesh,
+    config: transformer.ModelConfig,
+    vocab: Vocab,
+    at: ResponseSpan,
+    params: Any,
 ) -> Callable[..., Rollout]:
     """The jitted (params, tokens [R, L], valid [R, L], key, unconditional rows or None) -> Rollout.
 

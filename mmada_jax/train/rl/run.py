@@ -78,7 +78,8 @@ class RLRun(Ranged):
     image_tokenizer: str = ""
     data_root: str = ""
     model: Annotated[
-        dict[str, Any], FieldsOf(transformer.Config, COMPUTATION, "the architecture is that of init")
+        dict[str, Any],
+        FieldsOf(transformer.ModelConfig, COMPUTATION, "the architecture is that of init"),
     ] = dataclasses.field(default_factory=dict)
     reference_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ahead: Annotated[int, Range(0, 1)] = 0
