@@ -81,6 +81,13 @@ def example(kind, limits=None):
     return ("7", "7") if kind is str else ("7", 7)
 
 
+# Fields of a text rule that say nothing without another one.
+NEEDS = {
+    "relax": ("threshold", "0.9"), "leap": ("threshold", "0.9"),
+    "window": ("cache", "dual"), "refresh": ("cache", "dual"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("cls", "base"),
     [
@@ -99,6 +106,10 @@ def test_every_field_can_be_typed(cls, base):
             text = value = "full" if path.endswith("remat") else "pow2"
         values = ConfigDict(base)
         with values.ignore_type():
+            group, _, name = path.rpartition(".")
+            if group.endswith(".text") and name in NEEDS:
+                other, other_text = NEEDS[name]
+                config.set_key(values, f"{group}.{other}", config.TypedText(other_text))
             config.set_key(values, path, config.TypedText(text))
             at = config.from_dict(cls, values)
         for name in path.split("."):
