@@ -73,7 +73,7 @@ def test_think_while_drawing(model):
 
 
 def test_text_by_a_preset_is_the_text_by_its_fields(model):
-    fields = {"cache": "dual", "window": 64, "threshold": 0.9, "relax": 0.3}
+    fields = {"cache": "dual", "threshold": 0.9}
     by_name = model.generate("7 + 12", max_new=8, block=4, decode="fast")
     assert by_name.text == model.generate("7 + 12", max_new=8, block=4, **fields).text
 

@@ -18,13 +18,13 @@ each. The techniques, by fields of TextRule:
     leap       the same, less certain beside tokens that are certain enough (threshold, leap)
     factor     the more tokens at once, the more certain (factor)
     bound      as many tokens as keep their joint entropy low (bound)
-    all        cache, window, threshold, relax and stop together
+    all        cache, threshold and stop together, as decode="fast" has them
 
 Beside them `engine` times many requests at once by `all` against one after the other, and `draw` guided
 drawing against guidance now and then.
 
-A model with random weights is never certain. It has no techniques of certainty, and its `all` reveals four
-tokens in each step and doesn't stop.
+A model with random weights is never certain. It has no techniques of certainty, and its `all` is cache,
+window and steps together.
 
 The sides are called in turns, on the same rows. The claims are the RATIOS of the medians, plain /
 technique. Compiling is timed apart. A step is a pass over the row or its block; with a cache there is one
@@ -52,7 +52,7 @@ from launch.benchmarks import cases, decode_report, serving, timing
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
-from mmada_jax.diffusion.rules import TextRule
+from mmada_jax.diffusion.rules import PRESETS, TextRule
 from mmada_jax.disk import write_whole
 from mmada_jax.measure.totals import mcnemar
 from mmada_jax.nets import transformer
@@ -259,7 +259,7 @@ def rules(
         "leap": {"threshold": args.threshold, "leap": args.leap},
         "factor": {"factor": args.factor},
         "bound": {"bound": args.bound},
-        "all": window | (quota if subject.is_random else surely | stop),
+        "all": window | quota if subject.is_random else PRESETS["text"]["fast"] | stop,
     }
     # The mask reveals nothing, and the answers of random weights would end anywhere.
     never = (vocab.mask, vocab.eos, vocab.end_turn) if subject.is_random else (vocab.mask,)

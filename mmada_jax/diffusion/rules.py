@@ -343,7 +343,7 @@ PRESETS = {
     "text": {
         "exact": {},
         "cached": {"cache": "dual"},
-        "fast": {"cache": "dual", "window": 64, "threshold": 0.9, "relax": 0.3},
+        "fast": {"cache": "dual", "threshold": 0.9},
     },
     "image": {"exact": {}, "fast": {"guide_every": 4}},
 }
