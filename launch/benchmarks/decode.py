@@ -259,7 +259,9 @@ def rules(
         "leap": {"threshold": args.threshold, "leap": args.leap},
         "factor": {"factor": args.factor},
         "bound": {"bound": args.bound},
-        "all": window | quota if subject.is_random else PRESETS["text"]["fast"] | stop,
+        "all": window | quota
+        if subject.is_random
+        else PRESETS["text"]["fast"] | {"threshold": args.threshold} | stop,
     }
     # The mask reveals nothing, and the answers of random weights would end anywhere.
     never = (vocab.mask, vocab.eos, vocab.end_turn) if subject.is_random else (vocab.mask,)
