@@ -31,9 +31,7 @@ def through_engine(model: MMaDA, job: Job, repeats: int) -> dict[str, Any]:
     def run(name):
         tokens[name] = engines[name].run(job)
 
-    times = timing.take_turns(
-        {name: lambda name=name: run(name) for name in engines}, dict.fromkeys(engines, repeats), 1
-    )
+    times = timing.take_turns({name: lambda name=name: run(name) for name in engines}, repeats, 1)
     equal = all(np.array_equal(*pair) for pair in zip(*tokens.values(), strict=True))
     counters = engines["together"].counters
     return {
@@ -66,7 +64,7 @@ def drawing(model: MMaDA, repeats: int) -> dict[str, Any] | None:
 
     jobs = {name: job(rule) for name, rule in rules.items()}
     runs = {name: lambda of=of: model.run(model.params, of) for name, of in jobs.items()}
-    times = timing.take_turns(runs, dict.fromkeys(runs, repeats), 1)
+    times = timing.take_turns(runs, repeats, 1)
     return {
         "rows": ROWS,
         "tokens": jobs["plain"].length,

@@ -122,6 +122,28 @@ def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:
     return chip and chip.compiler_options
 
 
+def jit(
+    mesh: jax.sharding.Mesh,
+    function: Callable[..., Any],
+    in_shardings: Any,
+    out_shardings: Any,
+    donate_argnums: int | tuple[int, ...] = (),
+) -> Any:
+    """`jax.jit` for the devices of `mesh`, with the options of a compilation for them."""
+    return jax.jit(
+        function,
+        in_shardings=in_shardings,
+        out_shardings=out_shardings,
+        donate_argnums=donate_argnums,
+        compiler_options=compiler_options(mesh),
+    )
+
+
+def row_parts(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts the rows of a batch are split on `mesh`, which needn't be in use."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def parts(axis: str) -> int:
     """Into how many parts logical `axis` is split in use; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -128,7 +128,7 @@ def _step(network, rule, size, length, spot, cache):
         until_B = at_B + width if rule.window is None else _reach(rule, spot)
         part = Part(spot.first_B, until_B, at_B, width, rule.window is not None)
     h_BQD, _, _ = _compute(network, rule, spot, cache, part)
-    return _take(h_BQD, spot.at_B - part.at_B, size)
+    return take(h_BQD, spot.at_B - part.at_B, size)
 
 
 def _from_start(rule, spot, width):
@@ -151,7 +151,7 @@ def _compute_and_store(network, rule, size, spot, cache, part):
     if part.last:
         of_last = Cache(*(x[..., width:, :] for x in new))
         cache = caches.store(cache, of_last, _last(spot.valid_BL), own_BQ[:, width:])
-    return _take(h_BQD, spot.at_B - part.at_B, size), cache
+    return take(h_BQD, spot.at_B - part.at_B, size), cache
 
 
 def _compute(network, rule, spot, cache, part):
@@ -187,6 +187,6 @@ def _last(valid_BL):
     return L - 1 - jnp.argmax(valid_BL[:, ::-1], axis=1).astype(jnp.int32)
 
 
-def _take(x_BL, at_B, size):
+def take(x_BL: jax.Array, at_B: jax.Array, size: int) -> jax.Array:
     """The `size` entries of each row from `at` on."""
     return jax.vmap(lambda x_L, at: jax.lax.dynamic_slice_in_dim(x_L, at, size))(x_BL, at_B)

@@ -117,7 +117,7 @@ def steps(
 def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Placed:
     """A job on its devices, the last row repeated until the rows divide among them."""
     placed = rows_of(job, seed)
-    more = -len(placed.tokens_BL) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    more = -len(placed.tokens_BL) % sharding.row_parts(mesh)
     filled = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], more, axis=0)]), placed)
     return sharding.put_batch(mesh, filled)
 
@@ -150,16 +150,21 @@ def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
     rows that follow each other are equal."""
     if job.rule.cache == "none":
         return {}
-    first = {}
-    if job.rule.window is not None:
-        reach = int(job.start_B.max()) + job.rule.size(job.length) + job.rule.window
-        first["reach"] = min(layout.bucket(reach), job.rows.tokens.shape[1])
-    if mesh.shape["data"] * mesh.shape["fsdp"] == 1:
+    first = {"reach": reach_of(job.rule, job.length, int(job.start_B.max()), job.rows.tokens.shape[1])}
+    if sharding.row_parts(mesh) == 1:
         of_rows = (job.rows.tokens, job.rows.valid, job.start_B[:, None], job.length_B[:, None])
         rows_BX = np.concatenate(of_rows, axis=1)
         changes = np.flatnonzero((rows_BX[1:] != rows_BX[:-1]).any(axis=1)) + 1
         first["share"] = int(np.gcd.reduce([*changes, len(rows_BX)]))
     return first
+
+
+def reach_of(rule: rules.Rule, length: int, start: int, places: int) -> int | None:
+    """How far the first pass over rows of so many places computes, if no span begins after `start`. None if
+    the rule has no window: over the whole rows."""
+    if rule.window is None:
+        return None
+    return min(layout.bucket(start + rule.size(length) + rule.window), places)
 
 
 @functools.cache
@@ -192,11 +197,11 @@ def decoder(
         )
 
     everywhere = sharding.replicated(mesh)
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         fill,
         in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
         out_shardings=everywhere,
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 
@@ -213,11 +218,11 @@ def _spans_decoder(mesh, config, vocab, of_jobs):
         rows = first.tokens_BL, first.valid_BL
         return denoise.denoise_spans(network, *rows, spans, vocab=vocab, key_B=_keys(first))
 
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         fill,
         in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 
@@ -239,11 +244,11 @@ def starter(
         of_rule = {"length": length, "rule": rule, "vocab": vocab}
         return denoise.begin(network, draft_of(placed), **of_rule, reach=reach, share=share)
 
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         begin,
         in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
         out_shardings=state_shardings(mesh, rule),
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 
@@ -272,11 +277,11 @@ def stepper(
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     of_state = state_shardings(mesh, rule)
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         step,
         in_shardings=(param_shardings(mesh, config), rows, of_state),
         out_shardings=(of_state, everywhere, everywhere),
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 

@@ -251,7 +251,10 @@ def advance(
     size, spot = rule.size(length), _spot(draft, state, length, rule)
     place_BN = spot.at_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     in_block_BN = (place_BN >= spot.first_B[:, None]) & (place_BN < spot.end_B[:, None])
-    take, put = functools.partial(_take, at_B=spot.at_B, size=size), functools.partial(_put, at_B=spot.at_B)
+    take, put = (
+        functools.partial(cached.take, at_B=spot.at_B, size=size),
+        functools.partial(_put, at_B=spot.at_B),
+    )
     now_BN = take(state.tokens_BL)
     hidden_BN = in_block_BN & (now_BN == vocab.mask)
     n_given_B = jnp.sum(in_block_BN & (take(draft.tokens_BL) == vocab.mask), axis=1)
@@ -320,7 +323,7 @@ def _guided(network, draft, state, at_B, size, rule, vocab):
 
     def alone():
         h_BLD = network.hidden_states(state.tokens_BL, draft.valid_BL)
-        return _unembed(network, _take(h_BLD, at_B, size), rule, vocab)
+        return _unembed(network, cached.take(h_BLD, at_B, size), rule, vocab)
 
     def both():
         # The two rows of a pair stand side by side, so they are on one device, and so are their logits.
@@ -330,7 +333,7 @@ def _guided(network, draft, state, at_B, size, rule, vocab):
         h_BLD = network.hidden_states(
             _pairs(state.tokens_BL, other_BL), _pairs(draft.valid_BL, other_valid_BL)
         )
-        logits_BNV = _unembed(network, _take(h_BLD, _pairs(at_B, at_B), size), rule, vocab)
+        logits_BNV = _unembed(network, cached.take(h_BLD, _pairs(at_B, at_B), size), rule, vocab)
         logits_B2NV = logits_BNV.reshape(-1, 2, *logits_BNV.shape[1:])
         return logits_B2NV[:, 0], logits_B2NV[:, 1]
 
@@ -362,11 +365,6 @@ def _in_span(draft: Draft) -> jax.Array:
     place_1L = jnp.arange(draft.tokens_BL.shape[1])[None]
     start_B1, end_B1 = draft.start_B[:, None], (draft.start_B + draft.length_B)[:, None]
     return (place_1L >= start_B1) & (place_1L < end_B1)
-
-
-def _take(x_BL, at_B, size):
-    """The `size` entries of each row from `at` on."""
-    return jax.vmap(lambda x_L, at: jax.lax.dynamic_slice_in_dim(x_L, at, size))(x_BL, at_B)
 
 
 def _put(x_BL, new_BN, at_B):

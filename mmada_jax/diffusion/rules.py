@@ -151,22 +151,17 @@ class TextRule(Ranged):
         if self.defer:
             logits_BNV = logits_BNV.at[..., np.array(self.defer)].set(-jnp.inf)
         p_BNV = jax.nn.softmax(logits_BNV, axis=-1)
-        entropy_BN = None
         if self.bound is not None or self.remask == "entropy":
-            entropy_BN = -jnp.sum(p_BNV * jnp.log(p_BNV + np.float32(1e-10)), axis=-1)
-        if self.remask == "low_confidence":
+            sure_BN = jnp.sum(p_BNV * jnp.log(p_BNV + np.float32(1e-10)), axis=-1)
+        elif self.remask == "low_confidence":
             sure_BN = pick(p_BNV, x0_BN)
         elif self.remask == "largest":
             sure_BN = jnp.max(p_BNV, axis=-1)
         elif self.remask == "margin":
             top_BN2 = jax.lax.top_k(p_BNV, 2)[0]
             sure_BN = top_BN2[..., 0] - top_BN2[..., 1]
-        elif self.remask == "entropy":
-            sure_BN = -entropy_BN
         else:
             sure_BN = _uniform(key_BN, 1)
-        if self.bound is not None:
-            sure_BN = -entropy_BN
         sure_BN = jnp.where(hidden_BN, sure_BN, -jnp.inf)
         pass_BN = self._passing(sure_BN, hidden_BN, n_given_B, step_B, length)
         return x0_BN, hidden_BN & pass_BN

@@ -67,7 +67,7 @@ def _made(shape):
             placed, denoise.blank(network, placed.tokens_BL, shape.length, shape.rule, shape.vocab)
         )
 
-    return _jit(shape, make, (sharding.batch_sharding(shape.mesh),), _shardings(shape))
+    return sharding.jit(shape.mesh, make, (sharding.batch_sharding(shape.mesh),), _shardings(shape))
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any
 
     rows, one = sharding.batch_sharding(shape.mesh), sharding.replicated(shape.mesh)
     of_slots = _shardings(shape)
-    return _jit(shape, join, (_params(shape), of_slots, rows, one), of_slots, donate=1)
+    return sharding.jit(shape.mesh, join, (_params(shape), of_slots, rows, one), of_slots, donate_argnums=1)
 
 
 @functools.cache
@@ -128,7 +128,9 @@ def runner(shape: Shape) -> Callable[[Any, Slots, Any, Any], tuple[Slots, Report
         return Slots(slots.placed, state), report
 
     one, of_slots = sharding.replicated(shape.mesh), _shardings(shape)
-    return _jit(shape, run, (_params(shape), of_slots, one, one), (of_slots, one), donate=1)
+    return sharding.jit(
+        shape.mesh, run, (_params(shape), of_slots, one, one), (of_slots, one), donate_argnums=1
+    )
 
 
 @functools.cache
@@ -145,7 +147,7 @@ def mover(shape: Shape) -> Callable[[Slots, Any], Slots]:
         return Slots(placed, state._replace(cache=cache))
 
     of_slots = _shardings(shape)
-    return _jit(shape, move, (of_slots, sharding.replicated(shape.mesh)), of_slots)
+    return sharding.jit(shape.mesh, move, (of_slots, sharding.replicated(shape.mesh)), of_slots)
 
 
 @functools.cache
@@ -157,7 +159,9 @@ def leaver(shape: Shape) -> Callable[[Slots, Any], Slots]:
         return Slots(slots.placed._replace(length_B=length_S), slots.state)
 
     of_slots = _shardings(shape)
-    return _jit(shape, leave, (of_slots, sharding.replicated(shape.mesh)), of_slots, donate=0)
+    return sharding.jit(
+        shape.mesh, leave, (of_slots, sharding.replicated(shape.mesh)), of_slots, donate_argnums=0
+    )
 
 
 def _params(shape):
@@ -166,14 +170,3 @@ def _params(shape):
 
 def _shardings(shape):
     return Slots(sharding.batch_sharding(shape.mesh), decode.state_shardings(shape.mesh, shape.rule))
-
-
-def _jit(shape, function, in_shardings, out_shardings, donate=()):
-    options = sharding.compiler_options(shape.mesh)
-    return jax.jit(
-        function,
-        in_shardings=in_shardings,
-        out_shardings=out_shardings,
-        compiler_options=options,
-        donate_argnums=donate,
-    )

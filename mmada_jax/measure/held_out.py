@@ -45,7 +45,7 @@ def masked_nll(
         raise ValueError(f"ratio {wrong[0]} hides nothing or too much; it must be in (0, 1]")
     mesh = jax.sharding.get_mesh()
     mesh = sharding.make_mesh(devices=jax.devices()[:1]) if mesh.empty else mesh
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_parts(mesh)
     if len(batch.task) % shards:
         raise ValueError(
             f"{len(batch.task)} rows can't be spread over {shards} data shards; give a multiple of that"
@@ -87,11 +87,11 @@ def _hidden_nll(mesh, model, vocab, chunk):
 
     params = sharding.tree_shardings(mesh, transformer.param_axes(model), transformer.param_shapes(model))
     everywhere = sharding.replicated(mesh)
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         run,
         in_shardings=(params, sharding.batch_sharding(mesh), everywhere, everywhere),
         out_shardings=everywhere,
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 

@@ -112,7 +112,7 @@ class Engine:
     """
 
     def __init__(self, model: Any, slots: int = 16, memory: int | None = None, queue: int = 10_000):
-        parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+        parts = sharding.row_parts(model.mesh)
         if slots < 1 or slots % parts:
             raise ValueError(
                 f"slots is {slots}; it must be a positive multiple of {parts}, the number of devices that "
@@ -239,10 +239,7 @@ class Engine:
                     f"device, {self.memory / 1e6:.1f} MB are there; ask for fewer new tokens"
                 )
             shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
-            reach = None
-            if rule.window is not None:
-                first = int(job.start_B[i]) + rule.size(longest) + rule.window
-                reach = min(layout.bucket(first), places)
+            reach = decode.reach_of(rule, longest, int(job.start_B[i]), places)
             rows.append(_Row(one, shape, places, reach))
         return rows
 

@@ -107,12 +107,12 @@ def lower_text(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh, is_cached: bo
     places = jax.tree.map(lambda x: x.sharding, params)
     with jax.set_mesh(mesh):
         if not is_cached:
-            step = jax.jit(plain, in_shardings=(places, rows, rows), out_shardings=everywhere)
+            step = sharding.jit(mesh, plain, (places, rows, rows), everywhere)
             given = [jax.ShapeDtypeStruct((B, L), kind) for kind in (np.int32, bool)]
             return step.lower(params, *given)
         of_cache = caches.shardings(mesh)
         in_shardings = (places, rows, rows, rows, of_cache, rows)
-        step = jax.jit(of_block, in_shardings=in_shardings, out_shardings=everywhere)
+        step = sharding.jit(mesh, of_block, in_shardings, everywhere)
         given = [jax.ShapeDtypeStruct((B, BLOCK), kind) for kind in (np.int32, np.int32, bool)]
         cache = jax.eval_shape(lambda: transformer.Network(None, model).empty_cache(B, L))
         return step.lower(params, *given, cache, jax.ShapeDtypeStruct((B, L), bool))
@@ -122,7 +122,7 @@ def _bf16(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, transformer.ModelCo
     """The params of a model that decodes, as shapes on the mesh, and its architecture."""
     model = dataclasses.replace(plan.model, remat="none")
     shapes = transformer.param_shapes(model)
-    places = sharding.tree_shardings(mesh, transformer.param_axes(model), shapes)
+    places = decode.param_shardings(mesh, model)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=place), shapes, places
     ), model
@@ -288,7 +288,7 @@ def report(
             f"{topology.chips} chips of {topology}; choose a smaller topology"
         )
     mesh = sharding.make_mesh(**what.mesh, devices=devices(topology))
-    chip, n_data = topology.chip, mesh.shape["data"] * mesh.shape["fsdp"]
+    chip, n_data = topology.chip, sharding.row_parts(mesh)
     rows = what.rows / n_data
     out = {
         "step": step,

@@ -15,6 +15,7 @@ from mmada_jax import config as config_lib
 from mmada_jax.data import digits, records, sources
 from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
 from mmada_jax.data.texts import sample_texts
+from mmada_jax.devices import sharding
 from mmada_jax.diffusion.corrupt import LossConfig
 from mmada_jax.disk import resolved
 from mmada_jax.nets import transformer, vq
@@ -145,7 +146,7 @@ def same_in_all(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the rows of a batch can't be spread over the devices."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.row_parts(mesh)
     of_model = isinstance(run, ModelRun)
     sizes = {"batch_size": run.accumulate if of_model else 1}
     if of_model and run.eval_every:

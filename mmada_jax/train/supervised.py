@@ -297,12 +297,12 @@ def make_step(
         return TrainState(state.step + 1, params, opt_state), values
 
     everywhere = sharding.replicated(mesh)
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         step_fn,
         in_shardings=(shardings, everywhere, sharding.batch_sharding(mesh)),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 

@@ -132,11 +132,11 @@ def make_generate(
         return Rollout(tokens_RL, valid_RL, response_RL, *record)
 
     rows = sharding.batch_sharding(mesh)
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         generate,
         in_shardings=(params, rows, rows, sharding.replicated(mesh), rows),
         out_shardings=rows,
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 

@@ -88,7 +88,7 @@ def check_same_run(run: RLRun, workdir: pathlib.Path) -> None:
 
 def check_rollout_rows(run: RLRun, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the rows of a rollout or of an update can't be spread over the devices."""
-    shards, G = mesh.shape["data"] * mesh.shape["fsdp"], run.objective.responses
+    shards, G = sharding.row_parts(mesh), run.objective.responses
     for name, task in run.tasks.items():
         for what, rows, parts in (
             ("groups", task.groups * G, shards),

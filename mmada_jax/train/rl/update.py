@@ -81,11 +81,11 @@ def make_score(
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     reference = params if objective.kl == "reference" else None
-    return jax.jit(
+    return sharding.jit(
+        mesh,
         score,
         in_shardings=(params, reference, rows, everywhere, everywhere),
         out_shardings=rows,
-        compiler_options=sharding.compiler_options(mesh),
     )
 
 
