@@ -20,8 +20,8 @@ STAGES = {
         "eps": 0.2, "prefix_rows": 0.0,
     },
     "long": {
-        "rounds": "1-4", "max_text": 519, "steps": 900, "rows": 8, "lr": 3e-3,
-        "eps": 0.1, "prefix_rows": 0.6,
+        "rounds": "1-4", "max_text": 519, "steps": 1000, "rows": 8, "lr": 3e-3,
+        "eps": 0.1, "prefix_rows": 0.75,
     },
 }  # fmt: skip
 SMOKE = STAGES["short"] | {"steps": 2, "rows": 8, "lr": 1e-3, "prefix_rows": 0.5}
@@ -61,7 +61,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
             "lm_chat": 1.0, "eps": stage["eps"],
             # With random masks alone a total is mostly read from the line after it, and hardly ever added.
             # Copying is learned sooner without these rows.
-            "answer_mask": "mixture", "prefix_rows": stage["prefix_rows"], "prefix_next": 16,
+            "answer_mask": "mixture", "prefix_rows": stage["prefix_rows"], "prefix_next": 32,
+            # Decoding reveals the tokens of a block in any order.
+            "prefix_shown": 0.6,
         },
         "optim": {
             "name": "muon", "lr": stage["lr"], "warmup": 2 if smoke else 30, "floor": 0.05, "b2": 0.99,

@@ -210,13 +210,41 @@ def test_a_prefix_is_clean_and_all_behind_it_hidden(task, key):
     assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
 
 
-def test_prefix_rows_weigh_the_mean_of_what_they_score():
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_share_of_the_cut_rows_shows_tokens_that_would_be_scored(share):
+    batch = batch_of(["lm_chat"] * 2048)
+    wide = dataclasses.replace(PREFIX, prefix_next=6)
+    whole, out = (run(KEYS[0], batch, dataclasses.replace(wide, prefix_shown=x)) for x in (0.0, share))
+    hidden, scored = hidden_in(batch, out), np.asarray(out.weights_BL) > 0
+    all_hidden, all_scored = hidden_in(batch, whole), np.asarray(whole.weights_BL) > 0
+    # Behind the next tokens all is hidden as before, and what is shown isn't scored.
+    np.testing.assert_array_equal(hidden, all_hidden & ~(all_scored & ~hidden))
+    np.testing.assert_array_equal(scored, all_scored & hidden)
+    n, shown = all_scored.sum(axis=1), (all_scored & ~hidden).sum(axis=1)
+    full = n == 6
+    assert full.sum() > 300
+    # With p uniform, each number of shown tokens is as likely, in the rows that show any at all.
+    counts = np.bincount(shown[full], minlength=7) / full.sum()
+    wanted = np.full(7, share / 7)
+    wanted[0] += 1 - share
+    assert np.abs(counts - wanted).max() < 5 * np.sqrt(0.25 / full.sum())
+    # The place doesn't matter.
+    first, last = (np.take_along_axis(
+        all_scored & ~hidden, (np.argmax(all_scored, axis=1) + i)[:, None], axis=1)[full].mean()
+        for i in (0, 5))  # fmt: skip
+    assert abs(first - last) < 5 * np.sqrt(0.5 / full.sum())
+
+
+@pytest.mark.parametrize("shown", [0.0, 0.7])
+def test_prefix_rows_weigh_the_mean_of_what_they_score(shown):
     batch = batch_of(MIXED * 4)
-    out = run(KEYS[0], batch, PREFIX)
+    out = run(KEYS[0], batch, dataclasses.replace(PREFIX, prefix_shown=shown))
     weights = np.asarray(out.weights_BL, np.float64).sum(axis=1)
     for task in ("lm_chat", "mmu", "r2i"):
         rows = batch.task == layout.TASKS.index(task)
-        np.testing.assert_allclose(weights[rows], COEFFICIENTS[task] / rows.sum(), rtol=1e-5)
+        weighed = weights[rows] > 0  # if all that would be scored is shown, nothing is
+        assert weighed.mean() > (0.5 if shown else 0.99)
+        np.testing.assert_allclose(weights[rows][weighed], COEFFICIENTS[task] / rows.sum(), rtol=1e-5)
 
 
 def test_the_image_of_a_clean_thought_is_hidden_by_number():

@@ -17,7 +17,8 @@ rows of lm_chat, mmu and r2i can also be hidden as decoding meets them (`answer_
 are clean, all tokens after the cut are hidden, and the next n tokens are scored. The cut is uniform over
 the text of the answer, up to its first EOS. Half of these r2i rows have the cut in the thought, and their
 whole image is hidden. In the other half the thought is clean, and an exact number of image tokens is
-hidden, as in t2i. The weight of a scored token is then
+hidden, as in t2i. In a share of the rows with a cut, some of the next n tokens are shown by chance
+(`prefix_shown`), as in a block of which decoding has revealed a part. The weight of a scored token is then
 
     lm_chat, mmu, r2i
                    c / (rows * scored tokens of the row)
@@ -61,6 +62,9 @@ class LossConfig(Ranged):
     prefix_next: Annotated[Positive, OnlyWith("answer_mask", ("prefix", "mixture"))] = (
         4  # tokens after the cut that are scored
     )
+    # Share of the rows with a cut in which tokens that would be scored are shown, each with a probability
+    # that is uniform in [0, 1) and the same for all tokens of a row.
+    prefix_shown: Annotated[Share, OnlyWith("answer_mask", ("prefix", "mixture"))] = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +151,13 @@ def _by_prefix(
     cut_B1 = jnp.floor(cut_B * n_B.astype(jnp.float32)).astype(jnp.int32)[:, None]
     after_BL = text_BL & (index_BL >= cut_B1)
     next_BL = after_BL & (index_BL < cut_B1 + config.prefix_next)
+    if config.prefix_shown:
+        key = jax.random.fold_in(key, 1)
+        of_row_2B1 = jax.random.uniform(key, (2, *batch.task.shape, 1))
+        in_part_B1, p_B1 = of_row_2B1[0] < np.float32(config.prefix_shown), of_row_2B1[1]
+        noise_BL = jax.random.uniform(jax.random.fold_in(key, 1), batch.tokens.shape)
+        shown_BL = next_BL & in_part_B1 & (noise_BL < p_B1)
+        after_BL, next_BL = after_BL & ~shown_BL, next_BL & ~shown_BL
 
     draws_B1 = ((batch.task == TASKS.index("r2i")) & (of_row_B < share / 2))[:, None]
     hidden_BL = jnp.where(draws_B1, by_number_BL, after_BL | image_BL)
