@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from mmada_jax.data import digits, images
-from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.model import vision
 from mmada_jax.serve.api import MMaDA
@@ -46,7 +45,7 @@ def test_think_and_draw(model):
     rule = TextRule(block=1)
     made = model.think_and_draw(prompts, rule, FAST, seed=1)
     # The thought is what the thinking rows alone give; the image is drawn with it in view.
-    spans = model.run(model.params, model.think_job(prompts, rule), seed=1)
+    spans = model.run(model.think_job(prompts, rule), seed=1)
     for prompt, span, (thought, drawing) in zip(prompts, spans, made, strict=True):
         given = model.tokenizer.encode(chat(prompt))
         assert len(given) + len(span) == model.max_text
@@ -148,15 +147,15 @@ def test_opposite_extensions_are_mirror_images(
 ):
     codes = np.random.default_rng(0).integers(1, 64, grid)
 
-    def fill(params, config, vocab, mesh, job, seed):
+    def fill(self, job, seed):
         spans = job.spans(job.rows.tokens)
-        return [np.where(ids == vocab.mask, vocab.image_offset, ids) for ids in spans]
+        return [np.where(ids == self.vocab.mask, self.vocab.image_offset, ids) for ids in spans]
 
     def extend(codes, direction):
         monkeypatch.setattr(MMaDA, "encode", lambda self, images: codes[None])
         return dataclasses.replace(model, grid=grid).extend(canvases[0], direction).codes
 
-    monkeypatch.setattr(decode, "run", fill)
+    monkeypatch.setattr(MMaDA, "run", fill)
     made = extend(codes, direction)
     np.testing.assert_array_equal(np.flip(extend(np.flip(codes, axis), opposite), axis), made)
     new, kept = np.split(made, [grid[axis] // 2], axis)

@@ -14,7 +14,6 @@ from decoding_toys import (
     PARAMS,
     PROMPTS,
     RNG,
-    SEEDS,
     V,
     assert_equal,
     fill,
@@ -91,14 +90,6 @@ def test_a_row_does_not_depend_on_its_company_nor_on_its_bucket(kind):
     assert_equal(together, [fill(rule, [i])[0] for i in range(4)])
     assert_equal(together, fill(rule, range(3, -1, -1))[::-1])
     assert_equal(together, fill(rule, length=96))
-
-
-@pytest.mark.parametrize("kind", ["dual", "dual, window", "prefix, window"])
-def test_the_python_loop_gives_the_same(kind):
-    rule = dataclasses.replace(KINDS[kind], never=NEVER)
-    mesh = one_device()
-    *_, last = decode.steps(PARAMS, MODEL, V, mesh, job(rule), SEEDS)
-    assert_equal(last, fill(rule))
 
 
 @pytest.mark.parametrize("kind", ["dual", "prefix, window"])

@@ -7,9 +7,11 @@ import threading
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoding_toys import (
+    BLOCK,
     KINDS,
     LENGTH,
     MODEL,
@@ -26,9 +28,10 @@ from decoding_toys import (
 )  # fmt: skip
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import decode, slots
+from mmada_jax.diffusion import cached, decode, denoise, slots
 from mmada_jax.diffusion.rules import ImageRule, TextRule
-from mmada_jax.serve.engine import Engine
+from mmada_jax.nets import transformer
+from mmada_jax.serve.engine import Engine, _fresh
 from mmada_jax.tokens import layout
 
 RULES = {
@@ -112,10 +115,55 @@ def test_progress_shows_each_block_and_the_tokens_never_change_again():
     rule = RULES["dual"]
     [ticket] = made.submit(job(rule, [0]), SEEDS[:1], progress=lambda x: seen.append(x.ids.copy()))
     final = ticket.result()
-    assert len(seen) == 3  # 24 tokens in blocks of 8
     for ids in seen:
         np.testing.assert_array_equal(ids[ids != V.mask], final[ids != V.mask])
-    assert (np.diff([(ids == V.mask).sum() for ids in seen]) == -8).all()
+    first, *others = [int((ids == V.mask).sum()) for ids in seen]
+    assert 16 <= first < 24 and others == [16, 8, 0]  # its first step, then blocks of 8
+
+
+def test_every_step_is_shown_to_who_asks_for_it():
+    rule, seen = RULES["plain"], []
+    made = engine(slots=4)
+    tickets = made.submit(job(rule, [3]), SEEDS[3:], progress=lambda x: seen.append(x.steps), every="step")
+    tickets += made.submit(job(rule, [0]), SEEDS[:1])
+    assert_equal([ticket.result() for ticket in tickets], fill(rule, [3, 0]))
+    assert seen == list(range(1, NEW[3] + 1))
+    shown = list(made.steps(job(rule, [3, 0]), [SEEDS[3], SEEDS[0]]))
+    assert [int((ids == V.mask).sum()) for ids, _ in shown[:3]] == [NEW[3] - n for n in (1, 2, 3)]
+    assert_equal(shown[-1], fill(rule, [3, 0]))
+
+
+def test_who_stops_asking_for_steps_gives_the_slots_back():
+    made = engine(slots=1)
+    next(made.steps(job(RULES["plain"], [3])))
+    made.turn()
+    assert not made.turn()
+
+
+def test_rows_that_join_together_share_the_first_pass_of_equal_ones():
+    """A row that isn't fresh gets the pass of the row before it, whatever it holds itself."""
+    rule, network = RULES["dual"], transformer.Network(PARAMS, MODEL)
+    draft = decode.draft_of(decode.rows_of(job(rule, [0, 1, 3]), 0))
+    state = denoise.blank(network, draft.tokens_BL, LENGTH, rule, V)
+    spot = denoise.spot(draft, state, LENGTH, rule, V)
+
+    @jax.jit
+    def join(number_R, fresh_R):
+        empty = network.empty_cache(4, 64)
+        return cached.join(network, rule, BLOCK, spot, None, empty, number_R, fresh_R)
+
+    def rows(cache):
+        return np.asarray(cache.k_NBGPK).swapaxes(0, 1)
+
+    each = rows(join(jnp.array([0, 1, 2]), jnp.array([True, True, True])))
+    shared = rows(join(jnp.array([2, 0, 1]), jnp.array([True, False, True])))
+    np.testing.assert_array_equal(shared[[2, 0, 1]], each[[0, 0, 2]])
+    two = rows(join(jnp.array([3, 1, 4]), jnp.array([True, True, True])))
+    np.testing.assert_array_equal(two[[3, 1]], each[[0, 1]])
+    assert not two[[0, 2]].any() and (each[0] != each[1]).any()
+    # With other seeds they are equal all the same.
+    rows = decode.rows_of(job(rule, [0, 0, 1, 1, 0]), [1, 2, 3, 3, 3])
+    assert _fresh(rows).tolist() == [True, False, True, False, True]
 
 
 def test_a_request_is_cancelled_and_its_slot_used_again():

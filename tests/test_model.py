@@ -2,11 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from mmada_jax.data import digits
-from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
@@ -55,7 +55,7 @@ def test_a_prompt_gives_the_same_whatever_stands_beside_it(model, canvases, rule
             return tokens_of(model.generate(prompts, rule, seed=seeds))
         if task == "answer":
             return tokens_of(model.answer([canvases[i % 2] for i in which], prompts, rule, seed=seeds))
-        return [span.tolist() for span in model.run(model.params, model.think_job(prompts, rule), seeds)]
+        return [span.tolist() for span in model.run(model.think_job(prompts, rule), seeds)]
 
     which = (0, 1, 2, 3) if task == "generate" else (0, 1, 2)
     together = ask(which)
@@ -76,27 +76,31 @@ def test_the_length_of_a_row_changes_nothing(model):
     prompts = [model.tokenizer.encode(chat(q)) for q in QUESTIONS[:2]]
     job = model.text_job([np.array(p) for p in prompts], TextRule(block=4), max_new=8)
     wider = layout.answers(model.vocab, prompts, [8, 8], 2 * len(job.rows.tokens[0]))
-    spans = [model.run(model.params, dataclasses.replace(job, rows=rows)) for rows in (job.rows, wider)]
+    spans = [model.run(dataclasses.replace(job, rows=rows)) for rows in (job.rows, wider)]
     for a, b in zip(*spans, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_prompts_of_every_length_share_a_compilation(model):
-    rule = TextRule(block=7)
-    for i in range(len(QUESTIONS)):
-        model.generate(QUESTIONS[i : i + 2], rule)
-    most = model.text_job(QUESTIONS[:1], rule).length
-    compiled = decode.decoder(model.mesh, model.config, model.vocab, most, rule)
-    assert compiled._cache_size() == 1
-    for question in QUESTIONS[:2]:
-        for seed in (0, 1):
-            list(model.steps(model.params, model.text_job([question], rule), seed))
-    stepped = decode.stepper(model.mesh, model.config, model.vocab, most, rule)
-    assert stepped._cache_size() == 1
+def test_prompts_of_other_lengths_and_seeds_compile_nothing(model):
+    rule, compiled = TextRule(block=7), []
+
+    def ask(prompts, seed):
+        model.generate(prompts, rule, seed=seed)
+        list(model.watch(model.text_job(prompts[:1], rule), seed))
+
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    ask(QUESTIONS, 0)
+    assert compiled
+    compiled.clear()
+    for i, prompt in enumerate(["8 - 2", "draw 4+4", "what is two plus three plus one?", "7"]):
+        ask([prompt, *QUESTIONS[:i]], i)
+    assert not compiled
 
 
 def test_steps_show_the_decoding_that_run_makes(model):
     job = model.draw_job(["a handwritten seven"], FAST)
-    steps = list(model.steps(model.params, job, seed=5))
+    steps = list(model.engine.steps(job, seed=5))
     assert len(steps) == FAST.steps
-    np.testing.assert_array_equal(steps[-1], model.run(model.params, job, seed=5))
+    np.testing.assert_array_equal(steps[-1], model.run(job, seed=5))

@@ -28,7 +28,8 @@ from mmada_jax.nets.cache import Cache
 
 class Spot(NamedTuple):
     """The block that each row decodes: it lies in [first, end), and within the `size` places from `at` on,
-    which don't reach beyond the row. `begins` says that its first pass is due."""
+    which don't reach beyond the row. `begins` says that its first pass is due, `mask` is the id of a hidden
+    token."""
 
     tokens_BL: jax.Array
     valid_BL: jax.Array
@@ -36,6 +37,7 @@ class Spot(NamedTuple):
     end_B: jax.Array
     at_B: jax.Array
     begins_B: jax.Array
+    mask_B: jax.Array
 
 
 class Part(NamedTuple):
@@ -61,10 +63,42 @@ def begin(network: Any, rule: Any, size: int, spot: Spot, reach: int | None, sha
     return Cache(*(jnp.repeat(x_NB, share, axis=1) for x_NB in cache)) if share > 1 else cache
 
 
+def join(
+    network: Any,
+    rule: Any,
+    size: int,
+    spot: Spot,
+    reach: int | None,
+    cache: Cache,
+    number_R: jax.Array,
+    fresh_R: jax.Array,
+) -> Cache:
+    """The cache of S slots in which the slot of each number has the first pass over its row, as `begin`
+    makes it; rows come last whose number is beyond the slots. A row that isn't fresh equals the row before
+    it, and shares its pass where rows are computed one by one."""
+    if sharding.parts("batch") > 1:
+        new = begin(network, rule, size, spot, reach, 1)
+        put = lambda x_NS, x_NR: x_NS.at[:, number_R].set(x_NR, mode="drop")  # noqa: E731
+        return jax.tree.map(put, cache, new)
+
+    def put_row(i, caches_of):
+        cache, one = caches_of
+        row = jax.tree.map(lambda x_R: jax.lax.dynamic_slice_in_dim(x_R, i, 1), spot)
+        fresh = functools.partial(begin, network, rule, size, row, reach, 1)
+        one = jax.lax.cond(fresh_R[i], fresh, lambda: one)
+        return caches.put_row(cache, one, number_R[i]), one
+
+    n = jnp.sum(number_R < cache.k_NBGPK.shape[1])
+    nothing = network.empty_cache(1, spot.tokens_BL.shape[1])
+    return jax.lax.fori_loop(0, n, put_row, (cache, nothing))[0]
+
+
 def hidden_states(
     network: Any, rule: Any, size: int, length: int, spot: Spot, active_B: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """The hidden states [B, N, D] of the block's places, and the cache with what first passes store."""
+    """The hidden states [B, N, D] of the block's places, and the cache with what first passes store.
+
+    With a rule that verifies there are N more, of the shadows of these places; zeros after a first pass."""
     first = functools.partial(_first_pass, network, rule, size)
     step = functools.partial(_step, network, rule, size, length)
     if len(spot.begins_B) == 1:
@@ -127,8 +161,24 @@ def _step(network, rule, size, length, spot, cache):
         at_B = jnp.minimum(spot.first_B, L - width)
         until_B = at_B + width if rule.window is None else _reach(rule, spot)
         part = Part(spot.first_B, until_B, at_B, width, rule.window is not None)
-    h_BQD, _, _ = _compute(network, rule, spot, cache, part)
-    return take(h_BQD, spot.at_B - part.at_B, size)
+    h_BQD, _, _ = _compute(network, rule, spot, cache, part, size if rule.verify else 0)
+    return _of_block(h_BQD, size, spot, part, rule)
+
+
+def with_shadows(network: Any, rule: Any, size: int, spot: Spot) -> jax.Array:
+    """The hidden states of the block's places and of their shadows [B, 2 N, D], without a cache."""
+    part = _from_start(rule, spot, spot.tokens_BL.shape[1])
+    h_BQD, _, _ = _compute(network, rule, spot, None, part, size)
+    return _of_block(h_BQD, size, spot, part, rule)
+
+
+def _of_block(h_BQD, size, spot, part, rule):
+    """The hidden states of the block's places, with those of their shadows behind them."""
+    h_BND = take(h_BQD, spot.at_B - part.at_B, size)
+    if not rule.verify:
+        return h_BND
+    shadow_BND = h_BQD[:, -size:] if h_BQD.shape[1] > part.size + part.last else jnp.zeros_like(h_BND)
+    return jnp.concatenate([h_BND, shadow_BND], axis=1)
 
 
 def _from_start(rule, spot, width):
@@ -151,11 +201,12 @@ def _compute_and_store(network, rule, size, spot, cache, part):
     if part.last:
         of_last = Cache(*(x[..., width:, :] for x in new))
         cache = caches.store(cache, of_last, _last(spot.valid_BL), own_BQ[:, width:])
-    return take(h_BQD, spot.at_B - part.at_B, size), cache
+    return _of_block(h_BQD, size, spot, part, rule), cache
 
 
-def _compute(network, rule, spot, cache, part):
-    """Hidden states, keys and values of a part, and which of its places were computed.
+def _compute(network, rule, spot, cache, part, shadows=0):
+    """Hidden states, keys and values of a part, and which of its places were computed. The last of them
+    are those of as many `shadows`, masks at the places of the block.
 
     The part sees itself and, in the cache, the places of its row that are seen and lie outside of it."""
     L = spot.tokens_BL.shape[1]
@@ -168,6 +219,13 @@ def _compute(network, rule, spot, cache, part):
         own_BQ = jnp.concatenate([own_BQ, last_B1 >= until_B1], axis=1)
     own_BQ &= jnp.take_along_axis(spot.valid_BL, place_BQ, axis=1)
     tokens_BQ = jnp.take_along_axis(spot.tokens_BL, place_BQ, axis=1)
+    if shadows:
+        block_BN = spot.at_B[:, None] + jnp.arange(shadows, dtype=jnp.int32)[None]
+        place_BQ = jnp.concatenate([place_BQ, block_BN], axis=1)
+        in_block_BN = (block_BN >= spot.first_B[:, None]) & (block_BN < spot.end_B[:, None])
+        own_BQ = jnp.concatenate([own_BQ, in_block_BN], axis=1)
+        mask_BN = jnp.broadcast_to(spot.mask_B[:, None], block_BN.shape).astype(tokens_BQ.dtype)
+        tokens_BQ = jnp.concatenate([tokens_BQ, mask_BN], axis=1)
 
     place_1L = jnp.arange(L, dtype=jnp.int32)[None]
     seen_BL = spot.valid_BL & ~((place_1L >= low_B1) & (place_1L < until_B1))
@@ -177,7 +235,7 @@ def _compute(network, rule, spot, cache, part):
         seen_BL &= (place_1L < _reach(rule, spot)[:, None]) | (place_1L == last_B1)
     whole = part.size == L and rule.window is None
     stored = () if whole else (cache, seen_BL)
-    h_BQD, new = network.hidden_block(tokens_BQ, place_BQ, own_BQ, *stored)
+    h_BQD, new = network.hidden_block(tokens_BQ, place_BQ, own_BQ, *stored, shadows=shadows)
     return h_BQD, new, own_BQ
 
 

@@ -7,11 +7,10 @@ that compilation. How rows are laid out is in `model.model`.
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax.devices import sharding
@@ -91,27 +90,6 @@ def run_spans(
     with jax.set_mesh(mesh):
         tokens_BL = np.asarray(fill(params, placed))
     return [job.spans(tokens_BL) for job in jobs]
-
-
-def steps(
-    params: Any,
-    config: transformer.ModelConfig,
-    vocab: Vocab,
-    mesh: jax.sharding.Mesh,
-    job: Job,
-    seed: int | Sequence[int] = 0,
-) -> Iterator[list[np.ndarray]]:
-    """The same as a Python loop: yields the ids of all spans after every step."""
-    begin = starter(mesh, config, vocab, job.length, job.rule, **first_pass(mesh, job))
-    step, placed = stepper(mesh, config, vocab, job.length, job.rule), put(mesh, job, seed)
-    with jax.set_mesh(mesh):
-        state = begin(params, placed)
-    going = True
-    while going:
-        with jax.set_mesh(mesh):  # left before the caller goes on, who may use another mesh
-            state, tokens_BL, going = step(params, placed, state)
-        yield job.spans(np.asarray(tokens_BL))
-        going = bool(going)
 
 
 def put(mesh: jax.sharding.Mesh, job: Job, seed: int | Sequence[int] = 0) -> Placed:
@@ -223,65 +201,6 @@ def _spans_decoder(mesh, config, vocab, of_jobs):
         fill,
         in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
-    )
-
-
-@functools.cache
-def starter(
-    mesh: jax.sharding.Mesh,
-    config: transformer.ModelConfig,
-    vocab: Vocab,
-    length: int,
-    rule: rules.Rule,
-    reach: int | None = None,
-    share: int = 1,
-) -> Callable[[Any, Placed], denoise.State]:
-    """The jitted (params, placed) -> the state before the first step. The other arguments are those of
-    `decoder`."""
-
-    def begin(params, placed):
-        network = transformer.Network(params, config)
-        of_rule = {"length": length, "rule": rule, "vocab": vocab}
-        return denoise.begin(network, draft_of(placed), **of_rule, reach=reach, share=share)
-
-    return sharding.jit(
-        mesh,
-        begin,
-        in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
-        out_shardings=state_shardings(mesh, rule),
-    )
-
-
-@functools.cache
-def stepper(
-    mesh: jax.sharding.Mesh,
-    config: transformer.ModelConfig,
-    vocab: Vocab,
-    length: int,
-    rule: rules.Rule,
-) -> Callable[[Any, Placed, denoise.State], tuple[denoise.State, jax.Array, jax.Array]]:
-    """The jitted (params, placed, state) -> (state after a step, its tokens [B, L], whether to go on).
-    Every process gets the latter two whole."""
-
-    def step(params, placed, state):
-        draft = draft_of(placed)
-        state = denoise.advance(
-            transformer.Network(params, config),
-            draft,
-            state,
-            length=length,
-            rule=rule,
-            vocab=vocab,
-        )
-        return state, state.tokens_BL, jnp.any(denoise.unfinished(draft, state, length, rule))
-
-    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    of_state = state_shardings(mesh, rule)
-    return sharding.jit(
-        mesh,
-        step,
-        in_shardings=(param_shardings(mesh, config), rows, of_state),
-        out_shardings=(of_state, everywhere, everywhere),
     )
 
 

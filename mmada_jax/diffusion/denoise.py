@@ -214,11 +214,14 @@ def begin(
     reach: int | None = None,
     share: int = 1,
 ) -> State:
-    """The state before the first step. The arguments are those of `denoise`."""
+    """The state before the first step. The arguments are those of `denoise`. Raises ValueError if a record
+    is wanted of a rule that hides tokens again."""
+    if record and rule.verify:
+        raise ValueError(f"verify {rule.verify} hides tokens again, of which no record is kept")
     state = blank(network, draft.tokens_BL, length, rule, vocab)
     if rule.cache != "none":
-        spot, size = _spot(draft, state, length, rule), rule.size(length)
-        state = state._replace(cache=cached.begin(network, rule, size, spot, reach, share))
+        at, size = spot(draft, state, length, rule, vocab), rule.size(length)
+        state = state._replace(cache=cached.begin(network, rule, size, at, reach, share))
     if not record:
         return state
     to_fill_BL = _in_span(draft) & (draft.tokens_BL == vocab.mask)
@@ -248,12 +251,12 @@ def advance(
     network: Denoiser, draft: Draft, state: State, *, length: int, rule: Rule, vocab: Vocab
 ) -> State:
     """One step of every row that isn't finished."""
-    size, spot = rule.size(length), _spot(draft, state, length, rule)
-    place_BN = spot.at_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
-    in_block_BN = (place_BN >= spot.first_B[:, None]) & (place_BN < spot.end_B[:, None])
+    size, at = rule.size(length), spot(draft, state, length, rule, vocab)
+    place_BN = at.at_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
+    in_block_BN = (place_BN >= at.first_B[:, None]) & (place_BN < at.end_B[:, None])
     take, put = (
-        functools.partial(cached.take, at_B=spot.at_B, size=size),
-        functools.partial(_put, at_B=spot.at_B),
+        functools.partial(cached.take, at_B=at.at_B, size=size),
+        functools.partial(_put, at_B=at.at_B),
     )
     now_BN = take(state.tokens_BL)
     hidden_BN = in_block_BN & (now_BN == vocab.mask)
@@ -261,13 +264,19 @@ def advance(
 
     active_B, cache, apart_BNV = unfinished(draft, state, length, rule), state.cache, state.apart
     if rule.cache != "none":
-        h_BND, cache = cached.hidden_states(network, rule, size, length, spot, active_B, cache)
+        h_BND, cache = cached.hidden_states(network, rule, size, length, at, active_B, cache)
         logits_BNV = plain_BNV = _unembed(network, h_BND, rule, vocab)
+    elif rule.verify:
+        logits_BNV = plain_BNV = _unembed(
+            network, cached.with_shadows(network, rule, size, at), rule, vocab
+        )
     elif rule.guidance:
-        logits_BNV, plain_BNV, apart_BNV = _guided(network, draft, state, spot.at_B, size, rule, vocab)
+        logits_BNV, plain_BNV, apart_BNV = _guided(network, draft, state, at.at_B, size, rule, vocab)
     else:
         h_BLD = network.hidden_states(state.tokens_BL, draft.valid_BL)
         logits_BNV = plain_BNV = _unembed(network, take(h_BLD), rule, vocab)
+    if rule.verify:
+        logits_BNV, shadow_BNV = logits_BNV[:, :size], logits_BNV[:, size:]
     fold, within_BN = jax.vmap(jax.random.fold_in), place_BN - draft.start_B[:, None]
     key_BN = jax.vmap(fold, (None, 1), 1)(fold(draft.key_B, state.step_B), within_BN)
     index_BN, reveal_BN = rule.reveal(key_BN, logits_BNV, hidden_BN, n_given_B, state.step_B, length)
@@ -275,9 +284,16 @@ def advance(
     new_BN = jnp.where(reveal_BN, (index_BN + first_id).astype(now_BN.dtype), now_BN)
     # The mask itself may be drawn; then its place is still hidden.
     reveal_BN &= new_BN != vocab.mask
+    left_BN = hidden_BN & ~reveal_BN
+    if rule.verify:
+        shown_BN = in_block_BN & ~hidden_BN & (take(draft.tokens_BL) == vocab.mask)
+        shown_BN &= (active_B & ~at.begins_B)[:, None]  # a first pass computes no shadows
+        again_BN = rule.revise(shadow_BNV, now_BN, shown_BN, reveal_BN)
+        new_BN = jnp.where(again_BN, jnp.int32(vocab.mask), new_BN)
+        left_BN |= again_BN
     tokens_BL = put(state.tokens_BL, new_BN)
 
-    done_B = ~jnp.any(hidden_BN & ~reveal_BN, axis=1) | (state.step_B + 1 >= rule.patience(length))
+    done_B = ~jnp.any(left_BN, axis=1) | (state.step_B + 1 >= rule.patience(length))
     block_B = state.block_B + (active_B & done_B).astype(jnp.int32)
     if rule.stop is not None:
         in_span_BL = _in_span(draft)
@@ -302,7 +318,7 @@ def advance(
     return State(tokens_BL, block_B, step_B, steps_B, record, cache, apart_BNV)
 
 
-def _spot(draft, state, length, rule):
+def spot(draft: Draft, state: State, length: int, rule: Rule, vocab: Vocab) -> cached.Spot:
     """The block that each row decodes now."""
     size, L = rule.size(length), draft.tokens_BL.shape[1]
     first_B = draft.start_B + state.block_B * size
@@ -312,7 +328,8 @@ def _spot(draft, state, length, rule):
     # The places of a block can't reach beyond the row: the last block of a span is shorter, and they may
     # begin before it.
     at_B = jnp.minimum(first_B, L - size)
-    return cached.Spot(state.tokens_BL, draft.valid_BL, first_B, end_B, at_B, begins_B)
+    mask_B = jnp.full_like(first_B, vocab.mask)
+    return cached.Spot(state.tokens_BL, draft.valid_BL, first_B, end_B, at_B, begins_B, mask_B)
 
 
 def _guided(network, draft, state, at_B, size, rule, vocab):

@@ -45,7 +45,10 @@ class TextRule(Ranged):
     - by `steps`, which are shared equally among the blocks; None reveals one token in each step;
     - with `threshold` every token that is at least that certain. `relax` a lowers the threshold to
       threshold (1 - a (1 - r)), with r the share of the block's tokens that are hidden (Streaming-dLLM).
-      `leap` is a lower threshold for places up to `radius` from a token that passes (LocalLeap);
+      `leap` is a lower threshold for places up to `radius` from a token that passes (LocalLeap).
+      With `verify` these tokens are a draft, at most max(0.7 m, 5) of m hidden ones and at most 20. Each
+      step also asks how likely a token of the block is, given all else, and hides those below `verify`
+      again, fewer than it reveals (WINO, arXiv 2507.18578);
     - with `factor` f the n most certain tokens, as long as each exceeds 1 - f/(n+1) (Fast-dLLM);
     - with `bound` the tokens of least entropy, as long as the entropies of those before, in nats, sum up
       to at most that much (EB-Sampler, arXiv 2505.24857).
@@ -68,6 +71,7 @@ class TextRule(Ranged):
     relax: Annotated[float, Range(0, 1, below=True)] = 0.0
     leap: Passing | None = None
     radius: Positive = 4
+    verify: Passing | None = None
     factor: Weight | None = None
     bound: Weight | None = None
     never: tuple[Token, ...] = ()
@@ -84,9 +88,9 @@ class TextRule(Ranged):
             raise ValueError(
                 f"{' and '.join(given)} both say how many tokens a step reveals; give one of them"
             )
-        for name, needed in (("relax", "threshold"), ("leap", "threshold")):
-            if getattr(self, name) and getattr(self, needed) is None:
-                raise ValueError(f"{name} {getattr(self, name)} lowers a threshold; give threshold too")
+        for name, does in (("relax", "lowers"), ("leap", "lowers"), ("verify", "judges what passes")):
+            if getattr(self, name) and self.threshold is None:
+                raise ValueError(f"{name} {getattr(self, name)} {does} a threshold; give threshold too")
         if self.leap is not None and self.leap > self.threshold:
             raise ValueError(f"leap {self.leap} is above threshold {self.threshold}; it must be lower")
         for name in ("window", "refresh"):
@@ -95,10 +99,11 @@ class TextRule(Ranged):
                     f"{name} {getattr(self, name)} is for decoding with a cache; give cache='dual' or "
                     "'prefix' too"
                 )
-        if self.cache != "none" and self.guidance:
-            raise ValueError(
-                f"guidance {self.guidance} doesn't go with cache {self.cache!r}; leave out one of them"
-            )
+        for name, value in (("cache", self.cache != "none" and self.cache), ("verify", self.verify)):
+            if value and self.guidance:
+                raise ValueError(
+                    f"guidance {self.guidance} doesn't go with {name} {value!r}; leave out one of them"
+                )
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if this rule can't fill spans of up to `length` tokens."""
@@ -166,6 +171,14 @@ class TextRule(Ranged):
         pass_BN = self._passing(sure_BN, hidden_BN, n_given_B, step_B, length)
         return x0_BN, hidden_BN & pass_BN
 
+    def revise(self, logits_BNV, now_BN, shown_BN, reveal_BN):
+        """Which of the tokens that are shown are hidden again: the least likely of those below `verify` by
+        the logits of their shadows, fewer than a step reveals."""
+        p_BN = pick(jax.nn.softmax(logits_BNV, axis=-1), now_BN)
+        p_BN = jnp.where(shown_BN, p_BN, jnp.inf)
+        rank_BN = jnp.argsort(jnp.argsort(p_BN, axis=1), axis=1)
+        return (p_BN < np.float32(self.verify)) & (rank_BN < jnp.sum(reveal_BN, axis=1)[:, None] - 1)
+
     def _passing(self, sure_BN, hidden_BN, n_given_B, step_B, length):
         """Which tokens are certain enough; the most certain one always is."""
         N = hidden_BN.shape[1]
@@ -181,6 +194,9 @@ class TextRule(Ranged):
                 near_NN = np.abs(np.subtract.outer(np.arange(N), np.arange(N))) <= self.radius
                 near_BN = jnp.any(pass_BN[:, None] & near_NN[None], axis=2)
                 pass_BN |= near_BN & (sure_BN >= np.float32(self.leap))
+            if self.verify:
+                most_B = jnp.clip(7 * jnp.sum(hidden_BN, axis=1) // 10, 5, 20)
+                pass_BN &= rank_BN < most_B[:, None]
             return pass_BN | (rank_BN == 0)
         if self.by_quota:
             quota_B = transfer_quota(n_given_B, self._steps_of_block(length), step_B)
@@ -223,6 +239,7 @@ class ImageRule(Ranged):
 
     modality: ClassVar[str] = "image"
     stop: ClassVar[None] = None
+    verify: ClassVar[None] = None
     cache: ClassVar[str] = "none"
     window: ClassVar[None] = None
     refresh: ClassVar[None] = None

@@ -2,7 +2,7 @@
 
 The functions are jitted once for a mesh, a rule and a shape; `serve.engine` says who gets a slot.
 
-Letters: S slots, L places of a row, R rows that join in one call, which are copies of one row.
+Letters: S slots, L places of a row, R rows that join in one call.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import decode, denoise, rules
+from mmada_jax.diffusion import cached, decode, denoise, rules
 from mmada_jax.diffusion.decode import Placed
 from mmada_jax.diffusion.denoise import State
 from mmada_jax.nets import transformer
@@ -71,31 +71,36 @@ def _made(shape):
 
 
 @functools.cache
-def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any], Slots]:
-    """The jitted (params, slots, rows [R], number) -> slots in which the slot of that number has the row.
+def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any, Any], Slots]:
+    """The jitted (params, slots, rows [R], number_R, fresh_R) -> slots in which the slot of each number has
+    its row.
 
-    Its first pass is made here; `reach` is that of `denoise`."""
+    Rows whose number is beyond the slots are left out; they come last. First passes of rules with a cache
+    are made here: those of the rows that are `fresh`, while a row that isn't equals the row before it, and
+    shares its pass. `reach` is that of `denoise`."""
 
-    def join(params, slots, rows, number):
-        network = transformer.Network(params, shape.config)
-        of_rule = {"length": shape.length, "rule": shape.rule, "vocab": shape.vocab}
-        # On one device R is 1; on several each computes a copy of the row.
-        new = Slots(rows, denoise.begin(network, decode.draft_of(rows), **of_rule, reach=reach))
+    def join(params, slots, rows, number_R, fresh_R):
+        network, rule = transformer.Network(params, shape.config), shape.rule
+        draft = decode.draft_of(rows)
+        new = Slots(rows, denoise.blank(network, rows.tokens_BL, shape.length, rule, shape.vocab))
 
         def put(old_S, new_R):
-            return old_S.at[number].set(new_R[0].astype(old_S.dtype))
+            return old_S.at[number_R].set(new_R.astype(old_S.dtype), mode="drop")
 
-        def put_cache(old_NS, new_NR):
-            return jax.lax.dynamic_update_slice_in_dim(old_NS, new_NR[:, :1], number, axis=1)
-
-        cache = jax.tree.map(put_cache, slots.state.cache, new.state.cache)
+        cache = slots.state.cache
+        if cache is not None:
+            spot = denoise.spot(draft, new.state, shape.length, rule, shape.vocab)
+            size = rule.size(shape.length)
+            cache = cached.join(network, rule, size, spot, reach, cache, number_R, fresh_R)
         of_rows = (Slots(x.placed, x.state._replace(cache=None)) for x in (slots, new))
         placed, state = jax.tree.map(put, *of_rows)
         return Slots(placed, state._replace(cache=cache))
 
     rows, one = sharding.batch_sharding(shape.mesh), sharding.replicated(shape.mesh)
     of_slots = _shardings(shape)
-    return sharding.jit(shape.mesh, join, (_params(shape), of_slots, rows, one), of_slots, donate_argnums=1)
+    return sharding.jit(
+        shape.mesh, join, (_params(shape), of_slots, rows, one, one), of_slots, donate_argnums=1
+    )
 
 
 @functools.cache

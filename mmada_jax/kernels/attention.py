@@ -34,11 +34,13 @@ def attention(
 
     `past` are stored keys and values of other places of the rows, both [B, G, P, K], and which of them
     are seen [B, P]; queries attend to these and to the T keys. It is for inference: a few queries against
-    many keys need no kernel, so `implementation` isn't asked.
+    many keys need no kernel, so `implementation` isn't asked. Neither is it where each query has keys of
+    its own, `valid` [B, S, T].
     """
     q_valid_BS = valid_BT if q_valid_BS is None else q_valid_BS
     rows_BS, rows_BT = ((x.shape[0], x.shape[2]) for x in (q_BHSK, k_BGTK))
-    if q_valid_BS.shape != rows_BS or valid_BT.shape != rows_BT:
+    by_query = valid_BT.ndim == 3
+    if q_valid_BS.shape != rows_BS or valid_BT.shape != ((*rows_BS, rows_BT[1]) if by_query else rows_BT):
         raise ValueError(
             f"validity {q_valid_BS.shape} of queries {rows_BS} and {valid_BT.shape} of keys {rows_BT} "
             "must have equal shapes"
@@ -47,10 +49,11 @@ def attention(
         raise ValueError(f"unknown attention {implementation!r}; known: {IMPLEMENTATIONS}")
     if implementation == "auto":
         implementation = "plain" if soft else choose(q_BHSK, k_BGTK)
-    if past is not None:
+    if past is not None or by_query:
         if soft:
             raise ValueError("stored keys and values don't go with soft padding; use pad='hard'")
-        return _on_devices(cached.attention, 3)(q_BHSK, k_BGTK, v_BTM, valid_BT, q_valid_BS, *past)
+        few = _on_devices(cached.attention, by_query, len(past or ()))
+        return few(q_BHSK, k_BGTK, v_BTM, valid_BT, q_valid_BS, *(past or ()))
     seen_BS = q_valid_BS & jnp.any(valid_BT, axis=1, keepdims=True)
     if implementation == "plain":
         rows_BS = q_valid_BS if soft else seen_BS
@@ -62,7 +65,7 @@ def attention(
     return _on_devices(_KERNELS[implementation])(q_BHSK, k_BGTK, v_BTM, valid_BT, seen_BS)
 
 
-def _on_devices(kernel, n_past=0):
+def _on_devices(kernel, by_query=False, n_past=0):
     """The kernel, run by every device on its own rows and heads."""
     keys = USE.spec("batch", "kv_heads", "length", "head_dim")
     rows = USE.spec("batch", "length")
@@ -72,7 +75,7 @@ def _on_devices(kernel, n_past=0):
             USE.spec("batch", "heads", "length", "head_dim"),
             keys,
             USE.spec("batch", "length", "kv_heads"),
-            rows,
+            USE.spec("batch", "length", None) if by_query else rows,
             rows,
             *(keys, keys, rows)[:n_past],
         ),

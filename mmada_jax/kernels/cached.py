@@ -11,12 +11,13 @@ def attention(
     v_BTM: jax.Array,
     valid_BT: jax.Array,
     seen_BS: jax.Array,
-    past_k_BGPK: jax.Array,
-    past_v_BGPK: jax.Array,
-    past_seen_BP: jax.Array,
+    past_k_BGPK: jax.Array | None = None,
+    past_v_BGPK: jax.Array | None = None,
+    past_seen_BP: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v in float32 over the valid keys T and the stored keys P that are seen;
-    [B, S, H * K], zeros where a query isn't `seen`.
+    [B, S, H * K], zeros where a query isn't `seen`. Where `valid` is [B, S, T], each query has keys of its
+    own.
 
     The two sets of keys share one softmax and aren't joined: that would copy what is stored, in every
     layer of every step.
@@ -29,9 +30,14 @@ def attention(
         scores_BGRST = jnp.einsum(
             "BGRSK,BGTK->BGRST", q_BGRSK, k_BGTK, preferred_element_type=jnp.float32
         ) * np.float32(K**-0.5)
-        return jnp.where(seen_BT[:, None, None, None], scores_BGRST, jnp.finfo(jnp.float32).min)
+        seen_BST = seen_BT if seen_BT.ndim == 3 else seen_BT[:, None]
+        return jnp.where(seen_BST[:, None, None], scores_BGRST, jnp.finfo(jnp.float32).min)
 
-    own_BGRST, past_BGRSP = scores(k_BGTK, valid_BT), scores(past_k_BGPK, past_seen_BP)
+    own_BGRST = scores(k_BGTK, valid_BT)
+    if past_k_BGPK is None:
+        past_k_BGPK = past_v_BGPK = jnp.zeros((B, G, 1, K), k_BGTK.dtype)
+        past_seen_BP = jnp.zeros((B, 1), bool)
+    past_BGRSP = scores(past_k_BGPK, past_seen_BP)
     most_BGRS1 = jnp.maximum(
         jnp.max(own_BGRST, axis=-1, keepdims=True), jnp.max(past_BGRSP, axis=-1, keepdims=True)
     )

@@ -16,8 +16,8 @@ from PIL import Image
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import corrupt, loss
 from mmada_jax.diffusion.rules import TextRule
-from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer, vq
+from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import Vocab
 
@@ -96,9 +96,9 @@ def _hidden_nll(mesh, model, vocab, chunk):
 
 
 def generations(
-    model: Model, params: Any, batch: layout.Batch, n: int, block: int, seed: int = 0
+    model: MMaDA, batch: layout.Batch, n: int, block: int, seed: int = 0
 ) -> tuple[dict[str, float], Image.Image | None, list[str]]:
-    """What a model with these params makes of `n` rows of each task in a batch of held-out rows: the
+    """What a model makes of `n` rows of each task in a batch of held-out rows: the
     share of answers that are exactly the ones of the rows (exact_TASK), all drawings, n in a line, and
     what was said, line by line.
 
@@ -120,21 +120,21 @@ def generations(
         wanted = [model.read(batch.tokens[row][batch.target[row]]).text for row in rows]
         prompts = [batch.tokens[row][: np.argmax(batch.target[row])] for row in rows]
         new = [min(MAX_NEW, len(batch.tokens[0]) - len(prompt)) for prompt in prompts]
-        said = [text.text for text in model.complete(params, model.text_job(prompts, rule, new), seed)]
+        said = [text.text for text in model.complete(model.text_job(prompts, rule, new), seed)]
         values[f"exact_{task}"] = float(np.mean([a == b for a, b in zip(said, wanted, strict=True)]))
         for prompt, a, b in zip(prompts, said, wanted, strict=True):
             lines.append(f"{task}: {told(prompt)} -> {a}" + ("" if a == b else f" (is: {b})"))
     slots = [batch.tokens[row][: model.rows.text_end] for row in rows_of("t2i")]
     captions = [slot[slot != model.vocab.pad][1:-1] for slot in slots]  # without t2i and EOS
     if captions:
-        made = model.complete(params, model.draw_job(captions), seed)
+        made = model.complete(model.draw_job(captions), seed)
         drawings += [drawing.codes for drawing in made]
         lines += [f"t2i: {model.tokenizer.decode(caption)}" for caption in captions]
     # A text that was cut may have lost its answer.
     answered_B = batch.target[:, : model.rows.text_end].any(axis=1)
     prompts = [batch.tokens[row][1 : np.argmax(batch.target[row])] for row in rows_of("r2i", answered_B)]
     if prompts:
-        made = model.think_then_draw(params, model.think_job(prompts, rule), seed=seed)
+        made = model.think_and_draw(prompts, rule, seed=seed)
         drawings += [drawing.codes for _, drawing in made]
         lines += [f"r2i: {told(p)} -> {text.text}" for p, (text, _) in zip(prompts, made, strict=True)]
     return values, grid(model.decode(np.stack(drawings)), n) if drawings else None, lines

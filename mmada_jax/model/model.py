@@ -1,14 +1,13 @@
-"""A model without its params: how its rows look for each task, how they are run on params that are given,
-and how the outcome is read.
+"""A model without its params: how its rows look for each task, and how the outcome is read.
 
 Training's evaluation, reinforcement learning, compilation ahead of time and serving share a Model. The
-params stay outside, with whoever trains or serves them. The denoising loop is in `diffusion.decode`, file
-formats are in `weights.folder`, and the methods that a person calls by name are in `serve.api`.
+params stay outside, with whoever trains or serves them. Decoding is in `diffusion`, file formats are in
+`weights.folder`, and a model with its params, whose methods a person calls by name, is in `serve.api`.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,7 +20,7 @@ from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model import inputs
-from mmada_jax.model.inputs import Conversation, Defaults, Direction, Prompt, Seed
+from mmada_jax.model.inputs import Conversation, Defaults, Direction, Prompt
 from mmada_jax.model.results import Drawing, Text
 from mmada_jax.model.vision import Vision
 from mmada_jax.nets import transformer, vq
@@ -47,8 +46,8 @@ class Model:
     the tokens of the text slot, `grid` the rows and columns of image tokens, in the rows that the model
     is trained on. `defaults` are the rules and numbers for a task that is given none.
 
-    A job is made in two steps: the `..._job` methods check what is given and lay it out, before any
-    compute; `run`, `steps` and `complete` fill its hidden spans with given params.
+    The `..._job` methods check what is given and lay it out, before any compute. `serve.api` fills the
+    hidden spans of a job, and `results` reads them.
     """
 
     config: transformer.ModelConfig
@@ -181,46 +180,25 @@ class Model:
         self._show(rows, np.roll(old_Bij, beyond.shift, (1, 2)), [beyond.hidden_ij] * len(rows))
         return self._image_job(rows, rule, one), lambda drawn_Bij: beyond.join(old_Bij, drawn_Bij)
 
-    # ---- On params ------------------------------------------------------------------------------
-
-    def run(self, params: Any, job: Job, seed: Seed = 0) -> list[np.ndarray]:
-        """Fills the spans of a job; the ids of each."""
-        return decode.run(params, self.config, self.vocab, self.mesh, job, seed)
-
-    def steps(self, params: Any, job: Job, seed: Seed = 0) -> Iterator[list[np.ndarray]]:
-        """The same as a Python loop: yields the ids of all spans after every step."""
-        return decode.steps(params, self.config, self.vocab, self.mesh, job, seed)
-
-    def complete(self, params: Any, job: Job, seed: Seed = 0) -> Any:
-        """Fills the spans of a job; what they say or show, see `results`."""
-        return self.results(job, self.run(params, job, seed))
-
-    def think_then_draw(
-        self, params: Any, job: Job, rule: ImageRule | None = None, seed: Seed = 0, **fields: Any
-    ) -> Any:
-        """Runs the job of `think_job`, then draws an image with each thought in view: a pair of Text and
-        Drawing for each row, or one pair."""
+    def drawing_job(self, job: Job, thoughts: Sequence[Text], rule: ImageRule | None, fields: Any) -> Job:
+        """Images with the thoughts about the prompts of a `think_job` in view."""
         rule = self._image_rule(rule, fields)
-        thoughts, rows = [], []
-        for row, start, ids in zip(job.rows.tokens, job.start_B, self.run(params, job, seed), strict=True):
-            thoughts.append(self.read(ids))
-            text = [*row[1:start], *thoughts[-1].ids, self.vocab.end_turn]
-            rows.append(layout.r2i(self.vocab, text, row[self.rows.image], self.max_text))
-        drawings = self.complete(params, self._image_job(rows, rule, one=False), seed)
-        pairs = list(zip(thoughts, drawings, strict=True))
-        return pairs[0] if job.one else pairs
+        rows = [
+            layout.r2i(
+                self.vocab,
+                [*row[1:start], *thought.ids, self.vocab.end_turn],
+                row[self.rows.image],
+                self.max_text,
+            )
+            for row, start, thought in zip(job.rows.tokens, job.start_B, thoughts, strict=True)
+        ]
+        return self._image_job(rows, rule, one=False)
 
-    def think_while_drawing(
-        self, params: Any, job: Job, rule: ImageRule | None = None, seed: Seed = 0, **fields: Any
-    ) -> Any:
-        """Runs the job of `think_job`, and in the same steps draws an image, so that the thought and the
-        image see each other: a pair of Text and Drawing for each row, or one pair."""
+    def image_of_job(self, job: Job, rule: ImageRule | None, fields: Any) -> Job:
+        """The images in the rows of a `think_job`, whose thoughts may still be hidden."""
         rule = self._image_rule(rule, fields)
         rows = [layout.Batch(*row) for row in zip(*job.rows, strict=True)]
-        image = dataclasses.replace(self._image_job(rows, rule, job.one), rows=job.rows)
-        texts, images = decode.run_spans(params, self.config, self.vocab, self.mesh, [job, image], seed)
-        pairs = list(zip(map(self.read, texts), self.drawings(self.codes(images)), strict=True))
-        return pairs[0] if job.one else pairs
+        return dataclasses.replace(self._image_job(rows, rule, job.one), rows=job.rows)
 
     # ---- What comes out -------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ where every array of blocks has the layers N as its first axis.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Annotated, Any, Literal
 
@@ -149,17 +150,20 @@ def hidden_block(
     valid_BQ: jax.Array,
     past: Cache | None = None,
     seen_BP: jax.Array | None = None,
+    shadows: int = 0,
 ) -> tuple[jax.Array, Cache]:
     """A part of each row, at the places [B, Q] below `max_len` -> its final hidden states [B, Q, D], and
     the keys and values of its tokens.
 
     The tokens attend to each other where they are valid, and to the places of the rows in the cache
     `past` that are `seen` [B, P]; none of these may be a place of the part. Without `past` the part is all
-    that there is of a row. For inference. Raises ValueError for soft padding.
+    that there is of a row. The last `shadows` of the tokens are seen by no other token; each of them sees
+    all that the others see but the token at its own place (WINO, arXiv 2507.18578). For inference. Raises
+    ValueError for soft padding.
     """
     if config.pad == "soft":
         raise ValueError("decoding with a cache needs pad='hard'; this model's is 'soft'")
-    network = _Transformer(config, stores=True)
+    network = _Transformer(config, stores=True, shadows=shadows)
     return network.apply({"params": params}, tokens_BQ, valid_BQ, place_BQ, past, seen_BP)
 
 
@@ -198,9 +202,11 @@ class Network:
         valid_BQ: jax.Array,
         past: Cache | None = None,
         seen_BP: jax.Array | None = None,
+        shadows: int = 0,
     ) -> tuple[jax.Array, Cache]:
         """See the function of that name."""
-        return hidden_block(self.params, self.config, tokens_BQ, place_BQ, valid_BQ, past, seen_BP)
+        of_part = tokens_BQ, place_BQ, valid_BQ
+        return hidden_block(self.params, self.config, *of_part, past, seen_BP, shadows)
 
     def empty_cache(self, rows: int, length: int) -> Cache:
         """Room for the keys and values of so many rows of `length` places."""
@@ -303,7 +309,7 @@ class _Block(nn.Module):
     stores: bool = False  # also returns keys and values
 
     @nn.compact
-    def __call__(self, x_BLD, layer, past, valid_BL, cos_B1LK, sin_B1LK, seen_BP):
+    def __call__(self, x_BLD, layer, past, valid_BL, cos_B1LK, sin_B1LK, seen_BP, shadow_BST):
         c = self.config
         width = 1 / math.sqrt(c.d_model)
         # Mitchell: what a layer writes to the residual stream shrinks with depth.
@@ -328,15 +334,21 @@ class _Block(nn.Module):
             join=not self.stores,
         )
         k_BGLK = checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv")
-        att_BLM = attention(
-            checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv"),
-            k_BGLK,
-            checkpoint_name(v_BLM, "qkv"),
-            valid_BL,
+        q_BHLK = checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv")
+        v_BLM = checkpoint_name(v_BLM, "qkv")
+        attend = functools.partial(
+            attention,
             implementation=c.attention,
             soft=c.pad == "soft",
             past=past and (*past, seen_BP),
         )
+        if shadow_BST is None:
+            att_BLM = attend(q_BHLK, k_BGLK, v_BLM, valid_BL)
+        else:
+            n = shadow_BST.shape[1]
+            seen_BQM = attend(q_BHLK[:, :, :-n], k_BGLK[:, :, :-n], v_BLM[:, :-n], valid_BL[:, :-n])
+            of_shadows = q_BHLK[:, :, -n:], k_BGLK, v_BLM, shadow_BST, valid_BL[:, -n:]
+            att_BLM = jnp.concatenate([seen_BQM, attend(*of_shadows)], axis=1)
         o_MD = weight("o_HKD", (c.n_heads, c.d_head, c.d_model), width * depth, heads_merged=True)
         x_BLD += products(att_BLM, ("BLM,MD->BLD", o_MD))[0]
         x_BLD = checkpoint_name(sharding.constrain(x_BLD, "batch", "length", "embed"), "middle")
@@ -363,6 +375,7 @@ class _Block(nn.Module):
 class _Transformer(nn.Module):
     config: ModelConfig
     stores: bool = False
+    shadows: int = 0
 
     @nn.compact
     def __call__(self, tokens_BL, valid_BL, positions_BL, past=None, seen_BP=None):
@@ -379,7 +392,7 @@ class _Transformer(nn.Module):
             _Block if c.remat == "none" else nn.remat(_Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, *(nn.broadcast,) * 5),
             length=c.n_layers,
             unroll=c.unroll,
         )
@@ -390,9 +403,19 @@ class _Transformer(nn.Module):
             table = rope_table(c.max_len, c.d_head, c.rope_theta)
             cos_sin = (jnp.take(x, positions_BL, axis=0)[:, None] for x in table)
         blocks = blocks(c, self.stores, name="blocks")
-        x_BLD, kept = blocks(x_BLD, layers_N, past, valid_BL, *cos_sin, seen_BP)
+        shadow_BST = _seen_by_shadows(positions_BL, valid_BL, self.shadows) if self.shadows else None
+        x_BLD, kept = blocks(x_BLD, layers_N, past, valid_BL, *cos_sin, seen_BP, shadow_BST)
         h_BLD = rms_norm(x_BLD, self.param("norm_D", nn.initializers.ones, (c.d_model,)), c.norm_eps)
         return (h_BLD, kept) if self.stores else h_BLD
+
+
+def _seen_by_shadows(place_BT, valid_BT, shadows):
+    """Which of all T tokens each of the last S sees: the tokens at other places, and itself."""
+    T = place_BT.shape[1]
+    elsewhere_BST = place_BT[:, None, :] != place_BT[:, T - shadows :, None]
+    is_shadow_T = np.arange(T) >= T - shadows
+    itself_ST = np.eye(T, dtype=bool)[T - shadows :]
+    return valid_BT[:, None] & ((elsewhere_BST & ~is_shadow_T[None, None]) | itself_ST[None])
 
 
 def _truncated_normal(std):

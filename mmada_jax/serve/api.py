@@ -8,28 +8,37 @@ task has several inputs, an input that is given by itself goes with each of the 
 or ImageRule, says how tokens are decoded; its fields can be given by name instead (steps, guidance,
 temperature, block, ...), and several of them at once by decode="fast" (see docs/decoding.md).
 
-Only loading and the methods that people call live here; how they work is in `model.model`.
+Only loading and the methods that people call live here; how rows look is in `model.model`, and who
+decodes them in `serve.engine`.
 """
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
+from mmada_jax.devices import sharding
+from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model.inputs import Direction, Seed
 from mmada_jax.model.model import Captions, Counts, Model, Prompts, Questions, open_model
 from mmada_jax.model.results import HIDDEN
+from mmada_jax.serve.engine import Engine
 from mmada_jax.weights.folder import image_tokenizer_of, open_folder
+
+# Most rows that a model decodes at a time; further ones wait.
+SLOTS = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
 class MMaDA(Model):
     """A Model with its params, which come first when one is made. All tasks are batched and take a
-    `seed`."""
+    `seed`. However many rows a call has, memory is that of at most SLOTS of them."""
 
     params: Any = None
 
@@ -87,7 +96,7 @@ class MMaDA(Model):
         prompt leaves of the length of the rows in training, 512 at most. `fields` are fields of the rule:
         steps, block, temperature, guidance, ...
         """
-        return self.complete(self.params, self.text_job(prompts, rule, max_new, **fields), seed)
+        return self.complete(self.text_job(prompts, rule, max_new, **fields), seed)
 
     def answer(
         self,
@@ -101,14 +110,14 @@ class MMaDA(Model):
         """Answers a question about each image (see `pixels`), by default to describe it; otherwise as
         `generate`."""
         job = self.answer_job(images, questions, rule, max_new, **fields)
-        return self.complete(self.params, job, seed)
+        return self.complete(job, seed)
 
     def draw(self, prompts: Captions, rule: ImageRule | None = None, seed: Seed = 0, **fields: Any) -> Any:
         """Draws an image for each prompt, a text or its token ids: a Drawing, or a list of them.
 
         `fields` are fields of the rule: steps, guidance, temperature, schedule, ...
         """
-        return self.complete(self.params, self.draw_job(prompts, rule, **fields), seed)
+        return self.complete(self.draw_job(prompts, rule, **fields), seed)
 
     def think_and_draw(
         self,
@@ -127,8 +136,15 @@ class MMaDA(Model):
         of the rule for the image, `decode` is a preset for both. With `together` it thinks while it draws:
         both are revealed in the same steps."""
         job = self.think_job(prompts, text_rule, block=block, decode=decode)
-        draw = self.think_while_drawing if together else self.think_then_draw
-        return draw(self.params, job, image_rule, seed, decode=decode, **fields)
+        fields["decode"] = decode
+        if together:
+            spans = self.run_together([job, self.image_of_job(job, image_rule, fields)], seed)
+            thoughts, drawings = [self.read(ids) for ids in spans[0]], self.drawings(self.codes(spans[1]))
+        else:
+            thoughts = [self.read(ids) for ids in self.run(job, seed)]
+            drawings = self.complete(self.drawing_job(job, thoughts, image_rule, fields), seed)
+        pairs = list(zip(thoughts, drawings, strict=True))
+        return pairs[0] if job.one else pairs
 
     def inpaint(
         self,
@@ -145,7 +161,7 @@ class MMaDA(Model):
         redrawn, see `data.images.to_mask`. A token is redrawn if at least half of its pixels are covered.
         """
         job = self.inpaint_job(images, masks, prompts, rule, **fields)
-        return self.complete(self.params, job, seed)
+        return self.complete(job, seed)
 
     def extend(
         self,
@@ -164,7 +180,7 @@ class MMaDA(Model):
         afterwards.
         """
         job, join = self.extend_job(images, direction, prompts, rule, **fields)
-        drawn_Bij = self.codes(self.run(self.params, job, seed))
+        drawn_Bij = self.codes(self.run(job, seed))
         drawings = self.drawings(join(drawn_Bij))
         return drawings[0] if job.one else drawings
 
@@ -175,5 +191,25 @@ class MMaDA(Model):
 
         What is still hidden is grey in a Drawing, and a low line in a Text.
         """
-        for spans in self.steps(self.params, job, seed):
+        for spans in self.engine.steps(job, seed):
             yield self.results(job, spans, HIDDEN)
+
+    # ---- Jobs -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """What decodes the rows of all tasks, at most SLOTS at a time (see `serve.engine`)."""
+        parts = sharding.row_parts(self.mesh)
+        return Engine(self, slots=-(-SLOTS // parts) * parts)
+
+    def run(self, job: Job, seed: Seed = 0) -> list[np.ndarray]:
+        """Fills the spans of a job; the ids of each."""
+        return self.engine.run(job, seed)
+
+    def run_together(self, jobs: Sequence[Job], seed: Seed = 0) -> list[list[np.ndarray]]:
+        """Fills the spans of several jobs with the same rows in the same steps; the ids of each job's."""
+        return decode.run_spans(self.params, self.config, self.vocab, self.mesh, jobs, seed)
+
+    def complete(self, job: Job, seed: Seed = 0) -> Any:
+        """Fills the spans of a job; what they say or show, see `results`."""
+        return self.results(job, self.run(job, seed))

@@ -15,7 +15,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -30,6 +30,7 @@ from mmada_jax.tokens import layout
 # Steps that a lane takes before the other lanes, new requests and cancellations get their turn.
 STRIDE = 16
 Outcome = Literal["waiting", "running", "done", "cancelled", "late", "failed"]
+Every = Literal["block", "step"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -46,6 +47,7 @@ class Ticket:
     submitted: float
     deadline: float | None = None
     progress: Callable[["Ticket"], None] | None = None
+    every: Every = "block"
     state: Outcome = "waiting"
     ids: np.ndarray | None = None
     steps: int = 0
@@ -145,9 +147,11 @@ class Engine:
         *,
         time_limit: float | None = None,
         progress: Callable[[Ticket], None] | None = None,
+        every: Every = "block",
     ) -> list[Ticket]:
         """A ticket for each row of a job, which wait for their slots. `time_limit` is in seconds from now;
-        `progress` is called with a ticket after each block.
+        `progress` is called with a ticket after its first step and then after each block, or after `every`
+        "step".
 
         Raises ValueError for a job that can't fit, RuntimeError if the queue has no room for it.
         """
@@ -161,7 +165,7 @@ class Engine:
                     f"{len(self._waiting)} rows wait, the queue takes {self.queue}; {len(rows)} more must "
                     "come later"
                 )
-            made = [Ticket(row, i, now, until, progress, _engine=self) for i, row in enumerate(rows)]
+            made = [Ticket(row, i, now, until, progress, every, _engine=self) for i, row in enumerate(rows)]
             self._waiting.extend(made)
             self._wake.notify()
         return made
@@ -169,6 +173,21 @@ class Engine:
     def run(self, job: Job, seed: int | Sequence[int] = 0) -> list[np.ndarray]:
         """Fills the spans of a job; the ids of each, as `Model.run` gives them."""
         return [ticket.result() for ticket in self.submit(job, seed)]
+
+    def steps(self, job: Job, seed: int | Sequence[int] = 0) -> Iterator[list[np.ndarray]]:
+        """The same step by step: yields the ids of all spans after every step. Who stops asking gives the
+        slots back."""
+        tickets = self.submit(job, seed, progress=lambda ticket: None, every="step")
+        first = job.spans(job.rows.tokens)
+        try:
+            while not all(ticket.over for ticket in tickets):
+                self.turn()
+                yield [x if t.ids is None else t.ids for x, t in zip(first, tickets, strict=True)]
+            for ticket in tickets:
+                ticket.result()
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
 
     def turn(self) -> bool:
         """Lets rows join, and each lane take some steps. False if there is nothing to do."""
@@ -297,15 +316,24 @@ class Engine:
         """Gives each a slot, and makes its first pass."""
         if lane.size != len(lane.tickets):
             self._resize(lane)
+        now, of_reach = time.monotonic(), {}
         for ticket in tickets:
-            number = lane.tickets.index(None)
-            lane.tickets[number] = ticket
-            ticket.state, ticket.begun = "running", time.monotonic() - ticket.submitted
-            copies = jax.tree.map(lambda x: np.repeat(x, self._parts, axis=0), ticket.row.placed)
-            rows = sharding.put_batch(self.model.mesh, copies)
+            ticket.state, ticket.begun = "running", now - ticket.submitted
+            of_reach.setdefault(ticket.row.reach, []).append(ticket)
+        for reach, group in of_reach.items():
+            free = [number for number, ticket in enumerate(lane.tickets) if ticket is None][: len(group)]
+            for number, ticket in zip(free, group, strict=True):
+                lane.tickets[number] = ticket
+            # One row by itself, or as many as there are slots: two compilations for a lane.
+            total = self._parts if len(group) == 1 else lane.size
+            number_R = np.array([*free, *[lane.size] * (total - len(free))], np.int32)
+            placed = [ticket.row.placed for ticket in group]
+            placed += [placed[-1]] * (total - len(placed))
+            rows = jax.tree.map(lambda *x_1: np.concatenate(x_1), *placed)
             with jax.set_mesh(self.model.mesh):
-                join = slots.joiner(lane.shape, ticket.row.reach)
-                lane.rows = join(self.model.params, lane.rows, rows, np.int32(number))
+                join = slots.joiner(lane.shape, reach)
+                put = sharding.put_batch(self.model.mesh, rows)
+                lane.rows = join(self.model.params, lane.rows, put, number_R, _fresh(rows))
 
     def _resize(self, lane):
         kept = [number for number, ticket in enumerate(lane.tickets) if ticket is not None]
@@ -322,10 +350,12 @@ class Engine:
 
     def _advance(self, lane):
         """Some steps of a lane, and what its rows have become."""
-        streams = any(ticket is not None and ticket.progress for ticket in lane.tickets)
+        watched = [ticket for ticket in lane.tickets if ticket is not None and ticket.progress]
+        # Who watches sees the first token as soon as it is there.
+        most = 1 if any(ticket.every == "step" or not ticket.steps for ticket in watched) else STRIDE
         with jax.set_mesh(self.model.mesh):
             run = slots.runner(lane.shape)
-            lane.rows, report = run(self.model.params, lane.rows, np.int32(STRIDE), np.bool_(streams))
+            lane.rows, report = run(self.model.params, lane.rows, np.int32(most), np.bool_(bool(watched)))
         report = jax.device_get(report)
         with self._lock:
             waits = sum(_key(ticket) == (lane.shape, lane.places, lane.other) for ticket in self._waiting)
@@ -370,6 +400,13 @@ class Engine:
                     f"the request took {spent:.1f} s, its limit is {limit:.1f} s ({ticket.steps} steps)"
                 )
                 self._end(ticket, "late", TimeoutError(message))
+
+
+def _fresh(rows: decode.Placed) -> np.ndarray:
+    """Which rows differ from the row before them in more than their seed, bool [R]; the first does."""
+    of_rows = (rows.tokens_BL, rows.valid_BL, rows.start_B[:, None], rows.length_B[:, None])
+    rows_RX = np.concatenate(of_rows, axis=1)
+    return np.append(True, (rows_RX[1:] != rows_RX[:-1]).any(axis=1))
 
 
 def _key(ticket):

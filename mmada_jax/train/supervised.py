@@ -36,6 +36,7 @@ from mmada_jax.model.model import Model
 from mmada_jax.model.vision import Vision
 from mmada_jax.nets import transformer, vq
 from mmada_jax.ranges import warn_without_effect
+from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
@@ -411,7 +412,7 @@ def evaluation(
         values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
         if run.samples:
             exact, picture, lines = held_out.generations(
-                model, params, on_host, run.samples, run.answer_block, run.seed
+                MMaDA(params, **vars(model)), on_host, run.samples, run.answer_block, run.seed
             )
             values |= exact
             metrics.show(step, picture, lines)
