@@ -24,8 +24,8 @@ from mmada_jax.programs.process import Parser, ending, start_jax
 PRESETS = ("digits", "tiny")
 SPLITS = ("train", "validation", "test")
 DECODINGS = (
-    "plain", "stop", "prefix", "cache", "window", "steps", "threshold", "relax", "leap", "factor", "bound",
-    "all", "engine", "draw",
+    "plain", "stop", "prefix", "cache", "window", "steps", "threshold", "relax", "leap", "wino",
+    "factor", "bound", "all", "engine", "draw",
 )  # fmt: skip
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
 
@@ -70,6 +70,8 @@ def decode_options(parser: Parser) -> None:
     of_rule.add_argument("--threshold", type=float, default=0.9, help="default: %(default)s")
     of_rule.add_argument("--relax", type=float, default=0.3, help="default: %(default)s")
     of_rule.add_argument("--leap", type=float, default=0.75, help="default: %(default)s")
+    of_rule.add_argument("--draft", type=float, default=0.6, help="threshold of wino (%(default)s)")
+    of_rule.add_argument("--verify", type=float, default=0.9, help="default: %(default)s")
     of_rule.add_argument("--factor", type=float, default=1.0, help="default: %(default)s")
     of_rule.add_argument("--bound", type=float, default=0.1, help="default: %(default)s")
 

@@ -15,7 +15,16 @@ from mmada_jax.devices import sharding
 TINY = ["--random", "32,1,64", "--new", "24", "--batch", "1", "--repeats", "2", "--block", "8",
         "--window", "8"]  # fmt: skip
 OPTIONS = types.SimpleNamespace(
-    only=None, block=8, window=8, threshold=0.9, relax=0.3, leap=0.7, factor=1.0, bound=0.1
+    only=None,
+    block=8,
+    window=8,
+    threshold=0.9,
+    relax=0.3,
+    leap=0.7,
+    draft=0.5,
+    verify=0.8,
+    factor=1.0,
+    bound=0.1,
 )
 
 
@@ -55,10 +64,30 @@ def test_the_engine_and_drawing_are_timed_by_themselves(monkeypatch, capsys):
         "--random", "32,1,64", "--new", 16, "--batch", 2, "--repeats", 1, "--only", "engine", "draw"
     )
     assert report["rows"] == [] and report["engine_16"] is None
-    assert report["engine"]["rows"] == 2 and report["engine"]["ratio"] > 0
+    for engine in report["engine"].values():
+        assert engine["rows"] == 2 and engine["ratio"] > 0 and engine["equal"]
     assert report["draw"] == report["drawing"]["ratio"] > 0
     shown = capsys.readouterr().out
-    assert "2 requests by `all`, one by one" in shown and "4 guided drawings of 16 tokens" in shown
+    assert (
+        all(f"2 requests by `{x}`, one by one" in shown for x in ("cache", "all"))
+        and "4 guided drawings of 16 tokens" in shown
+    )
+
+
+def test_what_is_measured_before_ctrl_c_is_reported(tmp_path, monkeypatch, capsys):
+    time_sides = decode.time_sides
+
+    def stop(subject, jobs, batch, new, args):
+        if new == 16:
+            raise KeyboardInterrupt
+        return time_sides(subject, jobs, batch, new, args)
+
+    monkeypatch.setattr(decode, "time_sides", stop)
+    out = tmp_path / "out.json"
+    run(*TINY, "--new", "24", "16", "--only", "cache", "--json", out)
+    report = json.loads(out.read_text())
+    assert report["stopped"] and [row["new"] for row in report["rows"]] == [24, 24]
+    assert "stopped by Ctrl-C" in capsys.readouterr().out
 
 
 def test_plain_decoding_that_takes_too_long_is_left_out(capsys):
@@ -76,7 +105,6 @@ def test_a_trained_model_is_judged_on_the_same_cases(model_workdir, monkeypatch,
         asked.append((n, new))
         return [question for question, _ in digits.sums("test")[:n]]
 
-    monkeypatch.setattr(decode, "CASE_ROWS", 2)
     monkeypatch.setitem(cases.TASKS, "digits", cases.Task(questions, lambda asked, said: "+" in asked))
     report = run("--model", model_workdir, "--new", 8, "--batch", 2, "--only", "all", "--block", 4,
                  "--repeats", 1, "--cases", 5, "--threshold", 0.01)  # fmt: skip
@@ -196,7 +224,7 @@ def test_steps_that_a_rule_fixes_are_those_that_are_taken():
     for rule in decode.rules(OPTIONS, subject, 20, ["steps"]).values():
         side = decode.Side.__new__(decode.Side)
         side.model, side.job = subject.model, subject.job(1, 20, rule)
-        assert side.steps() == sum(1 for _ in subject.model.steps(subject.model.params, side.job))
+        assert side.steps() == sum(1 for _ in subject.model.engine.steps(side.job))
 
 
 def test_fewer_repeats_are_spread_over_the_turns():

@@ -166,8 +166,8 @@ def test_right_chains_are_counted_case_by_case(tokenizer):
     some, every = (Teller(tokenizer, knows) for knows in (lambda q: q[5] in "1", lambda q: True))
     rule = TextRule(block=32, threshold=0.9)
     few, all_ = measured.chains(some, 40, 2, rule, seed=3), measured.chains(every, 40, 2)
-    assert some.asked == [(16, 224, rule, 3)] * 3
-    assert every.asked == [(16, 224, TextRule(block=32), 0)] * 3
+    assert some.asked == [(40, 224, rule, 3)]
+    assert every.asked == [(40, 224, TextRule(block=32), 0)]
     assert all_.chain_B.all() and all_.total_B.all() and set(all_.lines_B) == {24}
     records = totals.open_records("2", "test")
     first = np.array([records.chain(i).terms[0] for i in range(40)])
@@ -213,6 +213,6 @@ def test_every_row_of_a_configuration_fits(arg, tokenizer, image_tokenizer, tmp_
 def test_a_run_trains_and_is_measured(image_tokenizer, tmp_path):
     values = config.get_config("long,smoke").to_dict() | {"image_tokenizer": str(image_tokenizer)}
     assert int(train(values, tmp_path).step) == values["steps"]
-    outcome = measured.chains(MMaDA.load(tmp_path), 3, 1, TextRule(block=32, steps=4), batch=2)
+    outcome = measured.chains(MMaDA.load(tmp_path), 3, 1, TextRule(block=32, steps=4))
     assert len(outcome.answers) == len(outcome.chain_B) == len(outcome.lines_B) == 3
     assert outcome.seconds > 0

@@ -16,6 +16,7 @@ each. The techniques, by fields of TextRule:
     threshold  all tokens that are certain enough (threshold)
     relax      the same, the more tokens of a block are known the less certain (threshold, relax)
     leap       the same, less certain beside tokens that are certain enough (threshold, leap)
+    wino       a draft of tokens that are half certain, judged and partly hidden again (threshold, verify)
     factor     the more tokens at once, the more certain (factor)
     bound      as many tokens as keep their joint entropy low (bound)
     all        cache, threshold and stop together, as decode="fast" has them
@@ -58,14 +59,14 @@ from mmada_jax.measure.totals import mcnemar
 from mmada_jax.nets import transformer
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.serve.engine import Engine
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 
 RANDOM = (512, 8, 4096)
 PROMPT = 128  # tokens of a prompt, where nobody gives one
-BY_CERTAINTY = ("stop", "threshold", "relax", "leap", "factor", "bound")
+BY_CERTAINTY = ("stop", "threshold", "relax", "leap", "wino", "factor", "bound")
 BESIDE = ("engine", "draw")
-CASE_ROWS = 16
 LONG = 60.0  # seconds of a call of plain decoding from which on it is called once
 
 
@@ -83,22 +84,31 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if by_new[new]
     }
     load_before = os.getloadavg()[0]
-    rows = [row for (batch, new), of in jobs.items() for row in time_sides(subject, of, batch, new, args)]
     most, new = max(args.batch), 512 if 512 in args.new else max(args.new)
-    engine = drawn = judged = None
-    if "engine" in names and most > 1 and subject.model.mesh.size == 1:
-        with progress(f"{most} requests, {new} new: the engine", 1, "comparison") as bar:
-            job = subject.job(most, new, rules(args, subject, new, ["all"])["all"])
-            engine = serving.through_engine(subject.model, job, min(args.repeats, 3))
-            bar.update(1)
-    if "draw" in names:
-        with progress("guided drawing", 1, "comparison") as bar:
-            drawn = serving.drawing(subject.model, args.repeats)
-            bar.update(1)
-    if subject.task and by_new[new] and not args.no_cases:
-        judged = judge(subject, by_new[new], new, args.cases)
+    rows, judged, stopped = [], {}, False
+    engine = drawn = None
+    try:
+        for (batch, of_new), of in jobs.items():
+            rows += time_sides(subject, of, batch, of_new, args)
+        if "engine" in names and most > 1 and subject.model.mesh.size == 1:
+            by_name = rules(args, subject, new, ["cache", "all"])
+            engine = {
+                name: serving.through_engine(
+                    subject.model, subject.job(most, new, by_name[name]), min(args.repeats, 3), name
+                )
+                for name in ("cache", "all")
+            }
+        if "draw" in names:
+            with progress("guided drawing", 1, "comparison") as bar:
+                drawn = serving.drawing(subject.model, args.repeats)
+                bar.update(1)
+        if subject.task and by_new[new] and not args.no_cases:
+            judge(subject, by_new[new], new, args.cases, judged)
+    except KeyboardInterrupt:
+        stopped = True  # what is measured is reported
     report = {
         "machine": timing.machine(),
+        "stopped": stopped,
         "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],
         "model": subject.what,
         "rules": {
@@ -109,12 +119,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "all_512": ratio(rows, "all", 512),
         "all_1024": ratio(rows, "all", 1024),
         "engine": engine,
-        "engine_16": engine["ratio"] if engine and engine["rows"] == 16 else None,
+        "engine_16": engine["cache"]["ratio"] if engine and engine["cache"]["rows"] == 16 else None,
         "drawing": drawn,
         "draw": drawn and drawn["ratio"],
-        "cases": judged,
+        "cases": judged or None,
         "accuracy": {
-            name: judged and judged["techniques"].get(of) and count(judged, of)
+            name: count(judged, of) if judged and of in judged["techniques"] else None
             for name, of in (("plain", "plain"), ("fast", "all"))
         },
     }
@@ -257,6 +267,7 @@ def rules(
         "threshold": {"threshold": args.threshold},
         "relax": surely,
         "leap": {"threshold": args.threshold, "leap": args.leap},
+        "wino": {"threshold": args.draft, "verify": args.verify},
         "factor": {"factor": args.factor},
         "bound": {"bound": args.bound},
         "all": window | quota
@@ -312,16 +323,21 @@ class Side:
         unless the rule says how many they are."""
         rule, new = self.job.rule, self.job.length
         if not rule.by_quota or rule.stop is not None:
-            return sum(1 for _ in self.model.steps(self.model.params, self.job))
+            return max(ticket.steps for ticket in self._tickets())
         size = rule.size(new)
         blocks = [min(size, new - first) for first in range(0, new, size)]
         most = size if rule.steps is None else rule.steps // len(blocks)
         return sum(min(n, most) for n in blocks)
 
+    def _tickets(self):
+        engine = Engine(self.model, slots=len(self.job.start_B))
+        tickets = engine.submit(self.job)
+        return [ticket for ticket in tickets if ticket.result() is not None]
+
     def expected_seconds(self) -> float:
         """The seconds of a call, from those of its second and third step."""
         times = []
-        for _, _ in zip(range(3), self.model.steps(self.model.params, self.job), strict=False):
+        for _, _ in zip(range(3), self.model.engine.steps(self.job), strict=False):
             times.append(time.perf_counter())
         return self.steps() * (times[-1] - times[0]) / max(1, len(times) - 1)
 
@@ -396,34 +412,32 @@ def ratio(rows: Sequence[Mapping[str, Any]], technique: str, new: int) -> float 
 # -------------------------------------------------------------------------------------- accuracy
 
 
-def judge(subject: Subject, by_name: Mapping[str, TextRule], new: int, n: int) -> dict[str, Any]:
-    """How many of n held-out cases each technique has right, and how it differs from plain decoding."""
+def judge(
+    subject: Subject, by_name: Mapping[str, TextRule], new: int, n: int, judged: dict[str, Any]
+) -> None:
+    """Fills `judged`, technique by technique: how many of n held-out cases each has right, and how it
+    differs from plain decoding."""
     model, task = subject.model, subject.task
     questions = task.questions(n, new)
-    # The last part is filled up, so that all parts share a program.
-    parts = np.resize(questions, (-(-n // CASE_ROWS), CASE_ROWS)).tolist()
     spans, right = {}, {}
-    with progress("held-out cases", len(by_name) * len(parts), "batches") as bar:
+    with progress("held-out cases", len(by_name) * n, "cases") as bar:
         for name, rule in by_name.items():
-            spans[name], texts = [], []
-            for part in parts:
-                job = subject.job_of(part, new, rule)
-                of_part = model.run(model.params, job)
-                spans[name] += of_part
-                texts += [text.text for text in model.results(job, of_part)]
+            job = subject.job_of(questions, new, rule)
+            spans[name] = []
+            for ticket in model.engine.submit(job):
+                spans[name].append(ticket.result())
                 bar.update(1)
-            right[name] = [task.is_right(*pair) for pair in zip(questions, texts[:n], strict=True)]
-    techniques = {}
-    for name in by_name:
-        only_plain, only_it, p = mcnemar(np.array(right["plain"]), np.array(right[name]))
-        techniques[name] = {
-            "correct": sum(right[name]),
-            "only_plain": only_plain,
-            "only_it": only_it,
-            "p": p,
-            "equal": equal(spans["plain"][:n], spans[name][:n], model.vocab),
-        }
-    return {"total": n, "new": new, "techniques": techniques}
+            texts = [text.text for text in model.results(job, spans[name])]
+            right[name] = [task.is_right(*pair) for pair in zip(questions, texts, strict=True)]
+            only_plain, only_it, p = mcnemar(np.array(right["plain"]), np.array(right[name]))
+            judged |= {"total": n, "new": new}
+            judged.setdefault("techniques", {})[name] = {
+                "correct": sum(right[name]),
+                "only_plain": only_plain,
+                "only_it": only_it,
+                "p": p,
+                "equal": equal(spans["plain"], spans[name], model.vocab),
+            }
 
 
 def count(judged: Mapping[str, Any], technique: str) -> dict[str, int]:

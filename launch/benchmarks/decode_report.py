@@ -33,6 +33,8 @@ def as_text(report: Mapping[str, Any]) -> str:
         f"{model['name']}: {model['params']:,} parameters, {model['dtype']}; prompts: {model['prompts']}; "
         f"load {report['load'][0]} before, {report['load'][1]} after",
     ]
+    if report["stopped"]:
+        lines.append("stopped by Ctrl-C: this is what was measured until then")
     last = None
     for row in report["rows"]:
         if last != (last := (row["batch"], row["new"])):
@@ -47,7 +49,7 @@ def as_text(report: Mapping[str, Any]) -> str:
         cells = (f"{column.text(row):>{column.width}}" for column in COLUMNS)
         lines.append(f"{row['technique']:<28}" + "".join(cells))
     if report["engine"]:
-        lines += ["", engine_as_text(report["engine"])]
+        lines += ["", *(engine_as_text(name, engine) for name, engine in report["engine"].items())]
     if report["drawing"]:
         lines += ["", drawing_as_text(report["drawing"])]
     if report["cases"]:
@@ -64,11 +66,11 @@ def as_text(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def engine_as_text(engine: Mapping[str, Any]) -> str:
-    """The engine against one request after the other."""
+def engine_as_text(name: str, engine: Mapping[str, Any]) -> str:
+    """The engine against one request after the other, by a technique."""
     one, together = (timing.as_text(engine["seconds"][name], 2) for name in ("one by one", "together"))
     return (
-        f"{engine['rows']} requests by `all`, one by one {one} s, in {engine['rows']} slots {together} s: "
+        f"{engine['rows']} requests by `{name}`, one by one {one} s, in that many slots {together} s: "
         f"RATIO {engine['ratio']:.2f}, {'equal' if engine['equal'] else 'UNEQUAL'} tokens, "
         f"{100 * engine['idle']:.1f} % of the slots idle while requests waited"
     )

@@ -11,6 +11,7 @@ import numpy as np
 from launch.benchmarks import timing
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.diffusion.rules import PRESETS, ImageRule
+from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.serve.engine import Engine
 from mmada_jax.tokens import layout
@@ -20,7 +21,7 @@ MAX_TEXT, N_IMAGE = 32, 256
 ROWS = 4
 
 
-def through_engine(model: MMaDA, job: Job, repeats: int) -> dict[str, Any]:
+def through_engine(model: MMaDA, job: Job, repeats: int, technique: str) -> dict[str, Any]:
     """The rows of a job in as many slots, and one after the other in one slot.
 
     Seconds of both in turns, their ratio, whether all tokens are the same, and the share of the slots that
@@ -31,7 +32,9 @@ def through_engine(model: MMaDA, job: Job, repeats: int) -> dict[str, Any]:
     def run(name):
         tokens[name] = engines[name].run(job)
 
-    times = timing.take_turns({name: lambda name=name: run(name) for name in engines}, repeats, 1)
+    runs = {name: lambda name=name: run(name) for name in engines}
+    with progress(f"{n} requests by {technique}", len(engines) * repeats, "calls") as bar:
+        times = timing.take_turns(runs, repeats, 1, called=lambda _: bar.update(1))
     equal = all(np.array_equal(*pair) for pair in zip(*tokens.values(), strict=True))
     counters = engines["together"].counters
     return {
@@ -63,7 +66,7 @@ def drawing(model: MMaDA, repeats: int) -> dict[str, Any] | None:
         return Job(layout.stack(rows), start_B, length_B, N_IMAGE, rule, other)
 
     jobs = {name: job(rule) for name, rule in rules.items()}
-    runs = {name: lambda of=of: model.run(model.params, of) for name, of in jobs.items()}
+    runs = {name: lambda of=of: model.run(of) for name, of in jobs.items()}
     times = timing.take_turns(runs, repeats, 1)
     return {
         "rows": ROWS,

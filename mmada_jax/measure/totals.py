@@ -20,7 +20,7 @@ PLAIN = TextRule(block=32)
 class Outcome:
     """Answers to chains of `rounds` rounds. `chain_B` and `total_B` say which chains are right as a whole
     and at their end, `lines_B` counts the lines before the first wrong one. `seconds` is the time of all
-    batches but the first, which compiles, scaled to all of them."""
+    answers, with compiling."""
 
     rounds: int
     chain_B: np.ndarray
@@ -44,28 +44,23 @@ def chains(
     rounds: int = 4,
     rule: TextRule = PLAIN,
     max_new: int | None = None,
-    batch: int = 16,
     split: str = "test",
     seed: int = 0,
 ) -> Outcome:
-    """Asks for the totals of the first `n` chains of a split, `batch` at a time. Two rules are asked about
-    the same chains. `max_new` is by default what the answers need, in whole blocks of 32 tokens."""
+    """Asks for the totals of the first `n` chains of a split. Two rules are asked about the same chains.
+    `max_new` is by default what the answers need, in whole blocks of 32 tokens."""
     records = totals.open_records(str(rounds), split)
     questions = [records.chain(i).question for i in range(n)]
-    # The last part is filled up, so that all parts share a program.
-    parts = np.resize(questions, (-(-n // batch), batch)).tolist()
     new = max_new or -(-len(_answer_ids(model, records.chain(0))) // 32) * 32
-    answers, times = [], []
-    for part in parts:
-        began = time.perf_counter()
-        answers += [text.text for text in model.generate(part, rule, new, seed=seed)]
-        times.append(time.perf_counter() - began)
-    verdicts = [totals.check(*pair) for pair in zip(questions, answers[:n], strict=True)]
+    began = time.perf_counter()
+    answers = [text.text for text in model.generate(questions, rule, new, seed=seed)]
+    seconds = time.perf_counter() - began
+    verdicts = [totals.check(*pair) for pair in zip(questions, answers, strict=True)]
     return Outcome(
         rounds,
         *(np.array([getattr(v, name) for v in verdicts]) for name in ("chain", "total", "lines")),
-        answers[:n],
-        float(np.mean(times[1:] or times)) * n / batch,
+        answers,
+        seconds,
     )
 
 
