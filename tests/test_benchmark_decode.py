@@ -66,6 +66,8 @@ def test_the_engine_and_drawing_are_timed_by_themselves(monkeypatch, capsys):
     assert report["rows"] == [] and report["engine_16"] is None
     for engine in report["engine"].values():
         assert engine["rows"] == 2 and engine["ratio"] > 0 and engine["equal"]
+    first = report["first_token"]
+    assert first["steps"] == first["seconds"] / first["step"] > 0
     assert report["draw"] == report["drawing"]["ratio"] > 0
     shown = capsys.readouterr().out
     assert (

@@ -31,7 +31,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import cached, decode, denoise, slots
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
-from mmada_jax.serve.engine import Engine, _fresh
+from mmada_jax.serve.engine import Engine, _fresh, _memory_left
 from mmada_jax.tokens import layout
 
 RULES = {
@@ -262,6 +262,17 @@ def test_caches_keep_within_the_memory():
     with pytest.raises(ValueError, match=r"cache of a row of 48 tokens takes 0.0 MB|48 tokens"):
         engine(memory=of_row).submit(job(rule, [1]))
     assert "16 slots; with a cache a row of 32 tokens takes" in engine().plan(32)
+
+
+def test_the_memory_is_that_of_the_device_that_has_least_left():
+    def mesh(*stats):
+        devices = [types.SimpleNamespace(memory_stats=lambda of=of: of) for of in stats]
+        return types.SimpleNamespace(local_devices=devices)
+
+    full, free = {"bytes_limit": 1000, "bytes_in_use": 900}, {"bytes_limit": 1000}
+    assert _memory_left(mesh(free, full)) == 90
+    assert _memory_left(mesh(free, None)) is None
+    assert _memory_left(mesh(free, {})) is None
 
 
 @pytest.mark.parametrize(("fields", "message"), [

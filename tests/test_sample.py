@@ -11,8 +11,8 @@ from conftest import ROOT
 from PIL import Image
 
 from mmada_jax.data import digits
-from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.rules import ImageRule, TextRule
+from mmada_jax.serve.api import MMaDA
 from mmada_jax.weights.convert import to_torch
 from mmada_jax.weights.manifest import MANIFEST
 
@@ -140,11 +140,11 @@ def jobs(monkeypatch):
     """What would be decoded; nothing is."""
     seen = []
 
-    def run(params, config, vocab, mesh, job, seed):
+    def run(self, job, seed):
         seen.append(job)
         raise ValueError("enough")
 
-    monkeypatch.setattr(decode, "run", run)
+    monkeypatch.setattr(MMaDA, "run", run)
     return seen
 
 

@@ -59,7 +59,6 @@ from mmada_jax.measure.totals import mcnemar
 from mmada_jax.nets import transformer
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.serve.engine import Engine
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 
@@ -86,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     load_before = os.getloadavg()[0]
     most, new = max(args.batch), 512 if 512 in args.new else max(args.new)
     rows, judged, stopped = [], {}, False
-    engine = drawn = None
+    engine = drawn = first = None
     try:
         for (batch, of_new), of in jobs.items():
             rows += time_sides(subject, of, batch, of_new, args)
@@ -98,6 +97,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 )
                 for name in ("cache", "all")
             }
+            one = {name: subject.job(1, new, rule) for name, rule in by_name.items()}
+            first = serving.first_token(subject.model, one["all"], one["plain"], args.repeats)
         if "draw" in names:
             with progress("guided drawing", 1, "comparison") as bar:
                 drawn = serving.drawing(subject.model, args.repeats)
@@ -120,6 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "all_1024": ratio(rows, "all", 1024),
         "engine": engine,
         "engine_16": engine["cache"]["ratio"] if engine and engine["cache"]["rows"] == 16 else None,
+        "first_token": first,
         "drawing": drawn,
         "draw": drawn and drawn["ratio"],
         "cases": judged or None,
@@ -323,16 +325,12 @@ class Side:
         unless the rule says how many they are."""
         rule, new = self.job.rule, self.job.length
         if not rule.by_quota or rule.stop is not None:
-            return max(ticket.steps for ticket in self._tickets())
+            tickets = self.model.engine.submit(self.job)
+            return max(ticket.steps for ticket in tickets if ticket.result() is not None)
         size = rule.size(new)
         blocks = [min(size, new - first) for first in range(0, new, size)]
         most = size if rule.steps is None else rule.steps // len(blocks)
         return sum(min(n, most) for n in blocks)
-
-    def _tickets(self):
-        engine = Engine(self.model, slots=len(self.job.start_B))
-        tickets = engine.submit(self.job)
-        return [ticket for ticket in tickets if ticket.result() is not None]
 
     def expected_seconds(self) -> float:
         """The seconds of a call, from those of its second and third step."""

@@ -50,6 +50,12 @@ def as_text(report: Mapping[str, Any]) -> str:
         lines.append(f"{row['technique']:<28}" + "".join(cells))
     if report["engine"]:
         lines += ["", *(engine_as_text(name, engine) for name, engine in report["engine"].items())]
+    if report["first_token"]:
+        first = report["first_token"]
+        lines.append(
+            f"first token of a request by `all`: {1000 * first['seconds']:.1f} ms after it, "
+            f"{first['steps']:.2f} steps of plain decoding"
+        )
     if report["drawing"]:
         lines += ["", drawing_as_text(report["drawing"])]
     if report["cases"]:

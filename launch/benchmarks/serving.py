@@ -4,6 +4,7 @@ Parts of `mmada bench decode`.
 """
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,24 @@ def through_engine(model: MMaDA, job: Job, repeats: int, technique: str) -> dict
         "equal": equal,
         "idle": counters["idle"] / max(1, counters["steps"] * n),
     }
+
+
+def first_token(model: MMaDA, job: Job, plain: Job, repeats: int) -> dict[str, float]:
+    """The seconds from a request of one row to its first token on a warm engine, and the seconds of a step
+    of plain decoding, which computes the whole row: medians, and how many such steps the former takes."""
+
+    def moments(of, n):
+        """When the request was made, and when its first n steps were shown."""
+        engine, seen = Engine(model, slots=1), [time.perf_counter()]
+        told = lambda ticket: seen.append(time.perf_counter())  # noqa: E731
+        [ticket] = engine.submit(of, progress=told, every="step")
+        while len(seen) <= n and not ticket.over:
+            engine.turn()
+        return np.diff(seen)
+
+    times = [(moments(job, 1)[0], moments(plain, 4)[1:].min()) for _ in range(repeats + 1)]
+    first, step = np.median(times[1:], axis=0)
+    return {"seconds": float(first), "step": float(step), "steps": float(first / step)}
 
 
 def drawing(model: MMaDA, repeats: int) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode, slots
@@ -431,8 +432,10 @@ def _padded(one: decode.Placed, places: int, pad: int) -> decode.Placed:
 
 
 def _memory_left(mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes for caches on a device: nine tenths of the least that one of this process has left."""
+    """Bytes for caches on a device: nine tenths of the least that one has left, None where devices don't
+    say. All processes find the same, and so seat the same rows."""
     stats = [device.memory_stats() for device in mesh.local_devices]
     if not all(stats) or not all("bytes_limit" in of for of in stats):
         return None
-    return int(0.9 * min(of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats))
+    least = 0.9 * min(of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats)
+    return int(np.min(multihost_utils.process_allgather(np.float32(least))))
