@@ -67,7 +67,7 @@ def decode_options(parser: Parser) -> None:
     of_rule = parser.add_argument_group("fields of TextRule, for the techniques that have them")
     of_rule.add_argument("--block", type=at_least_one, default=32, help="default: %(default)s")
     of_rule.add_argument("--window", type=at_least_one, default=64, help="default: %(default)s")
-    of_rule.add_argument("--threshold", type=float, default=0.9, help="default: %(default)s")
+    of_rule.add_argument("--threshold", type=float, default=0.95, help="default: %(default)s")
     of_rule.add_argument("--relax", type=float, default=0.3, help="default: %(default)s")
     of_rule.add_argument("--leap", type=float, default=0.75, help="default: %(default)s")
     of_rule.add_argument("--draft", type=float, default=0.6, help="threshold of wino (%(default)s)")

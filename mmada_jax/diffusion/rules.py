@@ -355,7 +355,7 @@ PRESETS = {
     "text": {
         "exact": {},
         "cached": {"cache": "dual"},
-        "fast": {"cache": "dual", "threshold": 0.9},
+        "fast": {"cache": "dual", "threshold": 0.95},
     },
     "image": {"exact": {}, "fast": {"guide_every": 4}},
 }
