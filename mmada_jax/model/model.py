@@ -28,7 +28,7 @@ from mmada_jax.tokens import layout
 from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
-from mmada_jax.weights.folder import Source
+from mmada_jax.weights.folder import ModelFolder
 
 # One, or a list of them.
 Prompts, Captions = Prompt | Sequence[Prompt], str | np.ndarray | Sequence[str | np.ndarray]
@@ -340,11 +340,11 @@ class Model:
 
 
 def open_model(
-    source: Source,
+    source: ModelFolder,
     mesh: jax.sharding.Mesh | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     *,
-    images: Source | None = None,
+    images: ModelFolder | None = None,
     image_size: int | tuple[int, int] | None = None,
     max_text: int | None = None,
 ) -> Model:

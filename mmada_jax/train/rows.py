@@ -12,12 +12,12 @@ from mmada_jax.data import pipeline, sources
 from mmada_jax.tokens import layout
 from mmada_jax.train.runs import ModelRun, Plan, image_tokenizer_path, relative
 from mmada_jax.weights import lazy
-from mmada_jax.weights.folder import Source, open_image_tokenizer
+from mmada_jax.weights.folder import ModelFolder, open_image_tokenizer
 from mmada_jax.weights.workdir import DATA, differences, has_step
 
 
 def open_data(
-    run: ModelRun, workdir: pathlib.Path, what: Plan, images: Source | None = None
+    run: ModelRun, workdir: pathlib.Path, what: Plan, images: ModelFolder | None = None
 ) -> pipeline.Pipeline:
     """The rows of a run, from its sources; see `open_rows`. Raises where those can't be opened, don't fit
     the model, or where the workdir's run had others."""
@@ -40,7 +40,7 @@ def open_rows(
     what: Plan,
     key: str,
     size: int,
-    images: Source | None = None,
+    images: ModelFolder | None = None,
     cond_dropout: float = 0.0,
 ) -> pipeline.Pipeline:
     """Batches of `size` rows from the sources under config.`key`.

@@ -28,7 +28,7 @@ from mmada_jax.train.optim import OptimConfig
 from mmada_jax.weights import older
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
-    Source,
+    ModelFolder,
     describe_image_tokenizer,
     describe_model,
     image_tokenizer_of,
@@ -172,7 +172,7 @@ class Plan:
     vq: vq.VQConfig
     grid: tuple[int, int]  # rows and columns of image tokens
     max_text: int
-    start: Source | None = None
+    start: ModelFolder | None = None
 
     @property
     def shape(self) -> Shape:
@@ -251,7 +251,7 @@ def grid_of(run: ModelRun, vq_config: vq.VQConfig) -> tuple[int, int]:
     return I // down, J // down
 
 
-def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Source | None) -> TextTokenizer:
+def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: ModelFolder | None) -> TextTokenizer:
     saved = workdir / "tokenizer.json"
     if has_step(workdir):
         return TextTokenizer.load(saved)
@@ -273,7 +273,7 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: Source | None) 
     )
 
 
-def open_start(path: pathlib.Path, weights: bool = True) -> Source:
+def open_start(path: pathlib.Path, weights: bool = True) -> ModelFolder:
     """Opens and verifies a model to start from; without `weights` only its description.
 
     Raises FileNotFoundError or ValueError if `path` holds no model, or one that isn't ours."""

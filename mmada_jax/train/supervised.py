@@ -56,7 +56,12 @@ from mmada_jax.train.runs import (
     same_in_all,
 )
 from mmada_jax.weights.checkpoint import Checkpoints
-from mmada_jax.weights.folder import IMAGE_TOKENIZER, Source, keep_image_tokenizer, open_image_tokenizer
+from mmada_jax.weights.folder import (
+    IMAGE_TOKENIZER,
+    ModelFolder,
+    keep_image_tokenizer,
+    open_image_tokenizer,
+)
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
 from mmada_jax.weights.workdir import DATA, TOKENIZER, check_workdir, claim_workdir, has_step, refuse_busy
 
@@ -92,7 +97,7 @@ class Program:
     tokens_per_step: int
     flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # from a step's values; 0: unknown
     tokenizer: TextTokenizer | None = None
-    images: Source | None = None
+    images: ModelFolder | None = None
     accumulate: int = 1
     start: Any = None
     evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None

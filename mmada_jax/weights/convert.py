@@ -21,7 +21,7 @@ from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import (
     GENERATION,
     IMAGE_TOKENIZER,
-    Source,
+    ModelFolder,
     dtype_of,
     image_tokenizer_of,
     open_folder,
@@ -87,7 +87,7 @@ def to_torch(
             _write_hugging_face(folder / IMAGE_TOKENIZER, nested, None, count, shard)
 
 
-def _write_checkpoint(folder: pathlib.Path, source: Source, count: Callable[[int], Any]) -> None:
+def _write_checkpoint(folder: pathlib.Path, source: ModelFolder, count: Callable[[int], Any]) -> None:
     folder.mkdir(exist_ok=True)
     # These fields describe the files of PyTorch.
     values = {k: v for k, v in source.values.items() if k not in ("auto_map", "torch_dtype", "dtype")}
@@ -101,7 +101,7 @@ def _write_checkpoint(folder: pathlib.Path, source: Source, count: Callable[[int
 
 def _write_hugging_face(
     folder: pathlib.Path,
-    source: Source,
+    source: ModelFolder,
     dtype: np.dtype | None,
     count: Callable[[int], Any],
     shard: int,
@@ -167,7 +167,7 @@ def _new(dst: str | pathlib.Path, src: str | pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _target(
-    dst: pathlib.Path, source: Source, nested: Source | None, dtype: np.dtype | None = None
+    dst: pathlib.Path, source: ModelFolder, nested: ModelFolder | None, dtype: np.dtype | None = None
 ) -> Iterator[tuple[pathlib.Path, Callable[[int], Any]]]:
     """A folder to write into and the count of bytes that are written, shown as a progress bar.
 

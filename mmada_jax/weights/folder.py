@@ -5,8 +5,9 @@ A checkpoint             config.json (the same fields), params/ (Orbax), tokeniz
 A training workdir       model.json (see `describe_model`), checkpoints/N, tokenizer.json
 
 Each of them may hold the image tokenizer of its model as a folder `image_tokenizer`. `open_folder` makes
-one Source of any of them, whose params are read piece by piece. Whoever loads, converts, inspects or goes
-on training a model begins with a Source. Only what a workdir keeps of its image tokenizer is written here.
+one ModelFolder of any of them, whose params are read piece by piece. Whoever loads, converts, inspects or
+goes on training a model begins with a ModelFolder. Only what a workdir keeps of its image tokenizer is
+written here.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ _NEITHER = "is no workdir of a training run, no checkpoint and no Hugging Face f
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ModelFolder:
     """A model in a folder.
 
     kind             "workdir", "checkpoint" or "Hugging Face folder"
@@ -107,7 +108,7 @@ def open_folder(
     add_image_vocab: int = 0,
     weights: bool = True,
     step: int | None = None,
-) -> Source:
+) -> ModelFolder:
     """Opens a folder of any kind and checks all there is to check before an array is read.
 
     Tensors of PyTorch are cast to `dtype` and, with `add_image_vocab`, grown as they are read. The files
@@ -147,7 +148,7 @@ def open_folder(
     return source
 
 
-def open_image_tokenizer(path: str | pathlib.Path, weights: bool = True) -> Source:
+def open_image_tokenizer(path: str | pathlib.Path, weights: bool = True) -> ModelFolder:
     """Opens the folder of an image tokenizer. Raises FileNotFoundError if there is none, ValueError if the
     folder holds a model."""
     try:
@@ -162,7 +163,7 @@ def open_image_tokenizer(path: str | pathlib.Path, weights: bool = True) -> Sour
     return source
 
 
-def image_tokenizer_of(source: Source, given: str | pathlib.Path | None = None) -> Source | None:
+def image_tokenizer_of(source: ModelFolder, given: str | pathlib.Path | None = None) -> ModelFolder | None:
     """The image tokenizer that goes with a model: in the folder `given`, by default the model's own.
 
     Raises ValueError if the folder holds something else, or an image tokenizer with another number of
@@ -191,7 +192,7 @@ def image_tokenizer_of(source: Source, given: str | pathlib.Path | None = None) 
     return nested
 
 
-def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
+def _open_hugging_face(path, values, dtype, add_image_vocab) -> ModelFolder:
     if (path / MANIFEST).is_file():
         refuse(find_damage(path), f"{path} isn't as it was exported; fetch it again (or remove {MANIFEST}, "
                "if the weights were changed on purpose)")  # fmt: skip
@@ -204,7 +205,7 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
             values = llada_keys.grown_config(values, add_image_vocab)
             config = llada_keys.config_from_hf(values)
             params = llada_keys.grow(params, add_image_vocab)
-        return Source(
+        return ModelFolder(
             path, "Hugging Face folder", values["model_type"], config, values, params, _nested(path),
             generation=_generation(path),
         )  # fmt: skip
@@ -217,7 +218,7 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
             )
         config = magvit_keys.config_from_shapes({key: tensor.shape for key, tensor in state.items()})
         params = magvit_keys.params_of(state, config, target)
-        return Source(path, "Hugging Face folder", magvit_keys.MODEL_TYPE, config, values, params)
+        return ModelFolder(path, "Hugging Face folder", magvit_keys.MODEL_TYPE, config, values, params)
     if not values:
         raise FileNotFoundError(f"{path} has no config.json, which says what model its tensors are of")
     raise ValueError(
@@ -226,7 +227,7 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> Source:
     )
 
 
-def _open_checkpoint(path, values, weights) -> Source:
+def _open_checkpoint(path, values, weights) -> ModelFolder:
     is_vq = values.get("model_type") == magvit_keys.MODEL_TYPE
     config = magvit_keys.config_from_hf(values) if is_vq else llada_keys.config_from_hf(values)
     if weights:
@@ -235,10 +236,12 @@ def _open_checkpoint(path, values, weights) -> Source:
     else:
         params = _shapes_of(config)
     nested, told = (None, {}) if is_vq else (_nested(path), _generation(path))
-    return Source(path, "checkpoint", values["model_type"], config, values, params, nested, generation=told)
+    return ModelFolder(
+        path, "checkpoint", values["model_type"], config, values, params, nested, generation=told
+    )
 
 
-def _open_workdir(path, values, weights, step) -> Source:
+def _open_workdir(path, values, weights, step) -> ModelFolder:
     try:
         is_older = not (path / MODEL).is_file()
         about = older.describe(path, values) if is_older else read_json(path / MODEL, dict)
@@ -255,7 +258,7 @@ def _open_workdir(path, values, weights, step) -> Source:
     if weights:
         params, step = newest_params(path, step)
     told = told | ({} if is_vq else _generation(path))
-    return Source(path, "workdir", fields["model_type"], config, fields, params, nested, step, told)
+    return ModelFolder(path, "workdir", fields["model_type"], config, fields, params, nested, step, told)
 
 
 def _nested(path: pathlib.Path) -> pathlib.Path | None:
@@ -314,7 +317,7 @@ def describe_image_tokenizer(config: vq.VQConfig) -> dict[str, Any]:
     return {"config": fields, "computed": {}, "generation": {}, "image_tokenizer": None}
 
 
-def keep_image_tokenizer(workdir: pathlib.Path, source: Source) -> None:
+def keep_image_tokenizer(workdir: pathlib.Path, source: ModelFolder) -> None:
     """Copies an image tokenizer into a workdir, which then needs nothing of the folder that it came from.
     The copy is there whole or not at all. All processes of a run call this, and the first one writes.
 

@@ -6,7 +6,7 @@ from typing import Any
 from mmada_jax.progress import progress
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
-from mmada_jax.weights.folder import Source, open_folder
+from mmada_jax.weights.folder import ModelFolder, open_folder
 from mmada_jax.weights.manifest import verify_manifest
 
 
@@ -43,7 +43,7 @@ def inspect(src: str | pathlib.Path) -> dict[str, Any]:
     return report
 
 
-def vocabulary(source: Source) -> dict[str, Any]:
+def vocabulary(source: ModelFolder) -> dict[str, Any]:
     """Whether the text tokenizer, the image codes and the rows of a model's embedding fit together."""
     rows, codes = source.config.vocab, source.values.get("codebook_size") or 0
     report = {"rows": rows, "image_codes": codes, "tokenizer": None, "image_offset": None, "ok": False}

@@ -21,7 +21,7 @@ from mmada_jax.train.rl.unigrpo import UniGRPOConfig
 from mmada_jax.train.runs import relative
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
-    Source,
+    ModelFolder,
     describe_model,
     image_tokenizer_of,
     keep_image_tokenizer,
@@ -140,7 +140,7 @@ def check_tasks(
 
 def load_policy(
     run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh
-) -> tuple[Model, Any, Source | None]:
+) -> tuple[Model, Any, ModelFolder | None]:
     """The model without its params, the float32 params on the mesh that the run starts from, and the
     model's image tokenizer, None for a model of text alone.
 
@@ -164,7 +164,7 @@ def load_policy(
     return dataclasses.replace(model, config=config), params, images
 
 
-def write_workdir(run: RLRun, workdir: pathlib.Path, model: Model, images: Source | None) -> None:
+def write_workdir(run: RLRun, workdir: pathlib.Path, model: Model, images: ModelFolder | None) -> None:
     """Writes what the workdir holds of the run and of its model beside the steps. All processes call this,
     and the first one writes."""
     if images:
