@@ -37,17 +37,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     layers = 1 if smoke else 4
     return ConfigDict({
         "program": "model",
-        "preset": "digits",
         "init": "../totals_short" if goes_on else "",
         "model": {
-            "dtype": "float32", "attention": "auto", "pad": "hard", "remat": "none",
             "n_layers": layers, "unroll": layers, "max_len": 1280,
             # Two wide heads pass over the scores of attention half as often as four.
             "n_heads": 2, "n_kv_heads": 2,
             # With RoPE's usual 500000 heads need more steps to find the token a few places before.
             "rope_theta": 10000.0,
         },
-        "image_tokenizer": "",  # of a configs/vq.py run; empty: trained first, though no row has an image
         "text_vocab": 0 if goes_on else 384,
         "max_text": stage["max_text"],
         "steps": stage["steps"],

@@ -213,6 +213,8 @@ PRESETS = {
     "pretrain.py:8b": ["8b,phase=1", "8b,phase=2", "8b,phase=3"],
     "cot.py:digits": ["digits", "digits,full", "digits,fast"],
     "cot.py:8b": ["8b,phase=1", "8b,phase=2"],
+    "totals.py:short": ["short", "long", "short,smoke"],
+    "pages.py:pages": ["pages", "pages,smoke"],
     "unigrpo.py:digits": ["digits", "digits,full", "digits,fast"],
     "unigrpo.py:8b": ["8b"],
 }

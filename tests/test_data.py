@@ -126,6 +126,12 @@ def test_records_show_what_they_say(kind, split):
             assert (a, b) in digits.pairs(split)
             assert read_canvas(record.image, 1, split) == [a + b]
             assert said == f"<think>{a}+{b}={a + b}</think>"
+        if kind == "pages":
+            scans = digits.load(split)
+            known = {scan.tobytes(): label for scan, label in zip(scans.pixels, scans.labels, strict=True)}
+            lines = [[known[scan.tobytes()] for scan in line] for line in digits.cut_page(record.image)]
+            assert [len(line) for line in lines] == [4] * 4 and all(len(set(line)) == 1 for line in lines)
+            assert said == digits.page_caption(*(line[0] for line in lines))
         if kind == "text_cot":
             a, b, c, d = map(int, asked.split("+"))
             assert (a, b, c, d) in digits.chains(split)

@@ -2,7 +2,7 @@
 
 The scans are scikit-learn's `load_digits`: 1797 scans of 8x8 pixels (UCI, Alpaydin and Kaynak 1998). Each
 scan belongs to one split, so no model sees a held-out scan in training. A canvas has 8x16 pixels, with
-one digit in the middle or two digits side by side.
+one digit in the middle or two digits side by side. A page has 32x32 pixels, four lines of four scans.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ ASK_SUM = "add them"
 # Defaults of generation for models of the digits, as fields of a generation_config.json.
 GENERATION = {"image_steps": 12, "image_guidance": 1.0, "question": ASK_ONE}
 SPLITS = ("train", "validation", "test")
-KINDS = ("captions", "statements", "sums", "reading", "text_cot", "vqa_sum", "draw_sum")
+KINDS = ("captions", "statements", "sums", "reading", "text_cot", "vqa_sum", "draw_sum", "pages")
+LINES = 4  # of a page, and scans in a line
 
 Kind = Literal[KINDS]
 
@@ -73,6 +74,22 @@ def cut(canvas_IJ1: np.ndarray, n: int) -> list[np.ndarray]:
     """The n scans [8, 8] of a canvas [8, 16, 1], from left to right."""
     left = (WIDTH - SIDE * n) // 2
     return [canvas_IJ1[:, left + SIDE * i : left + SIDE * (i + 1), 0] for i in range(n)]
+
+
+def page(scans: np.ndarray) -> np.ndarray:
+    """A page [32, 32, 1] of scans [4, 4, 8, 8], line by line."""
+    return scans.swapaxes(1, 2).reshape(LINES * SIDE, LINES * SIDE, 1)
+
+
+def cut_page(page_IJ1: np.ndarray) -> np.ndarray:
+    """The scans [4, 4, 8, 8] of a page [32, 32, 1]."""
+    return page_IJ1.reshape(LINES, SIDE, LINES, SIDE).swapaxes(1, 2)
+
+
+def page_caption(*digits: int) -> str:
+    """What a page shows, as `lines of three, one, four and one`."""
+    *others, last = (WORDS[d] for d in digits)
+    return f"lines of {', '.join(others)} and {last}"
 
 
 def caption(*digits: int, numbers: bool = False) -> str:
@@ -169,6 +186,7 @@ class DigitRecords:
         text_cot     lm_chat   `3+1+4+8`, answered after a thought
         vqa_sum      mmu       two scans, their sum after a thought
         draw_sum     r2i       `draw 3+4`, a thought, and a scan of the sum
+        pages        t2i       four lines of four scans of a digit, and which digits these are
 
     Kinds with scans have 65536 records. Scans are chosen at random for each record.
     """
@@ -227,6 +245,11 @@ class DigitRecords:
         which = rng.choice(np.flatnonzero(scans.labels == sum(pair)))
         turns = _turns(request(*pair), f"{THINK}{thought(*pair)}{END_THINK}")
         return Record(key, canvas(scans.pixels[which]), turns=turns)
+
+    def _pages(self, rng, i, key):
+        scans, labels = load(self.split), rng.integers(10, size=LINES)
+        which = np.stack([rng.choice(np.flatnonzero(scans.labels == d), LINES) for d in labels])
+        return Record(key, page(scans.pixels[which]), texts=(page_caption(*labels),))
 
     def _canvas(self, rng, n):
         scans = load(self.split)

@@ -95,6 +95,19 @@ def draw_digits(
     return _count((read.reshape(wanted.shape) == wanted).all(axis=1)), pixels, wanted
 
 
+def draw_pages(
+    model: MMaDA, judge: Judge, n: int, seed: int = 0, rule: ImageRule = DRAW
+) -> tuple[Count, Count, np.ndarray]:
+    """Pages of four lines: the scans on them that the judge reads as the caption has them, the pages of
+    which all scans are so, and the pages."""
+    wanted = np.random.default_rng([seed, 3]).integers(10, size=(n, digits.LINES))
+    drawn = model.draw([digits.page_caption(*row) for row in wanted], rule, seed=seed)
+    pixels = np.concatenate([model.decode(of.codes[None]) for of in drawn])
+    read = judge(np.concatenate([digits.cut_page(page).reshape(-1, 8, 8) for page in pixels]))
+    right = read.reshape(n, digits.LINES, digits.LINES) == wanted[:, :, None]
+    return _count(right.ravel()), _count(right.all(axis=(1, 2))), pixels
+
+
 def inpaint_half(
     model: MMaDA, judge: Judge, n: int, split: str = "test", seed: int = 0
 ) -> tuple[Count, dict]:
