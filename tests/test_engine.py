@@ -31,7 +31,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import cached, decode, denoise, slots
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
-from mmada_jax.serve.engine import Engine, _fresh, _memory_left
+from mmada_jax.serve.engine import Engine, _fresh
 from mmada_jax.tokens import layout
 
 RULES = {
@@ -95,6 +95,28 @@ def test_a_row_that_is_done_gives_its_slot_to_the_next_while_others_go_on():
     assert soon.ended <= next_one.begun < longest.ended
     assert made.counters["idle"] == 0
     assert [ticket.steps for ticket in tickets] == [NEW[i] for i in (0, 3, 3)]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_lane_becomes_smaller_only_where_that_is_compiled(before):
+    rule, made = RULES["plain"], engine(slots=4)
+    made.run(job(rule, [3] * before), [1] * before)
+    tickets, sizes = made.submit(job(rule, [0, 3, 3, 3]), SEEDS), []  # 24, 17, 17 and 17 steps
+    while not tickets[0].over:
+        made.turn()
+        sizes += [len(lane.tickets) for lane in made._lanes.values()]
+    assert set(sizes) == ({4, 1} if before else {4})
+    assert_equal([tickets[0].result(), tickets[3].result()], fill(rule, [0, 3]))
+
+
+def test_rows_that_are_interrupted_give_their_slots_back(monkeypatch):
+    made = engine(slots=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(made, "turn", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            made.run(job(RULES["plain"]), SEEDS)
+    assert not made.turn()
+    assert made.counters["rows"] == 4 and made.counters["steps"] == 0
 
 
 def test_a_prompt_of_another_length_compiles_nothing():
@@ -262,17 +284,6 @@ def test_caches_keep_within_the_memory():
     with pytest.raises(ValueError, match=r"cache of a row of 48 tokens takes 0.0 MB|48 tokens"):
         engine(memory=of_row).submit(job(rule, [1]))
     assert "16 slots; with a cache a row of 32 tokens takes" in engine().plan(32)
-
-
-def test_the_memory_is_that_of_the_device_that_has_least_left():
-    def mesh(*stats):
-        devices = [types.SimpleNamespace(memory_stats=lambda of=of: of) for of in stats]
-        return types.SimpleNamespace(local_devices=devices)
-
-    full, free = {"bytes_limit": 1000, "bytes_in_use": 900}, {"bytes_limit": 1000}
-    assert _memory_left(mesh(free, full)) == 90
-    assert _memory_left(mesh(free, None)) is None
-    assert _memory_left(mesh(free, {})) is None
 
 
 @pytest.mark.parametrize(("fields", "message"), [

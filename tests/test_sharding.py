@@ -1,6 +1,7 @@
 """Meshes on eight fake devices: shapes, rules, placing, and that sharding changes no number."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +160,14 @@ def test_several_slices_need_a_data_axis_that_crosses_them():
     devices = [Chip(i) for i in range(16)]  # four slices
     with pytest.raises(ValueError, match="data=2 must be a multiple of the 4 slices"):
         make_mesh(data=2, devices=devices)
+
+
+def test_the_memory_is_that_of_the_device_that_has_least_left():
+    def mesh(*stats):
+        devices = [types.SimpleNamespace(memory_stats=lambda of=of: of) for of in stats]
+        return types.SimpleNamespace(local_devices=devices)
+
+    full, free = {"bytes_limit": 1000, "bytes_in_use": 900}, {"bytes_limit": 1000}
+    assert sharding.memory_left(mesh(free, full)) == 100
+    assert sharding.memory_left(mesh(free, None)) is None
+    assert sharding.memory_left(mesh(free, {})) is None

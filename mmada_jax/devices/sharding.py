@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmada_jax.devices import chips
@@ -114,6 +114,16 @@ def scatter_sum(x_D: jax.Array) -> jax.Array:
         return x_D
     x_D = jax.lax.psum_scatter(x_D, REST.embed, scatter_dimension=0, tiled=True)
     return jax.lax.psum(x_D, tuple(a for a in USE.batch if a != REST.embed))
+
+
+def memory_left(mesh: jax.sharding.Mesh) -> int | None:
+    """The bytes that the device of `mesh` has left that has least, the same in all processes. None where
+    devices don't say, as CPUs."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    if not all(stats) or not all("bytes_limit" in of for of in stats):
+        return None
+    least = min(of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats)
+    return int(np.min(multihost_utils.process_allgather(np.float32(least))))
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:

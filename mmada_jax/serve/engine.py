@@ -16,11 +16,10 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode, slots
@@ -78,13 +77,20 @@ class Ticket:
         return self.ids
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Row:
-    """A row of a job by itself: arrays [1, ...] as `Placed`, and what it shares with its lane."""
+class _Key(NamedTuple):
+    """What rows of a lane share. Equal keys of an engine are one object."""
 
-    placed: decode.Placed
     shape: slots.Shape
     places: int
+    other: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """A row of a job by itself: arrays [1, ...] as `Placed`, and its lane."""
+
+    placed: decode.Placed
+    key: _Key
     reach: int | None
 
 
@@ -93,9 +99,7 @@ class _Lane:
     """Rows side by side: who has which slot, and the slots on the devices. `size` is the number of
     slots that it is to have."""
 
-    shape: slots.Shape
-    places: int
-    other: bool
+    key: _Key
     size: int = 0
     tickets: list[Ticket | None] = dataclasses.field(default_factory=list)
     rows: slots.Slots | None = None
@@ -124,11 +128,14 @@ class Engine:
         if queue < 1:
             raise ValueError(f"queue is {queue}; it must be at least 1")
         self.model, self.slots, self.queue, self._parts = model, slots, queue, parts
-        self.memory = _memory_left(model.mesh) if memory is None else memory
+        left = sharding.memory_left(model.mesh)
+        self.memory = int(0.9 * left) if memory is None and left is not None else memory
         self.counters = collections.Counter()
         self.threaded = False
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._lanes: dict[Any, _Lane] = {}
+        self._lanes: dict[_Key, _Lane] = {}
+        self._keys: dict[_Key, _Key] = {}
+        self._compiled: dict[_Key, set[int]] = {}  # numbers of slots
         self._lock, self._turn = threading.RLock(), threading.Lock()
         self._wake = threading.Condition(self._lock)
 
@@ -172,8 +179,14 @@ class Engine:
         return made
 
     def run(self, job: Job, seed: int | Sequence[int] = 0) -> list[np.ndarray]:
-        """Fills the spans of a job; the ids of each, as `Model.run` gives them."""
-        return [ticket.result() for ticket in self.submit(job, seed)]
+        """Fills the spans of a job; the ids of each. Rows that don't come to their end, as at Ctrl-C, give
+        their slots back."""
+        tickets = self.submit(job, seed)
+        try:
+            return [ticket.result() for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
 
     def steps(self, job: Job, seed: int | Sequence[int] = 0) -> Iterator[list[np.ndarray]]:
         """The same step by step: yields the ids of all spans after every step. Who stops asking gives the
@@ -239,7 +252,7 @@ class Engine:
         model, rule = self.model, job.rule
         rule.check_length(job.length)
         placed, limit = decode.rows_of(job, seed), model.config.max_len
-        rows = []
+        rows, keys = [], self._keys
         for i, length in enumerate(job.length_B):
             one = jax.tree.map(lambda x, i=i: x[i : i + 1], placed)
             places, longest = one.tokens_BL.shape[1], job.length
@@ -259,8 +272,10 @@ class Engine:
                     f"device, {self.memory / 1e6:.1f} MB are there; ask for fewer new tokens"
                 )
             shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
+            key = _Key(shape, places, one.other is not None)
+            key = keys.setdefault(key, key)
             reach = decode.reach_of(rule, longest, int(job.start_B[i]), places)
-            rows.append(_Row(one, shape, places, reach))
+            rows.append(_Row(one, key, reach))
         return rows
 
     def _bytes(self, places):
@@ -275,9 +290,9 @@ class Engine:
             waiting = [ticket for ticket in self._waiting if not ticket.over]
             joining: dict[Any, list[Ticket]] = {}
             for ticket in waiting[:room]:
-                joining.setdefault(_key(ticket), []).append(ticket)
+                joining.setdefault(ticket.row.key, []).append(ticket)
             for key, tickets in joining.items():
-                lane = self._lanes.setdefault(key, _Lane(*key))
+                lane = self._lanes.setdefault(key, _Lane(key))
                 joining[key] = tickets[: self._room_for(lane, len(tickets))]
             for key in self._lanes.keys() - joining.keys():
                 lane = self._lanes[key]
@@ -290,7 +305,7 @@ class Engine:
         """Empties the slots of those who gave up."""
         for number, ticket in enumerate(lane.tickets):
             if ticket is not None and ticket.over:
-                lane.rows = slots.leaver(lane.shape)(lane.rows, np.int32(number))
+                lane.rows = slots.leaver(lane.key.shape)(lane.rows, np.int32(number))
                 lane.tickets[number] = None
 
     def _room_for(self, lane, more):
@@ -301,17 +316,20 @@ class Engine:
     def _size(self, lane, wanted):
         """The number of slots for so many rows."""
         now, sizes = len(lane.tickets), _sizes(self.slots, self._parts)
-        if lane.shape.rule.cache != "none" and self.memory is not None:
+        if lane.key.shape.rule.cache != "none" and self.memory is not None:
             taken = sum(
-                self._bytes(other.places) * other.size
+                self._bytes(other.key.places) * other.size
                 for other in self._lanes.values()
-                if other is not lane and other.shape.rule.cache != "none"
+                if other is not lane and other.key.shape.rule.cache != "none"
             )
-            most = (self.memory * self._parts - taken) // self._bytes(lane.places)
+            most = (self.memory * self._parts - taken) // self._bytes(lane.key.places)
             sizes = [size for size in sizes if size <= most]
         fit = next((size for size in sizes if size >= wanted), sizes[-1] if sizes else 0)
-        # To become smaller moves all rows; that pays where most slots are empty.
-        return fit if fit > now or wanted <= now // 4 else now
+        if fit > now:
+            return fit
+        # To become smaller moves all rows; that pays where most slots are empty and nothing is compiled.
+        known = [size for size in self._compiled.get(lane.key, ()) if wanted <= size <= now // 2]
+        return min(known, default=now) if wanted <= now // 4 else now
 
     def _join(self, lane, tickets):
         """Gives each a slot, and makes its first pass."""
@@ -332,7 +350,7 @@ class Engine:
             placed += [placed[-1]] * (total - len(placed))
             rows = jax.tree.map(lambda *x_1: np.concatenate(x_1), *placed)
             with jax.set_mesh(self.model.mesh):
-                join = slots.joiner(lane.shape, reach)
+                join = slots.joiner(lane.key.shape, reach)
                 put = sharding.put_batch(self.model.mesh, rows)
                 lane.rows = join(self.model.params, lane.rows, put, number_R, _fresh(rows))
 
@@ -342,9 +360,10 @@ class Engine:
         with jax.set_mesh(self.model.mesh):
             if kept:
                 numbers = np.array([*kept, *[-1] * empty], np.int32)
-                lane.rows = slots.mover(lane.shape)(lane.rows, numbers)
+                lane.rows = slots.mover(lane.key.shape)(lane.rows, numbers)
             else:
-                lane.rows = slots.empty(lane.shape, lane.size, lane.places, lane.other)
+                lane.rows = slots.empty(lane.key.shape, lane.size, *lane.key[1:])
+        self._compiled.setdefault(lane.key, set()).add(lane.size)
         lane.tickets = [*(lane.tickets[number] for number in kept), *[None] * empty]
 
     # ---- What becomes of it ---------------------------------------------------------------------
@@ -355,11 +374,11 @@ class Engine:
         # Who watches sees the first token as soon as it is there.
         most = 1 if any(ticket.every == "step" or not ticket.steps for ticket in watched) else STRIDE
         with jax.set_mesh(self.model.mesh):
-            run = slots.runner(lane.shape)
+            run = slots.runner(lane.key.shape)
             lane.rows, report = run(self.model.params, lane.rows, np.int32(most), np.bool_(bool(watched)))
         report = jax.device_get(report)
         with self._lock:
-            waits = sum(_key(ticket) == (lane.shape, lane.places, lane.other) for ticket in self._waiting)
+            waits = sum(ticket.row.key is lane.key for ticket in self._waiting)
             self.counters["steps"] += int(report.ran)
             self.counters["idle"] += int(report.ran) * min(waits, len(lane.tickets) - lane.live)
         told = []
@@ -410,13 +429,10 @@ def _fresh(rows: decode.Placed) -> np.ndarray:
     return np.append(True, (rows_RX[1:] != rows_RX[:-1]).any(axis=1))
 
 
-def _key(ticket):
-    return ticket.row.shape, ticket.row.places, ticket.row.placed.other is not None
-
-
 def _sizes(most: int, parts: int) -> list[int]:
-    """The numbers of slots that lanes have: few of them, since each is compiled by itself."""
-    sizes = [parts * 4**n for n in range(10) if parts * 4**n < most]
+    """The numbers of slots that lanes have: few of them, since each is compiled by itself, and not too few,
+    since steps compute empty slots too."""
+    sizes = [parts * 2**n for n in range(20) if parts * 2**n < most]
     return [*sizes, most]
 
 
@@ -429,13 +445,3 @@ def _padded(one: decode.Placed, places: int, pad: int) -> decode.Placed:
 
     other = one.other and (fit(one.other[0], pad), fit(one.other[1], False))
     return one._replace(tokens_BL=fit(one.tokens_BL, pad), valid_BL=fit(one.valid_BL, False), other=other)
-
-
-def _memory_left(mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes for caches on a device: nine tenths of the least that one has left, None where devices don't
-    say. All processes find the same, and so seat the same rows."""
-    stats = [device.memory_stats() for device in mesh.local_devices]
-    if not all(stats) or not all("bytes_limit" in of for of in stats):
-        return None
-    least = 0.9 * min(of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats)
-    return int(np.min(multihost_utils.process_allgather(np.float32(least))))
