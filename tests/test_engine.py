@@ -100,13 +100,15 @@ def test_a_row_that_is_done_gives_its_slot_to_the_next_while_others_go_on():
 @pytest.mark.parametrize("before", [0, 1])
 def test_a_lane_becomes_smaller_only_where_that_is_compiled(before):
     rule, made = RULES["plain"], engine(slots=4)
-    made.run(job(rule, [3] * before), [1] * before)
-    tickets, sizes = made.submit(job(rule, [0, 3, 3, 3]), SEEDS), []  # 24, 17, 17 and 17 steps
+    if before:
+        made.run(job(rule, [3]), 1)
+    watch, sizes = {"progress": lambda ticket: None, "every": "step"}, []
+    tickets = made.submit(job(rule, [0, 3, 3, 3]), SEEDS, **watch)  # 24, 17, 17 and 17 steps
     while not tickets[0].over:
         made.turn()
         sizes += [len(lane.tickets) for lane in made._lanes.values()]
     assert set(sizes) == ({4, 1} if before else {4})
-    assert_equal([tickets[0].result(), tickets[3].result()], fill(rule, [0, 3]))
+    np.testing.assert_array_equal(tickets[0].result(), fill(rule, [0])[0])
 
 
 def test_rows_that_are_interrupted_give_their_slots_back(monkeypatch):
