@@ -44,6 +44,14 @@ def job(rule, rows=range(4), length=64):
     return decode.Job(batch, np.array([*map(len, prompts)]), np.array(new), LENGTH, rule)
 
 
+def drawing_job(rule, rows=range(2)):
+    """Rows of a text slot and 16 codes, with unconditional rows if the rule is guided."""
+    made = [layout.t2i_generation(V, PROMPTS[i][:4], 16, 8) for i in rows]
+    other = layout.stack([layout.drop_condition(V, row, 8) for row in made]) if rule.guidance else None
+    start, length = np.full((2, len(rows)), [[10], [16]])
+    return decode.Job(layout.stack(made), start, length, 16, rule, other)
+
+
 def one_device():
     """A mesh of one device."""
     return sharding.make_mesh(devices=jax.devices()[:1])

@@ -22,6 +22,7 @@ from decoding_toys import (
     SEEDS,
     V,
     assert_equal,
+    drawing_job,
     fill,
     job,
     one_device,
@@ -47,14 +48,6 @@ def engine(mesh=None, **fields):
     mesh = mesh or one_device()
     params = sharding.put_params(PARAMS, decode.param_shardings(mesh, MODEL))
     return Engine(types.SimpleNamespace(mesh=mesh, config=MODEL, vocab=V, params=params), **fields)
-
-
-def drawing_job(rule, n=2):
-    """Rows of a text slot and 16 codes, with unconditional rows if the rule is guided."""
-    rows = [layout.t2i_generation(V, PROMPTS[i][:4], 16, 8) for i in range(n)]
-    other = layout.stack([layout.drop_condition(V, row, 8) for row in rows]) if rule.guidance else None
-    start, length = np.full((2, n), [[10], [16]])
-    return decode.Job(layout.stack(rows), start, length, 16, rule, other)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -12,10 +12,14 @@ their true positions, and the first pass over a block computes the block before 
 window: what lies further to the left keeps the keys and values that it has (Streaming-dLLM). Without a
 window the first pass computes the whole row (Fast-dLLM).
 
+A step of a picture computes the codes that were just revealed and those whose logits say least, wherever
+they lie, and reads the rest (`least_certain`).
+
 What a row computes never depends on its company, nor on the padding behind it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +32,8 @@ from mmada_jax.nets.cache import Cache
 
 class Spot(NamedTuple):
     """The block that each row decodes: it lies in [first, end), and within the `size` places from `at` on,
-    which don't reach beyond the row. `begins` says that its first pass is due, `mask` is the id of a hidden
-    token."""
+    which don't reach beyond the row. `begins` says that its first pass is due, or another one over all that
+    there is to compute; `mask` is the id of a hidden token."""
 
     tokens_BL: jax.Array
     valid_BL: jax.Array
@@ -49,6 +53,15 @@ class Part(NamedTuple):
     at_B: jax.Array
     size: int
     last: bool
+
+
+class Kept(NamedTuple):
+    """What is stored of a picture: keys and values, the logits of each place when it was last computed, and
+    whether it was revealed since then."""
+
+    cache: Cache
+    logits_BNV: jax.Array
+    changed_BN: jax.Array
 
 
 def begin(network: Any, rule: Any, size: int, spot: Spot, reach: int | None, share: int) -> Cache:
@@ -170,6 +183,62 @@ def with_shadows(network: Any, rule: Any, size: int, spot: Spot) -> jax.Array:
     part = _from_start(rule, spot, spot.tokens_BL.shape[1])
     h_BQD, _, _ = _compute(network, rule, spot, None, part, size)
     return _of_block(h_BQD, size, spot, part, rule)
+
+
+def least_certain(
+    network: Any,
+    logits_of: Callable[[jax.Array], jax.Array],
+    count: int,
+    spot: Spot,
+    rows: tuple[jax.Array, jax.Array],
+    hidden_BN: jax.Array,
+    active_B: jax.Array,
+    kept: Kept,
+) -> Kept:
+    """What is kept after a step. Rows that begin compute all of their tokens, the others `count` places of
+    the block, and keep what they have of all else.
+
+    Places that have changed come first: without them a hidden token would see nothing new, and become what
+    it was. Then come hidden tokens, those whose largest logit is lowest. `rows` are the tokens
+    and the validity [R, L] of what is computed, as many for each of the B rows as the cache has for it,
+    side by side; `logits_of` makes logits [B, ...] of their hidden states [R, ...]."""
+    (B, N), R = hidden_BN.shape, len(rows[0])
+    each = functools.partial(jnp.repeat, repeats=R // B, axis=0)
+    tokens_RL, valid_RL = rows
+
+    def whole(cache, kept_BNV, changed_BN):
+        place_RL = jnp.broadcast_to(jnp.arange(tokens_RL.shape[1], dtype=jnp.int32), tokens_RL.shape)
+        h_RLD, new = network.hidden_block(tokens_RL, place_RL, valid_RL)
+        logits_BNV = logits_of(take(h_RLD, each(spot.at_B), N))
+        begins_R = each(spot.begins_B)[None, :, None, None, None]
+        cache = Cache(*(jnp.where(begins_R, x, y) for x, y in zip(new, cache, strict=True)))
+        kept_BNV = jnp.where(spot.begins_B[:, None, None], logits_BNV, kept_BNV)
+        return Kept(cache, kept_BNV, changed_BN & ~spot.begins_B[:, None])
+
+    def part(cache, kept_BNV, changed_BN):
+        place_BN = spot.at_B[:, None] + jnp.arange(N, dtype=jnp.int32)[None]
+        outside_BN = (place_BN < spot.first_B[:, None]) | (place_BN >= spot.end_B[:, None])
+        order_BN = jnp.lexsort((jnp.max(kept_BNV, axis=-1), ~hidden_BN, ~changed_BN, outside_BN))
+        index_BQ = order_BN[:, :count]
+        own_BQ = ~jnp.take_along_axis(outside_BN, index_BQ, axis=1) & (active_B & ~spot.begins_B)[:, None]
+        place_RQ, own_RQ = each(jnp.take_along_axis(place_BN, index_BQ, axis=1)), each(own_BQ)
+        own_RQ &= jnp.take_along_axis(valid_RL, place_RQ, axis=1)
+        # Places that aren't computed go beyond the row, where they are dropped.
+        hide = jax.vmap(lambda seen_L, place_Q: seen_L.at[place_Q].set(False, mode="drop"))
+        seen_RL = hide(valid_RL, jnp.where(own_RQ, place_RQ, valid_RL.shape[1]))
+        tokens_RQ = jnp.take_along_axis(tokens_RL, place_RQ, axis=1)
+        h_RQD, new = network.hidden_block(tokens_RQ, place_RQ, own_RQ, cache, seen_RL)
+        put = jax.vmap(lambda old_N, index_Q, new_Q: old_N.at[index_Q].set(new_Q, mode="drop"))
+        index_BQ = jnp.where(own_BQ, index_BQ, N)
+        kept_BNV = put(kept_BNV, index_BQ, logits_of(h_RQD))
+        changed_BN = put(changed_BN, index_BQ, jnp.zeros_like(own_BQ))
+        return Kept(caches.store_at(cache, new, place_RQ, own_RQ), kept_BNV, changed_BN)
+
+    def same(*given):
+        return Kept(*given)
+
+    kept = jax.lax.cond(jnp.any(spot.begins_B), whole, same, *kept)
+    return jax.lax.cond(jnp.any(active_B & ~spot.begins_B), part, same, *kept)
 
 
 def _of_block(h_BQD, size, spot, part, rule):

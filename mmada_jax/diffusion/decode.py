@@ -124,8 +124,8 @@ def rows_of(job: Job, seed: int | Sequence[int] = 0) -> Placed:
 
 
 def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
-    """`reach` and `share` of `denoise` for a rule with a cache: how far the first pass computes, how many
-    rows that follow each other are equal."""
+    """`reach` and `share` of `denoise` for a rule whose cache is made before its first step: how far the
+    first pass computes, how many rows that follow each other are equal."""
     if job.rule.cache == "none":
         return {}
     first = {"reach": reach_of(job.rule, job.length, int(job.start_B.max()), job.rows.tokens.shape[1])}
@@ -207,9 +207,10 @@ def _spans_decoder(mesh, config, vocab, of_jobs):
 def state_shardings(mesh: jax.sharding.Mesh, rule: rules.Rule) -> denoise.State:
     """Where the state of a decoding lies on a mesh."""
     rows = sharding.batch_sharding(mesh)
-    cache = None if rule.cache == "none" else caches.shardings(mesh)
-    apart = rows if rule.guidance and rule.guide_every > 1 else None
-    return denoise.State(rows, rows, rows, rows, cache=cache, apart=apart)
+    cache = caches.shardings(mesh) if rule.caches else None
+    kept = rows if rule.keeps_logits else None
+    changed = rows if rule.recompute < 1 else None
+    return denoise.State(rows, rows, rows, rows, cache=cache, kept=kept, changed=changed)
 
 
 def draft_of(placed: Placed) -> denoise.Draft:

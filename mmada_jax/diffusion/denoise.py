@@ -65,8 +65,11 @@ class Draft(NamedTuple):
 class State(NamedTuple):
     """Where each row of a decoding stands: its tokens, the number of the current block of its span, the
     number of the step within the block, and its steps over all blocks. If a record is kept, the record so
-    far. If the rule has a cache, the stored keys and values of all layers; if it reuses guidance, how far
-    the conditional logits were from the unconditional ones [B, N, V] when both were last computed."""
+    far. If the rule has caches, the stored keys and values of all layers; the caches of a row stand side
+    by side. `kept` are logits [B, N, V] for the next steps: if the rule reuses guidance, how far the
+    conditional ones were from the unconditional ones when both were last computed; if steps compute a part
+    of the places, those that each place had when it was last computed. Then `changed` [B, N] says which
+    places were revealed since."""
 
     tokens_BL: jax.Array
     block_B: jax.Array
@@ -74,7 +77,8 @@ class State(NamedTuple):
     steps_B: jax.Array
     record: Record | None = None
     cache: Any = None
-    apart: jax.Array | None = None
+    kept: jax.Array | None = None
+    changed: jax.Array | None = None
 
 
 def denoise(
@@ -156,8 +160,10 @@ def denoise_spans(
     """
     for span in spans:
         span.rule.check_length(span.longest)
-        if span.rule.cache != "none":
-            raise ValueError(f"cache is {span.rule.cache!r}; rows with several spans need 'none'")
+        if span.rule.caches:
+            name, needed = ("recompute", 1.0) if span.rule.recompute < 1 else ("cache", "none")
+            value = getattr(span.rule, name)
+            raise ValueError(f"{name} is {value!r}; rows with several spans need {needed!r}")
     keys = [jax.vmap(jax.random.fold_in, (0, None))(key_B, number) for number in range(len(spans))]
     drafts = [
         Draft(tokens_BL, valid_BL, span.start_B, span.length_B, key_B, span.other)
@@ -215,9 +221,13 @@ def begin(
     share: int = 1,
 ) -> State:
     """The state before the first step. The arguments are those of `denoise`. Raises ValueError if a record
-    is wanted of a rule that hides tokens again."""
+    is wanted of a rule that hides tokens again, or draws from logits of earlier steps."""
     if record and rule.verify:
         raise ValueError(f"verify {rule.verify} hides tokens again, of which no record is kept")
+    if record and rule.recompute < 1:
+        raise ValueError(
+            f"recompute {rule.recompute} draws from logits of earlier steps, of which no record is kept"
+        )
     state = blank(network, draft.tokens_BL, length, rule, vocab)
     if rule.cache != "none":
         at, size = spot(draft, state, length, rule, vocab), rule.size(length)
@@ -234,12 +244,13 @@ def blank(network: Denoiser, tokens_BL: jax.Array, length: int, rule: Rule, voca
     """The state of rows for which nothing has been computed."""
     B, L = tokens_BL.shape
     zero_B = jnp.zeros(B, jnp.int32)
-    cache = None if rule.cache == "none" else network.empty_cache(B, L)
-    apart = None
-    if rule.guidance and rule.guide_every > 1:
+    cache = network.empty_cache(B * rule.caches, L) if rule.caches else None
+    kept = None
+    if rule.keeps_logits:
         n_ids = rule.vocabulary(vocab)[1] or vocab.rows
-        apart = jnp.zeros((B, rule.size(length), n_ids), jnp.float32)
-    return State(tokens_BL, zero_B, zero_B, zero_B, cache=cache, apart=apart)
+        kept = jnp.zeros((B, rule.size(length), n_ids), jnp.float32)
+    changed = jnp.zeros((B, rule.size(length)), bool) if rule.recompute < 1 else None
+    return State(tokens_BL, zero_B, zero_B, zero_B, cache=cache, kept=kept, changed=changed)
 
 
 def unfinished(draft: Draft, state: State, length: int, rule: Rule) -> jax.Array:
@@ -262,7 +273,8 @@ def advance(
     hidden_BN = in_block_BN & (now_BN == vocab.mask)
     n_given_B = jnp.sum(in_block_BN & (take(draft.tokens_BL) == vocab.mask), axis=1)
 
-    active_B, cache, apart_BNV = unfinished(draft, state, length, rule), state.cache, state.apart
+    active_B = unfinished(draft, state, length, rule)
+    cache, kept_BNV, changed_BN = state.cache, state.kept, state.changed
     if rule.cache != "none":
         h_BND, cache = cached.hidden_states(network, rule, size, length, at, active_B, cache)
         logits_BNV = plain_BNV = _unembed(network, h_BND, rule, vocab)
@@ -270,8 +282,12 @@ def advance(
         logits_BNV = plain_BNV = _unembed(
             network, cached.with_shadows(network, rule, size, at), rule, vocab
         )
+    elif rule.recompute < 1:
+        kept = _some_anew(network, draft, state, at, hidden_BN, active_B, rule, vocab)
+        cache, kept_BNV, changed_BN = kept
+        logits_BNV = plain_BNV = kept_BNV
     elif rule.guidance:
-        logits_BNV, plain_BNV, apart_BNV = _guided(network, draft, state, at.at_B, size, rule, vocab)
+        logits_BNV, plain_BNV, kept_BNV = _guided(network, draft, state, at.at_B, size, rule, vocab)
     else:
         h_BLD = network.hidden_states(state.tokens_BL, draft.valid_BL)
         logits_BNV = plain_BNV = _unembed(network, take(h_BLD), rule, vocab)
@@ -315,7 +331,8 @@ def advance(
         )
     step_B = jnp.where(done_B, 0, state.step_B + 1)
     steps_B = state.steps_B + active_B.astype(jnp.int32)
-    return State(tokens_BL, block_B, step_B, steps_B, record, cache, apart_BNV)
+    changed_BN = None if changed_BN is None else changed_BN | reveal_BN
+    return State(tokens_BL, block_B, step_B, steps_B, record, cache, kept_BNV, changed_BN)
 
 
 def spot(draft: Draft, state: State, length: int, rule: Rule, vocab: Vocab) -> cached.Spot:
@@ -323,8 +340,12 @@ def spot(draft: Draft, state: State, length: int, rule: Rule, vocab: Vocab) -> c
     size, L = rule.size(length), draft.tokens_BL.shape[1]
     first_B = draft.start_B + state.block_B * size
     end_B = jnp.minimum(first_B + size, draft.start_B + draft.length_B)
-    begins_B = unfinished(draft, state, length, rule) & (state.step_B % (rule.refresh or LONG) == 0)
-    begins_B &= state.block_B + state.step_B > 0  # `begin` has made the very first pass
+    begins_B = unfinished(draft, state, length, rule)
+    if rule.recompute < 1:
+        begins_B &= rule.all_anew(state.step_B)
+    else:
+        begins_B &= state.step_B % (rule.refresh or LONG) == 0
+        begins_B &= state.block_B + state.step_B > 0  # `begin` has made the very first pass
     # The places of a block can't reach beyond the row: the last block of a span is shorter, and they may
     # begin before it.
     at_B = jnp.minimum(first_B, L - size)
@@ -333,7 +354,7 @@ def spot(draft: Draft, state: State, length: int, rule: Rule, vocab: Vocab) -> c
 
 
 def _guided(network, draft, state, at_B, size, rule, vocab):
-    """Logits [B, N, V], guided; those of the conditional rows alone; what the state keeps as `apart`.
+    """Logits [B, N, V], guided; those of the conditional rows alone; what the state keeps of them.
 
     With `guide_every` n the unconditional rows are computed in every n-th step of a row; the distance is
     kept in between."""
@@ -343,29 +364,47 @@ def _guided(network, draft, state, at_B, size, rule, vocab):
         return _unembed(network, cached.take(h_BLD, at_B, size), rule, vocab)
 
     def both():
-        # The two rows of a pair stand side by side, so they are on one device, and so are their logits.
-        hidden_BL = jnp.full_like(state.tokens_BL, vocab.mask)
-        other_BL, other_valid_BL = draft.other or (hidden_BL, draft.valid_BL)
-        other_BL = jnp.where(_in_span(draft), state.tokens_BL, other_BL)
-        h_BLD = network.hidden_states(
-            _pairs(state.tokens_BL, other_BL), _pairs(draft.valid_BL, other_valid_BL)
-        )
-        logits_BNV = _unembed(network, cached.take(h_BLD, _pairs(at_B, at_B), size), rule, vocab)
-        logits_B2NV = logits_BNV.reshape(-1, 2, *logits_BNV.shape[1:])
-        return logits_B2NV[:, 0], logits_B2NV[:, 1]
+        h_BLD = network.hidden_states(*_with_other(draft, state, vocab))
+        return _of_pairs(_unembed(network, cached.take(h_BLD, _pairs(at_B, at_B), size), rule, vocab))
 
     if rule.guide_every == 1:
         c_BNV, u_BNV = both()
-        return u_BNV + np.float32(1 + rule.guidance) * (c_BNV - u_BNV), c_BNV, None
+        return _combined(c_BNV, u_BNV, rule), c_BNV, None
 
     def both_apart():
         c_BNV, u_BNV = both()
         return c_BNV, c_BNV - u_BNV
 
     due_B = state.step_B % rule.guide_every == 0
-    c_BNV, apart_BNV = jax.lax.cond(jnp.any(due_B), both_apart, lambda: (alone(), state.apart))
-    apart_BNV = jnp.where(due_B[:, None, None], apart_BNV, state.apart)
+    c_BNV, apart_BNV = jax.lax.cond(jnp.any(due_B), both_apart, lambda: (alone(), state.kept))
+    apart_BNV = jnp.where(due_B[:, None, None], apart_BNV, state.kept)
     return c_BNV + np.float32(rule.guidance) * apart_BNV, c_BNV, apart_BNV
+
+
+def _some_anew(network, draft, state, at, hidden_BN, active_B, rule, vocab):
+    """What is kept after a step that computes a part of it (`cached.least_certain`)."""
+    rows = _with_other(draft, state, vocab) if rule.guidance else (state.tokens_BL, draft.valid_BL)
+
+    def logits_of(h_RND):
+        logits_RNV = _unembed(network, h_RND, rule, vocab)
+        return _combined(*_of_pairs(logits_RNV), rule) if rule.guidance else logits_RNV
+
+    count, kept = rule.n_anew(hidden_BN.shape[1]), cached.Kept(state.cache, state.kept, state.changed)
+    return cached.least_certain(network, logits_of, count, at, rows, hidden_BN, active_B, kept)
+
+
+def _with_other(draft, state, vocab):
+    """Tokens and validity of all rows as they stand, each with its unconditional row behind it.
+
+    The two rows of a pair stand side by side, so they are on one device, and so are their logits."""
+    hidden_BL = jnp.full_like(state.tokens_BL, vocab.mask)
+    other_BL, other_valid_BL = draft.other or (hidden_BL, draft.valid_BL)
+    other_BL = jnp.where(_in_span(draft), state.tokens_BL, other_BL)
+    return _pairs(state.tokens_BL, other_BL), _pairs(draft.valid_BL, other_valid_BL)
+
+
+def _combined(c_BNV, u_BNV, rule):
+    return u_BNV + np.float32(1 + rule.guidance) * (c_BNV - u_BNV)
 
 
 def _unembed(network, h_BND, rule, vocab):
@@ -376,6 +415,12 @@ def _pairs(a_B, b_B):
     """[a0, b0, a1, b1, ...]."""
     x_B = jnp.stack([a_B, b_B], axis=1).reshape(-1, *a_B.shape[1:])
     return sharding.constrain(x_B, "batch", *(None,) * (x_B.ndim - 1))
+
+
+def _of_pairs(x_R):
+    """The first of each pair, and the second ones."""
+    x_B2 = x_R.reshape(-1, 2, *x_R.shape[1:])
+    return x_B2[:, 0], x_B2[:, 1]
 
 
 def _in_span(draft: Draft) -> jax.Array:

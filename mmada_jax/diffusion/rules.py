@@ -9,6 +9,7 @@ ends, and which tokens a step reveals. So a new way of decoding is one more clas
 
 import dataclasses
 import functools
+import math
 from typing import Annotated, ClassVar, Literal
 
 import jax
@@ -27,6 +28,9 @@ Token = Annotated[int, Range(0, 2**31 - 1)]
 CACHES = ("none", "prefix", "dual")
 ORDERS = ("certainty", "halton", "emerge")
 REMASKS = ("low_confidence", "largest", "margin", "entropy", "random")
+# Drawing with `recompute`: the share of the steps at the start that compute all tokens, and how often a
+# step does after them.
+WARM_UP, ANEW_EVERY = 0.3, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,8 @@ class TextRule(Ranged):
 
     modality: ClassVar[str] = "text"
     guide_every: ClassVar[int] = 1
+    recompute: ClassVar[float] = 1.0
+    keeps_logits: ClassVar[bool] = False
 
     steps: Steps | None = None
     block: Positive = 128
@@ -119,6 +125,11 @@ class TextRule(Ranged):
                 f"steps {self.steps} are not divisible by the {blocks} blocks of {self.block} "
                 f"tokens in a length of {length}; choose a multiple of {blocks}"
             )
+
+    @property
+    def caches(self) -> int:
+        """How many rows of stored keys and values belong to a row."""
+        return int(self.cache != "none")
 
     @property
     def by_quota(self) -> bool:
@@ -235,6 +246,12 @@ class ImageRule(Ranged):
 
     With `guide_every` n guidance computes its unconditional row in every n-th step, and keeps in between
     how far the two rows were apart (LazyMAR, arXiv 2503.12450): up to twice as fast, and not exact.
+
+    With `recompute` below 1 most steps compute that share of the codes anew: those that were revealed since
+    they were last computed, then the hidden ones whose largest logit is lowest. All other tokens keep their
+    keys, values and logits (after the ML-Cache of Lumina-DiMOO, arXiv 2510.06308). All tokens are computed
+    in the first WARM_UP of the steps and in every ANEW_EVERYth after them. It is not exact: most codes are
+    drawn from logits that don't know of the latest ones.
     """
 
     modality: ClassVar[str] = "image"
@@ -255,6 +272,15 @@ class ImageRule(Ranged):
     order: Literal[ORDERS] = "certainty"
     columns: Positive | None = None
     guide_every: Positive = 1
+    recompute: Annotated[float, Range(0, 1, above=True)] = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.recompute < 1 and self.guide_every > 1:
+            raise ValueError(
+                f"guide_every {self.guide_every} doesn't go with recompute {self.recompute}; leave out one "
+                "of them"
+            )
 
     def check_length(self, length: int) -> None:
         """Raises ValueError if this rule can't fill a span of `length` tokens."""
@@ -268,6 +294,26 @@ class ImageRule(Ranged):
             )
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1")
+
+    @property
+    def caches(self) -> int:
+        """How many rows of stored keys and values belong to a row: with guidance one of the unconditional
+        row too."""
+        return 0 if self.recompute == 1 else 2 if self.guidance else 1
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether a step keeps logits for the next ones."""
+        return self.recompute < 1 or (self.guidance > 0 and self.guide_every > 1)
+
+    def all_anew(self, step_B: jax.Array) -> jax.Array:
+        """Which rows compute all of their tokens in these steps, bool [B]."""
+        after_B = step_B - _ceil(WARM_UP * self.steps)
+        return (after_B < 0) | (after_B % ANEW_EVERY == ANEW_EVERY - 1)
+
+    def n_anew(self, length: int) -> int:
+        """How many codes of a span the other steps compute."""
+        return _ceil(self.recompute * length)
 
     def vocabulary(self, vocab: Vocab) -> tuple[int, int | None]:
         """First id and number of ids that are drawn from: the image codes."""
@@ -365,6 +411,11 @@ def transfer_quota(n_hidden_B: jax.Array, steps: int, step: jax.Array) -> jax.Ar
     """Tokens that a step reveals, of n that were hidden when its block of `steps` steps began: n //
     steps, and one more in each of the first n % steps steps."""
     return n_hidden_B // steps + (step < n_hidden_B % steps).astype(n_hidden_B.dtype)
+
+
+def _ceil(share: float) -> int:
+    """A share of a number, rounded up, but not for an error of floats (0.07 * 100 is more than 7)."""
+    return math.ceil(round(share, 6))
 
 
 def _gumbel(key_BN, stream, shape=()):

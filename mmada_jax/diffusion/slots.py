@@ -75,9 +75,10 @@ def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any
     """The jitted (params, slots, rows [R], number_R, fresh_R) -> slots in which the slot of each number has
     its row.
 
-    Rows whose number is beyond the slots are left out; they come last. First passes of rules with a cache
+    Rows whose number is beyond the slots are left out; they come last. First passes of text with a cache
     are made here: those of the rows that are `fresh`, while a row that isn't equals the row before it, and
-    shares its pass. `reach` is that of `denoise`."""
+    shares its pass; a picture's first step computes all of its row anyway. `reach` is that of
+    `denoise`."""
 
     def join(params, slots, rows, number_R, fresh_R):
         network, rule = transformer.Network(params, shape.config), shape.rule
@@ -88,7 +89,7 @@ def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any
             return old_S.at[number_R].set(new_R.astype(old_S.dtype), mode="drop")
 
         cache = slots.state.cache
-        if cache is not None:
+        if rule.cache != "none":
             spot = denoise.spot(draft, new.state, shape.length, rule, shape.vocab)
             size = rule.size(shape.length)
             cache = cached.join(network, rule, size, spot, reach, cache, number_R, fresh_R)
@@ -145,7 +146,9 @@ def mover(shape: Shape) -> Callable[[Slots, Any], Slots]:
 
     def move(slots, number_S):
         kept_S, from_S = number_S >= 0, jnp.maximum(number_S, 0)
-        cache = jax.tree.map(lambda x_NS: jnp.take(x_NS, from_S, axis=1), slots.state.cache)
+        n = shape.rule.caches  # rows of the cache that belong to a slot stand side by side
+        from_R = (from_S[:, None] * n + jnp.arange(n, dtype=from_S.dtype)[None]).reshape(-1)
+        cache = jax.tree.map(lambda x_NR: jnp.take(x_NR, from_R, axis=1), slots.state.cache)
         slots = Slots(slots.placed, slots.state._replace(cache=None))
         placed, state = jax.tree.map(lambda x_S: jnp.take(x_S, from_S, axis=0), slots)
         placed = placed._replace(length_B=jnp.where(kept_S, placed.length_B, 0))

@@ -55,6 +55,18 @@ def put_row(cache: Cache, one: Cache, number: jax.Array) -> Cache:
     return Cache(*(put(x, y) for x, y in zip(cache, one, strict=True)))
 
 
+def store_at(cache: Cache, new: Cache, place_BQ: jax.Array, keep_BQ: jax.Array) -> Cache:
+    """The cache with the keys and values of Q places, all different and in any order, where `keep` says
+    so."""
+    place_BQ = jnp.where(keep_BQ, place_BQ, cache.k_NBGPK.shape[3])  # beyond the row, so that it is dropped
+
+    def put(old_NGPK, new_NGQK, place_Q):
+        return old_NGPK.at[:, :, place_Q].set(new_NGQK, mode="drop")
+
+    put = jax.vmap(put, in_axes=(1, 1, 0), out_axes=1)
+    return Cache(*(put(x, y, place_BQ) for x, y in zip(cache, new, strict=True)))
+
+
 def store(cache: Cache, new: Cache, at_B: jax.Array, keep_BQ: jax.Array) -> Cache:
     """The cache with the keys and values of Q successive places from `at` on, where `keep` says so."""
 

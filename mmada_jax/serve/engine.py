@@ -266,10 +266,12 @@ class Engine:
                 raise ValueError(
                     f"a row has {places} tokens; the model takes {limit}. Ask for fewer new ones"
                 )
-            if rule.cache != "none" and self.memory is not None and self._bytes(places) > self.memory:
+            size = self._bytes(places, rule.caches)
+            if self.memory is not None and size > self.memory:
+                fewer = "ask for fewer new tokens" if rule.modality == "text" else "leave out recompute"
                 raise ValueError(
-                    f"the cache of a row of {places} tokens takes {self._bytes(places) / 1e6:.1f} MB on a "
-                    f"device, {self.memory / 1e6:.1f} MB are there; ask for fewer new tokens"
+                    f"the cache of a row of {places} tokens takes {size / 1e6:.1f} MB on a device, "
+                    f"{self.memory / 1e6:.1f} MB are there; {fewer}"
                 )
             shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
             key = _Key(shape, places, one.other is not None)
@@ -278,9 +280,10 @@ class Engine:
             rows.append(_Row(one, key, reach))
         return rows
 
-    def _bytes(self, places):
+    def _bytes(self, places, caches=1):
+        """Bytes of a row on a device, of which so many rows of keys and values are stored."""
         c = self.model.config
-        of_row = cache.row_bytes(c.n_layers, c.n_kv_heads, places, c.d_head, c.dtype)
+        of_row = caches * cache.row_bytes(c.n_layers, c.n_kv_heads, places, c.d_head, c.dtype)
         return of_row // self.model.mesh.shape["tensor"]
 
     def _seat(self):
@@ -316,13 +319,11 @@ class Engine:
     def _size(self, lane, wanted):
         """The number of slots for so many rows."""
         now, sizes = len(lane.tickets), _sizes(self.slots, self._parts)
-        if lane.key.shape.rule.cache != "none" and self.memory is not None:
-            taken = sum(
-                self._bytes(other.key.places) * other.size
-                for other in self._lanes.values()
-                if other is not lane and other.key.shape.rule.cache != "none"
-            )
-            most = (self.memory * self._parts - taken) // self._bytes(lane.key.places)
+        if lane.key.shape.rule.caches and self.memory is not None:
+            others = [other for other in self._lanes.values() if other is not lane]
+            taken = sum(self._bytes(x.key.places, x.key.shape.rule.caches) * x.size for x in others)
+            of_row = self._bytes(lane.key.places, lane.key.shape.rule.caches)
+            most = (self.memory * self._parts - taken) // of_row
             sizes = [size for size in sizes if size <= most]
         fit = next((size for size in sizes if size >= wanted), sizes[-1] if sizes else 0)
         if fit > now:

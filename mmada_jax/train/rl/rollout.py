@@ -45,6 +45,11 @@ def response_span(task: Task, vocab: Vocab, rows: RowShape) -> ResponseSpan:
     """The shape of a task's rows. Raises ValueError if the task's rule can't fill a response."""
     if task.layout == "t2i":
         task.image.check_length(rows.n_image)
+        if task.image.caches:
+            raise ValueError(
+                f"image.recompute is {task.image.recompute}; rollouts need 1.0, so that the "
+                "log-probabilities that they record are those of the policy"
+            )
         return ResponseSpan(rows.image.start, rows.n_image, rows.length, task.image)
     task.text.check_length(task.max_new)
     if task.text.cache != "none":
