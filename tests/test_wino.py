@@ -9,10 +9,12 @@ import pytest
 from decoding_toys import BLOCK, LENGTH, MODEL, NEVER, NEW, PARAMS, PROMPTS, V, fill, job
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import denoise
+from mmada_jax.diffusion import decode, denoise
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
+from mmada_jax.train.rl import rollout
+from mmada_jax.train.rl.run import Task
 
 RULE = TextRule(block=BLOCK, threshold=0.3, verify=0.6, never=NEVER)
 # In a single layer a shadow sees what a mask in the place of its token would see.
@@ -125,6 +127,16 @@ def test_stored_anew_at_every_step_a_draft_is_never_judged():
 def test_what_cannot_be_meant_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(RULE, **fields)
+
+
+def test_rollouts_and_rows_of_several_spans_refuse_it():
+    task = Task("lm_chat", None, {}, groups=2, text=dataclasses.replace(RULE, temperature=1.0))
+    with pytest.raises(ValueError, match=r"text\.verify is 0\.6; rollouts need None"):
+        rollout.response_span(task, V, layout.RowShape(8, 16))
+    draft = decode.draft_of(decode.rows_of(job(RULE), 0))
+    span = denoise.Span(draft.start_B, draft.length_B, LENGTH, RULE)
+    with pytest.raises(ValueError, match=r"verify is 0\.6; rows with several spans need None"):
+        denoise.denoise_spans(None, *draft[:2], [span], vocab=V, key_B=draft.key_B)
 
 
 def test_no_record_is_kept_of_tokens_that_are_hidden_again():

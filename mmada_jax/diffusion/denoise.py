@@ -156,14 +156,14 @@ def denoise_spans(
     In each step all spans see the row as the step before has left it, and take part until they are
     filled. Spans without guidance share the pass over the rows. The key of a span is the key of its row,
     folded with the number of the span. Raises ValueError for a rule with a cache, since a stored key or
-    value would miss what the other spans become.
+    value would miss what the other spans become, and for one that verifies.
     """
     for span in spans:
         span.rule.check_length(span.longest)
-        if span.rule.caches:
-            name, needed = ("recompute", 1.0) if span.rule.recompute < 1 else ("cache", "none")
+        for name, needed in (("cache", "none"), ("verify", None), ("recompute", 1.0)):
             value = getattr(span.rule, name)
-            raise ValueError(f"{name} is {value!r}; rows with several spans need {needed!r}")
+            if value != needed:
+                raise ValueError(f"{name} is {value!r}; rows with several spans need {needed!r}")
     keys = [jax.vmap(jax.random.fold_in, (0, None))(key_B, number) for number in range(len(spans))]
     drafts = [
         Draft(tokens_BL, valid_BL, span.start_B, span.length_B, key_B, span.other)

@@ -57,6 +57,11 @@ def response_span(task: Task, vocab: Vocab, rows: RowShape) -> ResponseSpan:
             f"text.cache is {task.text.cache!r}; rollouts need 'none', so that the log-probabilities that "
             "they record are those of the policy"
         )
+    if task.text.verify:
+        raise ValueError(
+            f"text.verify is {task.text.verify}; rollouts need None, since a token that is hidden again "
+            "has no step of its own"
+        )
     # In front of a question about an image stand the token of the task, soi, the image and eoi.
     start = task.max_prompt + (rows.n_image + 3 if task.layout == "mmu" else 0)
     rule = dataclasses.replace(task.text, stop=vocab.eos)
