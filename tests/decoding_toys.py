@@ -59,9 +59,16 @@ def one_device():
 
 def fill(rule, rows=range(4), length=64, mesh=None, config=MODEL):
     """The spans of the job, filled."""
+    return run_whole(job(rule, rows, length), [SEEDS[i] for i in rows], mesh, config)
+
+
+def run_whole(job, seed, mesh=None, config=MODEL, params=PARAMS):
+    """The spans of a job, filled by one jitted loop over all of its rows."""
     mesh = mesh or one_device()
-    params = sharding.put_params(PARAMS, decode.param_shardings(mesh, config))
-    return decode.run(params, config, V, mesh, job(rule, rows, length), [SEEDS[i] for i in rows])
+    params = sharding.put_params(params, decode.param_shardings(mesh, config))
+    loop = decode.decoder(mesh, config, V, job.length, job.rule, **decode.first_pass(mesh, job))
+    with jax.set_mesh(mesh):
+        return job.spans(np.asarray(loop(params, decode.put(mesh, job, seed))))
 
 
 def assert_equal(a, b):

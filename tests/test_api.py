@@ -55,6 +55,15 @@ def test_think_and_draw(model):
     np.testing.assert_array_equal(made[0][1].codes, again[0][1].codes)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_what_the_drawing_cannot_take_is_told_before_the_thought(model, monkeypatch, together):
+    monkeypatch.setattr(MMaDA, "run", None)
+    monkeypatch.setattr(MMaDA, "run_together", None)
+    for fields, message in (({"guidance": -1}, "guidance is -1"), ({"stepz": 3}, "stepz")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            model.think_and_draw("draw 3+4", together=together, **fields)
+
+
 def test_think_while_drawing(model):
     prompts = ["draw 3+4", "draw"]
     made = model.think_and_draw(prompts, TextRule(block=1), FAST, seed=1, together=True)

@@ -26,6 +26,7 @@ from decoding_toys import (
     fill,
     job,
     one_device,
+    run_whole,
 )  # fmt: skip
 
 from mmada_jax.devices import sharding
@@ -76,7 +77,7 @@ def test_text_and_drawings_at_once(images):
     text = RULES["dual"]
     made = engine(slots=3)
     tickets = [*made.submit(job(text), SEEDS), *made.submit(drawing_job(images), [1, 2])]
-    drawn = decode.run(PARAMS, MODEL, V, one_device(), drawing_job(images), [1, 2])
+    drawn = run_whole(drawing_job(images), [1, 2])
     assert_equal([ticket.result() for ticket in tickets], [*fill(text), *drawn])
 
 
@@ -104,14 +105,27 @@ def test_a_lane_becomes_smaller_only_where_that_is_compiled(before):
     np.testing.assert_array_equal(tickets[0].result(), fill(rule, [0])[0])
 
 
-def test_rows_that_are_interrupted_give_their_slots_back(monkeypatch):
-    made = engine(slots=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(made, "turn", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+@pytest.mark.parametrize("where", ["_resize", "_join", "_advance"])
+def test_rows_that_are_interrupted_begin_anew_or_give_their_slots_back(where, monkeypatch):
+    rule, made, calls = RULES["dual"], engine(slots=2), []
+    inner = getattr(made, where)
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        inner(*given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt  # when all of it is done, and nobody knows
+
+    monkeypatch.setattr(made, where, interrupted)
+    others = made.submit(job(rule, [1, 3]), [SEEDS[1], SEEDS[3]])
+    for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            made.run(job(RULES["plain"]), SEEDS)
-    assert not made.turn()
-    assert made.counters["rows"] == 4 and made.counters["steps"] == 0
+            made.run(job(rule, [0, 2]), [SEEDS[0], SEEDS[2]])
+    assert_equal([ticket.result() for ticket in others], fill(rule, [1, 3]))
+    assert not made.turn() and not made._lanes
+    assert made.counters["rows"] == 6 and made.counters["tokens"] == NEW[1] + NEW[3]
 
 
 def test_a_prompt_of_another_length_compiles_nothing():
@@ -246,7 +260,7 @@ def test_what_fails_is_told_to_all_who_wait_for_it():
     made.model.config = soft
     tickets = made.submit(job(RULES["dual"], [0, 1]), [1, 2])
     for ticket in tickets:
-        with pytest.raises(ValueError, match="needs pad='hard'"):
+        with pytest.raises(ValueError, match="need pad='hard'"):
             ticket.result()
     made.model.config = MODEL
     assert_equal(made.run(job(RULES["dual"]), SEEDS), fill(RULES["dual"]))
@@ -276,7 +290,8 @@ def test_caches_keep_within_the_memory():
     assert sum(ticket.state == "waiting" for ticket in tickets) == 2
     alone = fill(rule)
     assert_equal([ticket.result() for ticket in tickets], [alone[i] for i in rows])
-    with pytest.raises(ValueError, match=r"cache of a row of 48 tokens takes 0.0 MB|48 tokens"):
+    numbers = r"of 48 tokens takes \d\.\d MB on a device, 0\.0 MB are there; ask for fewer"
+    with pytest.raises(ValueError, match=numbers):
         engine(memory=of_row).submit(job(rule, [1]))
     assert "16 slots; with a cache a row of 32 tokens takes" in engine().plan(32)
 
@@ -291,6 +306,13 @@ def test_bad_options_are_refused(fields, message):
         engine(sharding.make_mesh(2, 2, 2), slots=3)
 
 
+def test_a_short_row_has_room_for_the_block_that_the_longest_one_needs():
+    rule = TextRule(block=32, steps=32, never=NEVER)
+    batch = layout.answers(V, [PROMPTS[0], PROMPTS[1]], [4, 60], 96)
+    both = decode.Job(batch, np.array([7, 20]), np.array([4, 60]), 60, rule)
+    assert_equal(engine(slots=2).run(both, [1, 2]), run_whole(both, [1, 2]))
+
+
 def test_a_row_that_the_model_does_not_take_is_refused_before_it_waits():
     batch = layout.answers(V, [PROMPTS[0]], [200], 256)
     long = decode.Job(batch, np.array([7]), np.array([200]), 200, TextRule(block=8))
@@ -300,6 +322,6 @@ def test_a_row_that_the_model_does_not_take_is_refused_before_it_waits():
 
 def test_a_sharing_of_seeds_is_that_of_a_whole_job():
     rule = RULES["sampled"]
-    whole = decode.run(PARAMS, MODEL, V, one_device(), job(rule), 9)
+    whole = run_whole(job(rule), 9)
     assert_equal(engine(slots=2).run(job(rule), 9), whole)
     assert jax.device_count() > 1 and LENGTH == 30

@@ -21,7 +21,7 @@ FLOORS = {
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
     "folder inspect convert",
     "model": "results inputs vision model prepare",
-    "serve": "engine api",
+    "serve": "tickets engine api",
     "measure": "held_out digits totals report",
     "train": "optim board metrics runs sweep rows supervised rl.rewards.quantities rl.rewards.extract "
     "rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo "

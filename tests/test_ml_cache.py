@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoding_toys import MODEL, PARAMS, SEEDS, V, assert_equal, drawing_job, one_device
+from decoding_toys import MODEL, PARAMS, SEEDS, V, assert_equal, drawing_job, one_device, run_whole
 
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode, denoise
@@ -33,10 +33,7 @@ GIVEN = {"length": N, "vocab": V}
 
 def draw(rule, rows=ROWS, mesh=None, params=PARAMS, config=MODEL, job=None):
     """The codes of the drawings of these numbers."""
-    mesh = mesh or one_device()
-    params = sharding.put_params(params, decode.param_shardings(mesh, config))
-    job = job or drawing_job(rule, rows)
-    return decode.run(params, config, V, mesh, job, [SEEDS[i] for i in rows])
+    return run_whole(job or drawing_job(rule, rows), [SEEDS[i] for i in rows], mesh, config, params)
 
 
 class WrittenOut:
@@ -170,19 +167,24 @@ def test_in_the_engine_on_several_devices_too():
     assert_equal(made.run(drawing_job(GUIDED, rows), [SEEDS[i] for i in rows]), [alone[i] for i in rows])
 
 
-def test_both_caches_of_a_row_are_counted():
+def test_caches_and_logits_of_a_row_are_counted():
     places = drawing_job(PLAIN).rows.tokens.shape[1]
     of_cache = 2 * MODEL.n_layers * MODEL.n_kv_heads * places * MODEL.d_head * 4
-    for rule, joined in ((PLAIN, 4), (GUIDED, 2)):
-        made = engine(slots=4, memory=4 * of_cache)
+    plain, guided = (n * of_cache + N * V.codebook_size * 4 for n in (1, 2))  # and logits of each code
+    for rule, memory, joined in (
+        (PLAIN, 4 * plain, 4),
+        (GUIDED, 2 * guided, 2),
+        (GUIDED, 2 * guided - 1, 1),
+    ):
+        made = engine(slots=4, memory=memory)
         tickets = made.submit(drawing_job(rule, [0, 1, 2, 0]), 1)
         with made._turn:
             assert sum(len(x) for x in made._seat().values()) == joined
         assert {x.state for x in tickets} == {"waiting"}
-    message = rf"cache of a row of {places} tokens takes .*; leave out recompute"
+    message = rf"stored of a row of {places} tokens takes .*; leave out recompute"
     with pytest.raises(ValueError, match=message):
-        engine(memory=of_cache).submit(drawing_job(GUIDED))
-    engine(memory=of_cache).submit(drawing_job(PLAIN))
+        engine(memory=guided - 1).submit(drawing_job(GUIDED))
+    engine(memory=plain).submit(drawing_job(PLAIN))
     engine(memory=0).submit(drawing_job(ImageRule(steps=3)))
 
 

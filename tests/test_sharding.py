@@ -164,10 +164,11 @@ def test_several_slices_need_a_data_axis_that_crosses_them():
 
 def test_the_memory_is_that_of_the_device_that_has_least_left():
     def mesh(*stats):
-        devices = [types.SimpleNamespace(memory_stats=lambda of=of: of) for of in stats]
-        return types.SimpleNamespace(local_devices=devices)
+        devices = [types.SimpleNamespace(memory_stats=lambda of=of: of, process_index=0) for of in stats]
+        return types.SimpleNamespace(local_devices=devices, devices=np.array(devices))
 
     full, free = {"bytes_limit": 1000, "bytes_in_use": 900}, {"bytes_limit": 1000}
     assert sharding.memory_left(mesh(free, full)) == 100
     assert sharding.memory_left(mesh(free, None)) is None
     assert sharding.memory_left(mesh(free, {})) is None
+    assert sharding.memory_left(mesh()) is None  # of a process that has none of its devices

@@ -9,7 +9,7 @@ import pytest
 from decoding_toys import BLOCK, LENGTH, MODEL, NEVER, NEW, PARAMS, PROMPTS, V, fill, job
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import decode, denoise
+from mmada_jax.diffusion import cached, decode, denoise
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.tokens import layout
@@ -96,6 +96,25 @@ def test_nobody_sees_a_shadow_but_itself():
     # A token that isn't its own changes a shadow.
     _, other = with_shadows(masks, tokens_BQ.at[:, 6].add(1))
     assert (np.abs(other - shadow).max(axis=(0, 2)) > 1e-3).all()
+
+
+def test_a_block_with_stored_keys_and_values_has_the_shadows_of_the_whole_row():
+    """What was stored saw the very same row, so that nothing is approximate."""
+    rule = dataclasses.replace(RULE, cache="dual")
+    draft = decode.draft_of(decode.rows_of(job(rule), 0))
+    shown_BL = jnp.arange(64)[None] < draft.start_B[:, None] + 5  # five tokens of the first block
+    tokens_BL = jnp.where((draft.tokens_BL == V.mask) & shown_BL, 30, draft.tokens_BL)
+    draft = draft._replace(tokens_BL=tokens_BL)
+    network = transformer.Network(PARAMS, MODEL)
+    state = denoise.begin(network, draft, length=LENGTH, rule=rule, vocab=V)
+    spot = denoise.spot(draft, state, LENGTH, rule, V)
+    active_B = jnp.ones(len(tokens_BL), bool)
+    part_BND, _ = cached.hidden_states(network, rule, BLOCK, LENGTH, spot, active_B, state.cache)
+    whole_BND = cached.with_shadows(network, rule, BLOCK, spot)
+    assert part_BND.shape[1] == 2 * BLOCK
+    np.testing.assert_allclose(part_BND, whole_BND, atol=1e-5)
+    shadows_BND = np.asarray(whole_BND[:, BLOCK:])
+    assert np.abs(shadows_BND - np.asarray(whole_BND[:, :BLOCK])).max(axis=(1, 2)).min() > 1e-2
 
 
 @pytest.mark.parametrize("fields", [{}, {"cache": "dual"}], ids=["no cache", "dual"])

@@ -21,7 +21,8 @@ each. The techniques, by fields of TextRule:
     bound      as many tokens as keep their joint entropy low (bound)
     all        cache, threshold and stop together, as decode="fast" has them
 
-Beside them `engine` times many requests at once by `all` against one after the other, and `draw` guided
+All are decoded as every task is, in the model's engine. Beside them `engine` times many requests at once,
+by `cache` and by `all`, against one after the other, and the first token of a request. `draw` times guided
 drawing against guidance now and then.
 
 A model with random weights is never certain. It has no techniques of certainty, and its `all` is cache,
@@ -295,30 +296,18 @@ def changes(rule: TextRule) -> dict[str, Any]:
 
 
 class Side:
-    """A technique on its rows. `spans` are the ids that the last call decoded."""
+    """A technique on its rows, in the model's engine. `spans` are the ids that the last call decoded.
+    Compiling is done here; its seconds are those of the first step."""
 
     def __init__(self, model: MMaDA, job: Job):
         self.model, self.job, self.spans = model, job, None
         begin = time.perf_counter()
-        fill = decode.decoder(
-            model.mesh,
-            model.config,
-            model.vocab,
-            job.length,
-            job.rule,
-            **decode.first_pass(model.mesh, job),
-        )
-        placed = decode.put(model.mesh, job)
-        with jax.set_mesh(model.mesh):
-            self.fill = fill.lower(model.params, placed).compile()
+        next(model.engine.steps(job))
         self.compile_seconds = time.perf_counter() - begin
 
     def __call__(self) -> None:
         """Decodes the rows."""
-        placed = decode.put(self.model.mesh, self.job)
-        with jax.set_mesh(self.model.mesh):
-            tokens_BL = self.fill(self.model.params, placed)
-        self.spans = self.job.spans(np.asarray(tokens_BL))
+        self.spans = self.model.run(self.job)
 
     def steps(self) -> int:
         """The steps of all rows together: as many as the row that takes most. A decoding counts them,

@@ -120,10 +120,12 @@ def memory_left(mesh: jax.sharding.Mesh) -> int | None:
     """The bytes that the device of `mesh` has left that has least, the same in all processes. None where
     devices don't say, as CPUs."""
     stats = [device.memory_stats() for device in mesh.local_devices]
-    if not all(stats) or not all("bytes_limit" in of for of in stats):
+    if not stats or not all(stats) or not all("bytes_limit" in of for of in stats):
         return None
     least = min(of["bytes_limit"] - of.get("bytes_in_use", 0) for of in stats)
-    return int(np.min(multihost_utils.process_allgather(np.float32(least))))
+    if len({device.process_index for device in mesh.devices.flat}) == jax.process_count():
+        least = np.min(multihost_utils.process_allgather(np.float32(least)))
+    return int(least)
 
 
 def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str] | None:

@@ -58,23 +58,6 @@ class Placed(NamedTuple):
     other: tuple[jax.Array, jax.Array] | None
 
 
-def run(
-    params: Any,
-    config: transformer.ModelConfig,
-    vocab: Vocab,
-    mesh: jax.sharding.Mesh,
-    job: Job,
-    seed: int | Sequence[int] = 0,
-) -> list[np.ndarray]:
-    """Fills the spans of a job; the ids of each. With one seed for all rows, what a row draws depends on
-    the seed and its place among the rows; with a seed for each row, on its seed alone."""
-    fill = decoder(mesh, config, vocab, job.length, job.rule, **first_pass(mesh, job))
-    placed = put(mesh, job, seed)
-    with jax.set_mesh(mesh):
-        tokens_BL = fill(params, placed)
-    return job.spans(np.asarray(tokens_BL))
-
-
 def run_spans(
     params: Any,
     config: transformer.ModelConfig,

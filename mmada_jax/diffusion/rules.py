@@ -48,11 +48,12 @@ class TextRule(Ranged):
 
     - by `steps`, which are shared equally among the blocks; None reveals one token in each step;
     - with `threshold` every token that is at least that certain. `relax` a lowers the threshold to
-      threshold (1 - a (1 - r)), with r the share of the block's tokens that are hidden (Streaming-dLLM).
+      threshold (1 - a (1 - r)), with r the share that is still hidden of the tokens that were hidden when
+      the block began (Streaming-dLLM).
       `leap` is a lower threshold for places up to `radius` from a token that passes (LocalLeap).
       With `verify` these tokens are a draft, at most max(0.7 m, 5) of m hidden ones and at most 20. Each
       step also asks how likely a token of the block is, given all else, and hides those below `verify`
-      again, fewer than it reveals (WINO, arXiv 2507.18578);
+      again, fewer than it reveals (WINO, arXiv 2507.18578). A step that stores anew judges nothing;
     - with `factor` f the n most certain tokens, as long as each exceeds 1 - f/(n+1) (Fast-dLLM);
     - with `bound` the tokens of least entropy, as long as the entropies of those before, in nats, sum up
       to at most that much (EB-Sampler, arXiv 2505.24857).
@@ -198,7 +199,8 @@ class TextRule(Ranged):
         if self.threshold is not None:
             threshold_B = jnp.full(len(sure_BN), np.float32(self.threshold))
             if self.relax:
-                share_B = jnp.mean(hidden_BN.astype(jnp.float32), axis=1)
+                n_hidden_B = jnp.sum(hidden_BN, axis=1).astype(jnp.float32)
+                share_B = n_hidden_B / jnp.maximum(n_given_B, 1).astype(jnp.float32)
                 threshold_B *= 1 - np.float32(self.relax) * (1 - share_B)
             pass_BN = sure_BN >= threshold_B[:, None]
             if self.leap is not None:

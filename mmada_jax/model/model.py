@@ -180,9 +180,8 @@ class Model:
         self._show(rows, np.roll(old_Bij, beyond.shift, (1, 2)), [beyond.hidden_ij] * len(rows))
         return self._image_job(rows, rule, one), lambda drawn_Bij: beyond.join(old_Bij, drawn_Bij)
 
-    def drawing_job(self, job: Job, thoughts: Sequence[Text], rule: ImageRule | None, fields: Any) -> Job:
+    def drawing_job(self, job: Job, thoughts: Sequence[Text], rule: ImageRule) -> Job:
         """Images with the thoughts about the prompts of a `think_job` in view."""
-        rule = self._image_rule(rule, fields)
         rows = [
             layout.r2i(
                 self.vocab,
@@ -194,9 +193,8 @@ class Model:
         ]
         return self._image_job(rows, rule, one=False)
 
-    def image_of_job(self, job: Job, rule: ImageRule | None, fields: Any) -> Job:
+    def image_of_job(self, job: Job, rule: ImageRule) -> Job:
         """The images in the rows of a `think_job`, whose thoughts may still be hidden."""
-        rule = self._image_rule(rule, fields)
         rows = [layout.Batch(*row) for row in zip(*job.rows, strict=True)]
         return dataclasses.replace(self._image_job(rows, rule, job.one), rows=job.rows)
 

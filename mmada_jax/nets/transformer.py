@@ -162,7 +162,7 @@ def hidden_block(
     ValueError for soft padding.
     """
     if config.pad == "soft":
-        raise ValueError("decoding with a cache needs pad='hard'; this model's is 'soft'")
+        raise ValueError("steps that compute a part of a row need pad='hard'; this model's is 'soft'")
     network = _Transformer(config, stores=True, shadows=shadows)
     return network.apply({"params": params}, tokens_BQ, valid_BQ, place_BQ, past, seen_BP)
 

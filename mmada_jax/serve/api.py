@@ -13,8 +13,9 @@ decodes them in `serve.engine`.
 """
 
 import dataclasses
-import functools
 import pathlib
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -33,12 +34,13 @@ from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 
 # Most rows that a model decodes at a time; further ones wait.
 SLOTS = 32
+_MAKING = threading.Lock()  # threads that ask a model for the first time get one engine
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
 class MMaDA(Model):
     """A Model with its params, which come first when one is made. All tasks are batched and take a
-    `seed`. However many rows a call has, memory is that of at most SLOTS of them."""
+    `seed`. However many rows a call has, at most SLOTS of them are decoded at a time."""
 
     params: Any = None
 
@@ -136,13 +138,13 @@ class MMaDA(Model):
         of the rule for the image, `decode` is a preset for both. With `together` it thinks while it draws:
         both are revealed in the same steps."""
         job = self.think_job(prompts, text_rule, block=block, decode=decode)
-        fields["decode"] = decode
+        image_rule = self._image_rule(image_rule, fields | {"decode": decode})
         if together:
-            spans = self.run_together([job, self.image_of_job(job, image_rule, fields)], seed)
+            spans = self.run_together([job, self.image_of_job(job, image_rule)], seed)
             thoughts, drawings = [self.read(ids) for ids in spans[0]], self.drawings(self.codes(spans[1]))
         else:
             thoughts = [self.read(ids) for ids in self.run(job, seed)]
-            drawings = self.complete(self.drawing_job(job, thoughts, image_rule, fields), seed)
+            drawings = self.complete(self.drawing_job(job, thoughts, image_rule), seed)
         pairs = list(zip(thoughts, drawings, strict=True))
         return pairs[0] if job.one else pairs
 
@@ -196,18 +198,24 @@ class MMaDA(Model):
 
     # ---- Jobs -----------------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def engine(self) -> Engine:
         """What decodes the rows of all tasks, at most SLOTS at a time (see `serve.engine`)."""
-        parts = sharding.row_parts(self.mesh)
-        return Engine(self, slots=-(-SLOTS // parts) * parts)
+        with _MAKING:
+            if "_engine" not in vars(self):
+                parts = sharding.row_parts(self.mesh)
+                made = Engine(self, slots=-(-SLOTS // parts) * parts, queue=sys.maxsize)
+                object.__setattr__(self, "_engine", made)
+        return vars(self)["_engine"]
 
     def run(self, job: Job, seed: Seed = 0) -> list[np.ndarray]:
         """Fills the spans of a job; the ids of each."""
         return self.engine.run(job, seed)
 
     def run_together(self, jobs: Sequence[Job], seed: Seed = 0) -> list[list[np.ndarray]]:
-        """Fills the spans of several jobs with the same rows in the same steps; the ids of each job's."""
+        """Fills the spans of several jobs with the same rows in the same steps; the ids of each job's.
+
+        All rows are decoded at once, not by the engine."""
         return decode.run_spans(self.params, self.config, self.vocab, self.mesh, jobs, seed)
 
     def complete(self, job: Job, seed: Seed = 0) -> Any:

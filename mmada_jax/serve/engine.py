@@ -11,12 +11,12 @@ row becomes depends on its job and its seed alone, never on its company, its slo
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,73 +25,11 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode, slots
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.nets import cache
+from mmada_jax.serve.tickets import Every, LaneKey, LaneRow, Ticket
 from mmada_jax.tokens import layout
 
 # Steps that a lane takes before the other lanes, new requests and cancellations get their turn.
 STRIDE = 16
-Outcome = Literal["waiting", "running", "done", "cancelled", "late", "failed"]
-Every = Literal["block", "step"]
-
-
-@dataclasses.dataclass(eq=False)
-class Ticket:
-    """A row that was submitted, and what has become of it so far.
-
-    `ids` are the tokens of its span, those that are still hidden as the mask; `steps` its forward passes.
-    `begun` and `ended` are seconds after it was submitted: of the first pass, of the end. `row` and
-    `number` place it in its job.
-    """
-
-    row: "_Row"
-    number: int
-    submitted: float
-    deadline: float | None = None
-    progress: Callable[["Ticket"], None] | None = None
-    every: Every = "block"
-    state: Outcome = "waiting"
-    ids: np.ndarray | None = None
-    steps: int = 0
-    begun: float | None = None
-    ended: float | None = None
-    error: Exception | None = None
-    _engine: Any = dataclasses.field(default=None, repr=False)
-    _over: threading.Event = dataclasses.field(default_factory=threading.Event, repr=False)
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more will become of it."""
-        return self._over.is_set()
-
-    def cancel(self) -> None:
-        """Gives up; its slot is free at the engine's next turn."""
-        self._engine._end(self, "cancelled", concurrent.futures.CancelledError("the request was cancelled"))
-
-    def result(self) -> np.ndarray:
-        """The ids of the span, when it is done. Without a thread of its own (see Engine.start) the engine
-        works here. Raises CancelledError, TimeoutError, or what went wrong."""
-        while not self.over and not self._engine.threaded:
-            self._engine.turn()
-        self._over.wait()
-        if self.error is not None:
-            raise self.error
-        return self.ids
-
-
-class _Key(NamedTuple):
-    """What rows of a lane share. Equal keys of an engine are one object."""
-
-    shape: slots.Shape
-    places: int
-    other: bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Row:
-    """A row of a job by itself: arrays [1, ...] as `Placed`, and its lane."""
-
-    placed: decode.Placed
-    key: _Key
-    reach: int | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,7 +37,7 @@ class _Lane:
     """Rows side by side: who has which slot, and the slots on the devices. `size` is the number of
     slots that it is to have."""
 
-    key: _Key
+    key: LaneKey
     size: int = 0
     tickets: list[Ticket | None] = dataclasses.field(default_factory=list)
     rows: slots.Slots | None = None
@@ -127,15 +65,18 @@ class Engine:
             )
         if queue < 1:
             raise ValueError(f"queue is {queue}; it must be at least 1")
-        self.model, self.slots, self.queue, self._parts = model, slots, queue, parts
+        # The four fields alone: a model that keeps its engine is freed as soon as nobody holds it.
+        of_model = {name: getattr(model, name) for name in ("params", "config", "vocab", "mesh")}
+        self.model = types.SimpleNamespace(**of_model)
+        self.slots, self.queue, self._parts = slots, queue, parts
         left = sharding.memory_left(model.mesh)
         self.memory = int(0.9 * left) if memory is None and left is not None else memory
         self.counters = collections.Counter()
         self.threaded = False
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._lanes: dict[_Key, _Lane] = {}
-        self._keys: dict[_Key, _Key] = {}
-        self._compiled: dict[_Key, set[int]] = {}  # numbers of slots
+        self._lanes: dict[LaneKey, _Lane] = {}
+        self._keys: dict[LaneKey, LaneKey] = {}
+        self._compiled: dict[LaneKey, set[int]] = {}  # numbers of slots
         self._lock, self._turn = threading.RLock(), threading.Lock()
         self._wake = threading.Condition(self._lock)
 
@@ -168,6 +109,7 @@ class Engine:
             raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
         until = None if time_limit is None else now + time_limit
         with self._lock:
+            self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.over)
             if len(self._waiting) + len(rows) > self.queue:
                 raise RuntimeError(
                     f"{len(self._waiting)} rows wait, the queue takes {self.queue}; {len(rows)} more must "
@@ -185,8 +127,7 @@ class Engine:
         try:
             return [ticket.result() for ticket in tickets]
         finally:
-            for ticket in tickets:
-                ticket.cancel()
+            self._give_up(tickets)
 
     def steps(self, job: Job, seed: int | Sequence[int] = 0) -> Iterator[list[np.ndarray]]:
         """The same step by step: yields the ids of all spans after every step. Who stops asking gives the
@@ -200,28 +141,57 @@ class Engine:
             for ticket in tickets:
                 ticket.result()
         finally:
-            for ticket in tickets:
-                ticket.cancel()
+            self._give_up(tickets)
 
     def turn(self) -> bool:
         """Lets rows join, and each lane take some steps. False if there is nothing to do."""
         with self._turn:
             self._end_late()
             joining = self._seat()
-            for key, lane in list(self._lanes.items()):
-                try:
-                    self._clear(lane)
-                    self._join(lane, joining.get(key, []))
-                    if lane.live:
-                        self._advance(lane)
-                except Exception as error:  # whatever it is, those who wait hear of it
-                    for ticket in (*lane.tickets, *joining.get(key, [])):
-                        if ticket is not None:
-                            self._end(ticket, "failed", error)
-                    lane.tickets = []
-                if not lane.live:
-                    del self._lanes[key]
+            try:
+                for key, lane in list(self._lanes.items()):
+                    self._work_on(lane, joining.get(key, []))
+            except BaseException:
+                self._begin_anew(joining)
+                raise
             return bool(self._lanes or self._waiting)
+
+    def _work_on(self, lane, joining):
+        try:
+            self._clear(lane)
+            self._join(lane, joining)
+            if lane.live:
+                self._advance(lane)
+        except Exception as error:  # whatever it is, those who wait hear of it
+            for ticket in (*lane.tickets, *joining):
+                if ticket is not None:
+                    self._end(ticket, "failed", error)
+            lane.tickets = []
+        if not lane.live:
+            del self._lanes[lane.key]
+
+    def _begin_anew(self, joining):
+        """After Ctrl-C nobody knows what the slots hold. All rows wait again, and will become what they
+        would have."""
+        held = [ticket for lane in self._lanes.values() for ticket in lane.tickets if ticket is not None]
+        tickets = {id(ticket): ticket for ticket in (*held, *(x for of in joining.values() for x in of))}
+        with self._lock:
+            for ticket in reversed(tickets.values()):
+                ticket.state, ticket.ids, ticket.steps = "waiting", None, 0
+                self._waiting.appendleft(ticket)
+            self._lanes.clear()
+
+    def _give_up(self, tickets):
+        """Ends those that aren't over, and frees lanes in which nobody is left."""
+        for ticket in tickets:
+            ticket.cancel()
+        if self._turn.acquire(blocking=False):
+            try:
+                for key, lane in list(self._lanes.items()):
+                    if all(ticket is None or ticket.over for ticket in lane.tickets):
+                        del self._lanes[key]
+            finally:
+                self._turn.release()
 
     def start(self) -> None:
         """Works in a thread of its own until `close`."""
@@ -261,42 +231,58 @@ class Engine:
                 used = int(np.flatnonzero(one.valid_BL[0])[-1]) + 1
                 places = min(layout.bucket(used), limit) if used <= limit else used
                 longest = min(layout.bucket(int(length)), places) if rule.steps is None else job.length
+                places = max(places, rule.size(longest))  # a block is within its row
                 one = _padded(one, places, model.vocab.eos)
             if places > limit:
                 raise ValueError(
                     f"a row has {places} tokens; the model takes {limit}. Ask for fewer new ones"
                 )
-            size = self._bytes(places, rule.caches)
+            shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
+            key = LaneKey(shape, places, one.other is not None)
+            size = self._bytes_of(key)
             if self.memory is not None and size > self.memory:
-                fewer = "ask for fewer new tokens" if rule.modality == "text" else "leave out recompute"
+                fewer = (
+                    "ask for fewer new tokens"
+                    if rule.modality == "text"
+                    else "leave out recompute and guide_every"
+                )
                 raise ValueError(
-                    f"the cache of a row of {places} tokens takes {size / 1e6:.1f} MB on a device, "
+                    f"what is stored of a row of {places} tokens takes {size / 1e6:.1f} MB on a device, "
                     f"{self.memory / 1e6:.1f} MB are there; {fewer}"
                 )
-            shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
-            key = _Key(shape, places, one.other is not None)
             key = keys.setdefault(key, key)
             reach = decode.reach_of(rule, longest, int(job.start_B[i]), places)
-            rows.append(_Row(one, key, reach))
+            rows.append(LaneRow(one, key, reach))
         return rows
 
-    def _bytes(self, places, caches=1):
-        """Bytes of a row on a device, of which so many rows of keys and values are stored."""
+    def _bytes(self, places):
+        """Bytes on a device of the keys and values of a row."""
         c = self.model.config
-        of_row = caches * cache.row_bytes(c.n_layers, c.n_kv_heads, places, c.d_head, c.dtype)
+        of_row = cache.row_bytes(c.n_layers, c.n_kv_heads, places, c.d_head, c.dtype)
         return of_row // self.model.mesh.shape["tensor"]
+
+    def _bytes_of(self, key):
+        """Bytes on a device of all that is stored of a row of a lane: keys, values and logits."""
+        rule, vocab = key.shape.rule, self.model.vocab
+        logits = rule.size(key.shape.length) * (rule.vocabulary(vocab)[1] or vocab.rows)
+        return rule.caches * self._bytes(key.places) + rule.keeps_logits * logits * 4
 
     def _seat(self):
         """Who joins which lane at this turn: first come, first served, as far as slots and memory go."""
         room = self.slots - sum(lane.live for lane in self._lanes.values())
         with self._lock:
             waiting = [ticket for ticket in self._waiting if not ticket.over]
-            joining: dict[Any, list[Ticket]] = {}
+            joining: dict[LaneKey, list[Ticket]] = {}
+            full = False
             for ticket in waiting[:room]:
-                joining.setdefault(ticket.row.key, []).append(ticket)
-            for key, tickets in joining.items():
-                lane = self._lanes.setdefault(key, _Lane(key))
-                joining[key] = tickets[: self._room_for(lane, len(tickets))]
+                key = ticket.row.key
+                if full and self._bytes_of(key):
+                    continue  # what is freed is for the row that there was no memory for
+                lane, tickets = self._lanes.setdefault(key, _Lane(key)), joining.setdefault(key, [])
+                if self._has_room(lane, len(tickets) + 1):
+                    tickets.append(ticket)
+                else:
+                    full = True
             for key in self._lanes.keys() - joining.keys():
                 lane = self._lanes[key]
                 lane.size = self._size(lane, lane.live)
@@ -311,24 +297,26 @@ class Engine:
                 lane.rows = slots.leaver(lane.key.shape)(lane.rows, np.int32(number))
                 lane.tickets[number] = None
 
-    def _room_for(self, lane, more):
-        """How many of so many more rows a lane can take, when it has grown as far as memory goes."""
+    def _has_room(self, lane, more):
+        """Whether a lane can take so many more rows, when it has grown as far as memory goes."""
         lane.size = self._size(lane, lane.live + more)
-        return max(0, min(more, lane.size - lane.live))
+        return lane.size >= lane.live + more
 
     def _size(self, lane, wanted):
         """The number of slots for so many rows."""
         now, sizes = len(lane.tickets), _sizes(self.slots, self._parts)
-        if lane.key.shape.rule.caches and self.memory is not None:
+        of_row = self._bytes_of(lane.key)
+        if of_row and self.memory is not None:
             others = [other for other in self._lanes.values() if other is not lane]
-            taken = sum(self._bytes(x.key.places, x.key.shape.rule.caches) * x.size for x in others)
-            of_row = self._bytes(lane.key.places, lane.key.shape.rule.caches)
+            taken = sum(self._bytes_of(other.key) * other.size for other in others)
             most = (self.memory * self._parts - taken) // of_row
-            sizes = [size for size in sizes if size <= most]
+            # While a lane grows, what it has and what it gets are there at once.
+            sizes = [size for size in sizes if size <= now or size + now <= most]
         fit = next((size for size in sizes if size >= wanted), sizes[-1] if sizes else 0)
         if fit > now:
             return fit
-        # To become smaller moves all rows; that pays where most slots are empty and nothing is compiled.
+        # To become smaller moves all rows. It pays where most slots are empty, and where the smaller lane
+        # has been compiled before.
         known = [size for size in self._compiled.get(lane.key, ()) if wanted <= size <= now // 2]
         return min(known, default=now) if wanted <= now // 4 else now
 
