@@ -296,6 +296,19 @@ def test_caches_keep_within_the_memory():
     assert "16 slots; with a cache a row of 32 tokens takes" in engine().plan(32)
 
 
+def test_a_row_that_needs_much_memory_is_not_passed_by_for_ever():
+    rule, of_place = RULES["dual"], 2 * MODEL.n_layers * MODEL.n_kv_heads * MODEL.d_head * 4
+    made = engine(slots=8, memory=2 * 32 * of_place)
+    small = made.submit(job(rule, [0, 3]), 1)
+    [large] = made.submit(job(rule, [1]), 2)  # 48 places
+    later = made.submit(job(rule, [3, 3, 3]), 3)
+    for ticket in (*small, large, *later):
+        ticket.result()
+    begun = [ticket.submitted + ticket.begun for ticket in (small[1], large, later[0])]
+    assert begun == sorted(begun)
+    assert large.begun + large.submitted >= min(t.ended + t.submitted for t in small)
+
+
 @pytest.mark.parametrize(("fields", "message"), [
     ({"slots": 0}, "slots is 0"), ({"queue": 0}, "queue is 0"),
 ])  # fmt: skip
