@@ -19,5 +19,4 @@ print("Python", sys.version.split()[0], *(f"{name} {found.get(name, '-')}" for n
 END
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Three workers for two cores: programs under test wait for each other, and for time limits.
-exec .venv/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder ${which[@]+"${which[@]}"} "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${which[@]+"${which[@]}"} "$@"

@@ -13,7 +13,6 @@ from conftest import ROOT
 from PIL import Image
 
 from mmada_jax.data import digits
-from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model import vision
 from mmada_jax.model.inputs import Defaults
@@ -77,7 +76,7 @@ def test_all_is_checked_before_anything_is_computed(model, canvases, monkeypatch
     def computed(*_):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(decode, "run", computed)
+    monkeypatch.setattr(MMaDA, "run", computed)
     monkeypatch.setattr(vision.Vision, "encode", computed)
     long, picture, mask = "a very long prompt " * 40, canvases[0], np.ones((8, 16), bool)
     huge = dataclasses.replace(model, grid=(256, 256), max_text=512)

@@ -201,7 +201,7 @@ def test_training_goes_through_both_stages(monkeypatch, tmp_path):
     trained = []
 
     def train(config, workdir):
-        trained.append((workdir, config["init"], config["image_tokenizer"]))
+        trained.append((workdir, config["init"], config.get("image_tokenizer", "")))
         return types.SimpleNamespace(step=config["steps"] if len(trained) < 4 else 1)
 
     monkeypatch.setattr("mmada_jax.train.supervised.train", train)

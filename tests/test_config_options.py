@@ -84,6 +84,7 @@ def example(kind, limits=None):
 # Fields of a text rule that say nothing without another one.
 NEEDS = {
     "relax": ("threshold", "0.9"), "leap": ("threshold", "0.9"),
+    "verify": ("threshold", "0.9"),
     "window": ("cache", "dual"), "refresh": ("cache", "dual"),
 }  # fmt: skip
 

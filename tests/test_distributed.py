@@ -67,6 +67,7 @@ def restore(workdir, config, image_tokenizer):
         return checkpoints.restore(shapes, shardings)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_and_stop_and_resume_together(
     smoke_config, image_tokenizer, free_port, tmp_path
 ):

@@ -117,6 +117,7 @@ def test_every_way_of_masking_trains(config, tmp_path, objective):
     assert history(tmp_path / "run", "text/skipped")[-1] == 0
 
 
+@pytest.mark.slow
 def test_sharded_training_is_the_same(config, tmp_path, monkeypatch):
     config = config | {
         "iterations": 2, "objective": config["objective"] | {"kl": "reference", "beta": 0.1},

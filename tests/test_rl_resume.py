@@ -40,6 +40,7 @@ ROOT = pathlib.Path(__file__).parent.parent
         (1, "reference", "float32"),
     ],
 )
+@pytest.mark.slow
 def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
     objective = config["objective"] | {"kl": kl, "beta": 0.1}
     config = config | {
@@ -181,6 +182,7 @@ def test_a_broken_policy_is_not_resumed_for_ever(config, tmp_path):
     assert int(train(config | {"iterations": 2}, tmp_path / "run").step) == 4
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_costs_the_saves_alone(config, tmp_path, monkeypatch, capsys):
     config = config | {"iterations": 3, "save_every": 1, "tasks": {"text": config["tasks"]["text"]}}
     train(config, tmp_path / "whole")

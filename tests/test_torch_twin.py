@@ -113,7 +113,7 @@ def test_block(params, model, data):
     table = transformer.rope_table(x.shape[1], CONFIG.d_head, CONFIG.rope_theta)
     table = (x[None, None] for x in table)
     ours, _ = transformer._Block(CONFIG).apply(
-        {"params": weights}, ours_of(x), jnp.float32(layer), None, ours_of(valid), *table, None
+        {"params": weights}, ours_of(x), jnp.float32(layer), None, ours_of(valid), *table, None, None
     )
     assert_close(np.asarray(ours)[valid], theirs[valid])
 

@@ -52,6 +52,7 @@ def start(program, config, mesh):
     return state, make_step(objective, optimizer, mesh, shardings, program.accumulate)
 
 
+@pytest.mark.slow
 def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_path):
     adamw = smoke_config["optim"] | {"name": "adamw", "eps": 1e-3}  # no sign(0) to amplify noise
     config = smoke_config | {"image_tokenizer": str(image_tokenizer), "optim": adamw}
@@ -116,6 +117,7 @@ def state_hash(workdir):
     return report["step"], report["state_sha256"]
 
 
+@pytest.mark.slow
 def test_resume_is_bit_exact_whatever_happened(smoke_config, image_tokenizer, tmp_path, capsys):
     steps, chance = 24, random.Random(0)
     change = {"image_tokenizer": str(image_tokenizer), "steps": steps, "save_every": 3}

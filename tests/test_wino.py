@@ -22,12 +22,16 @@ ONE = dataclasses.replace(MODEL, n_layers=1)
 PARAMS_OF_ONE = PARAMS | {"blocks": jax.tree.map(lambda x: x[:1], PARAMS["blocks"])}
 
 
+@jax.jit
+def _probabilities(tokens_L):
+    network = transformer.Network(PARAMS_OF_ONE, ONE)
+    h_BLD = network.hidden_states(tokens_L[None], jnp.ones((1, len(tokens_L)), bool))
+    return jax.nn.softmax(network.unembed(h_BLD), axis=-1)[0]
+
+
 def probabilities(tokens_L):
     """[L, V] at every place of a row."""
-    valid_1L = jnp.ones((1, len(tokens_L)), bool)
-    network = transformer.Network(PARAMS_OF_ONE, ONE)
-    h_BLD = network.hidden_states(jnp.asarray(tokens_L)[None], valid_1L)
-    return np.asarray(jax.nn.softmax(network.unembed(h_BLD), axis=-1))[0]
+    return np.array(_probabilities(tokens_L))
 
 
 def written_out(prompt, new):
