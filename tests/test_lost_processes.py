@@ -50,8 +50,10 @@ def test_a_process_that_dies_ends_the_other(dies, free_port):
                 break
         out = other.communicate(timeout=30)[0]
     said = [line for line in out.splitlines() if line != "met"]
-    if dies == 1:
+    # Where process 0 dies, jax's client may notice it before a sum fails. It ends the process itself then,
+    # with a stack trace of its own.
+    if dies == 1 or "another task died" not in out:
         assert other.returncode == 1 and len(said) == 1 and said[0].startswith(LOST), out
-    else:  # jax's client ends the process itself, with a stack trace of its own
-        assert other.returncode != 0 and "another task died" in out, out
+    else:
+        assert other.returncode != 0, out
         assert "Fatal Python error" not in out and len(said) < 40, out
