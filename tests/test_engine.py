@@ -33,7 +33,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import cached, decode, denoise, slots
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
-from mmada_jax.serve.engine import Engine, _fresh
+from mmada_jax.serve.engine import Engine
 from mmada_jax.tokens import layout
 
 RULES = {
@@ -194,7 +194,7 @@ def test_rows_that_join_together_share_the_first_pass_of_equal_ones():
     assert not two[[0, 2]].any() and (each[0] != each[1]).any()
     # With other seeds they are equal all the same.
     rows = decode.rows_of(job(rule, [0, 0, 1, 1, 0]), [1, 2, 3, 3, 3])
-    assert _fresh(rows).tolist() == [True, False, True, False, True]
+    assert decode.fresh(*rows[:4]).tolist() == [True, False, True, False, True]
 
 
 def test_a_request_is_cancelled_and_its_slot_used_again():

@@ -113,11 +113,17 @@ def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
         return {}
     first = {"reach": reach_of(job.rule, job.length, int(job.start_B.max()), job.rows.tokens.shape[1])}
     if sharding.row_parts(mesh) == 1:
-        of_rows = (job.rows.tokens, job.rows.valid, job.start_B[:, None], job.length_B[:, None])
-        rows_BX = np.concatenate(of_rows, axis=1)
-        changes = np.flatnonzero((rows_BX[1:] != rows_BX[:-1]).any(axis=1)) + 1
-        first["share"] = int(np.gcd.reduce([*changes, len(rows_BX)]))
+        fresh_B = fresh(job.rows.tokens, job.rows.valid, job.start_B, job.length_B)
+        first["share"] = int(np.gcd.reduce([*np.flatnonzero(fresh_B), len(fresh_B)]))
     return first
+
+
+def fresh(
+    tokens_BL: np.ndarray, valid_BL: np.ndarray, start_B: np.ndarray, length_B: np.ndarray
+) -> np.ndarray:
+    """Which rows differ from the row before them in more than their seed, bool [B]; the first does."""
+    rows_BX = np.concatenate((tokens_BL, valid_BL, start_B[:, None], length_B[:, None]), axis=1)
+    return np.append(True, (rows_BX[1:] != rows_BX[:-1]).any(axis=1))
 
 
 def reach_of(rule: rules.Rule, length: int, start: int, places: int) -> int | None:

@@ -109,7 +109,8 @@ class Engine:
             raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
         until = None if time_limit is None else now + time_limit
         with self._lock:
-            self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.over)
+            if len(self._waiting) + len(rows) > self.queue:
+                self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.over)
             if len(self._waiting) + len(rows) > self.queue:
                 raise RuntimeError(
                     f"{len(self._waiting)} rows wait, the queue takes {self.queue}; {len(rows)} more must "
@@ -341,7 +342,7 @@ class Engine:
             with jax.set_mesh(self.model.mesh):
                 join = slots.joiner(lane.key.shape, reach)
                 put = sharding.put_batch(self.model.mesh, rows)
-                lane.rows = join(self.model.params, lane.rows, put, number_R, _fresh(rows))
+                lane.rows = join(self.model.params, lane.rows, put, number_R, decode.fresh(*rows[:4]))
 
     def _resize(self, lane):
         kept = [number for number, ticket in enumerate(lane.tickets) if ticket is not None]
@@ -409,13 +410,6 @@ class Engine:
                     f"the request took {spent:.1f} s, its limit is {limit:.1f} s ({ticket.steps} steps)"
                 )
                 self._end(ticket, "late", TimeoutError(message))
-
-
-def _fresh(rows: decode.Placed) -> np.ndarray:
-    """Which rows differ from the row before them in more than their seed, bool [R]; the first does."""
-    of_rows = (rows.tokens_BL, rows.valid_BL, rows.start_B[:, None], rows.length_B[:, None])
-    rows_RX = np.concatenate(of_rows, axis=1)
-    return np.append(True, (rows_RX[1:] != rows_RX[:-1]).any(axis=1))
 
 
 def _sizes(most: int, parts: int) -> list[int]:
