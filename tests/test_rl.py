@@ -104,9 +104,12 @@ def test_old_scores_are_those_of_the_rollouts_policy(config, tmp_path, ahead):
         {"masking": "coupled", "kl": "reference", "beta": 0.1},
         {"masking": "trace", "kl": "old", "beta": 0.1},
         {"masking": "full", "prompt_mask": 0.3},
+        {"masking": "exact", "cache": "dual"},
     ],
 )
 def test_every_way_of_masking_trains(config, tmp_path, objective):
+    objective = dict(objective)
+    config["tasks"]["text"]["text"] |= {"cache": objective.pop("cache", "none")}
     tasks = {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}}
     config = config | {"objective": config["objective"] | objective, "tasks": tasks, "iterations": 1}
     _, before, _ = load_policy(from_dict(RLRun, config), tmp_path, sharding.make_mesh())

@@ -43,6 +43,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.mark.slow
 def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
     objective = config["objective"] | {"kl": kl, "beta": 0.1}
+    if ahead:  # then the checkpoint holds corrections too
+        config["tasks"]["text"]["text"]["cache"] = "dual"
     config = config | {
         "iterations": 4, "ahead": ahead, "objective": objective, "reference_dtype": dtype,
         "init": str(shutil.copytree(config["init"], tmp_path / "init")),

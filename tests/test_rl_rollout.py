@@ -16,6 +16,8 @@ from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.run import Task
 from tests.rl_toys import TEXT, one_device, random_model  # noqa: F401
 
+ANEW = dataclasses.replace(TEXT, text=dataclasses.replace(TEXT.text, cache="dual", refresh=1))
+CACHED = dataclasses.replace(TEXT, text=dataclasses.replace(TEXT.text, cache="dual"))
 DRAW = Task("t2i", None, {}, groups=2, image=rules.ImageRule(steps=4, guidance=1.0))
 
 
@@ -35,7 +37,9 @@ def generate(model, task, prompts, responses=2, seed=0):
         return run, run(model.params, *rows, jax.random.key(seed), other), job
 
 
-@pytest.mark.parametrize("task", [TEXT, READ, DRAW], ids=lambda task: task.layout)
+@pytest.mark.parametrize(
+    "task", [TEXT, READ, DRAW, ANEW], ids=["lm_chat", "mmu", "t2i", "a cache that is stored anew"]
+)
 def test_the_record_is_what_the_policy_gives_at_the_state_of_the_reveal(model, task):
     prompts = PROMPTS
     if task is READ:
@@ -62,6 +66,20 @@ def test_the_record_is_what_the_policy_gives_at_the_state_of_the_reveal(model, t
             np.testing.assert_allclose(rollout.logp_RL[r, place], want, atol=2e-5)
             entropy = -np.sum(np.exp(logp[r, place]) * logp[r, place])
             np.testing.assert_allclose(rollout.entropy_RL[r, place], entropy, rtol=1e-4)
+
+
+def test_with_a_cache_the_record_is_what_tokens_were_drawn_from(model):
+    _, rollout, job = generate(model, CACHED, PROMPTS, responses=4)
+    # The same rows, each with a first pass of its own, and all probabilities by the logits of the steps.
+    of_span = {"start": job.start_B, "length": job.length, "rule": job.rule, "vocab": model.vocab}
+    network = transformer.Network(model.params, model.config)
+    with jax.set_mesh(model.mesh):
+        tokens_RL, record = jax.jit(
+            lambda rows: denoise.denoise(network, *rows, **of_span, key=jax.random.key(0), record=True)
+        )((job.rows.tokens, job.rows.valid))
+    np.testing.assert_array_equal(rollout.tokens_RL, tokens_RL)
+    np.testing.assert_array_equal(rollout.step_RL, record.step_BL)
+    np.testing.assert_allclose(rollout.logp_RL, record.logp_BL, atol=1e-5)
 
 
 def test_a_response_is_scored_up_to_its_first_end(model):

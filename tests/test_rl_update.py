@@ -18,8 +18,17 @@ def batch_of(run, opened, rollout, scored, advantage, fresh):
     return update.UpdateBatch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, np.full(R, fresh))
 
 
-@pytest.mark.parametrize(("name", "masking"), [("text", "unigrpo"), ("text", "exact"), ("draw", "full")])
-def test_the_first_inner_update_is_the_policy_gradient(config, name, masking):
+@pytest.mark.parametrize(
+    ("name", "masking", "cache"),
+    [
+        ("text", "unigrpo", "none"),
+        ("text", "exact", "none"),
+        ("text", "exact", "dual"),
+        ("draw", "full", "none"),
+    ],
+)
+def test_the_first_inner_update_is_the_policy_gradient(config, name, masking, cache):
+    config["tasks"]["text"]["text"] |= {"cache": cache}
     run, model, params, opened, rollout = rolled_out(config, name, masking, beta=0.1, kl="reference")
     advantage = np.random.default_rng(0).normal(size=len(rollout.tokens_RL)).astype(np.float32)
     with jax.set_mesh(model.mesh):
@@ -39,6 +48,8 @@ def test_the_first_inner_update_is_the_policy_gradient(config, name, masking):
             h = transformer.hidden_states(params, model.config, scored.seen_RL, rollout.valid_RL)
             head, targets = update.response_head(params, rollout.tokens_RL, opened.at, model.vocab)
             weight = jnp.asarray(advantage)[:, None] * jnp.where(scored.scored_RL, 1.0, 0.0)
+            if cache != "none":
+                weight *= jnp.minimum(2, jnp.exp(scored.old_RL - rollout.logp_RL))
             count = jnp.maximum(1, scored.scored_RL.sum(axis=1, keepdims=True)).astype(jnp.float32)
             return loss.weighted_nll(
                 h, head, targets, weight / count * scored.weight_R[:, None] / len(advantage)
@@ -49,6 +60,10 @@ def test_the_first_inner_update_is_the_policy_gradient(config, name, masking):
     assert float(values[True]["clip_fraction"]) == 0
     assert float(values[False]["ratio_error"]) < 1e-4  # by the scores of another opened
     assert float(values[False]["kl"]) < 1e-8
+    if cache != "none":
+        moved = np.abs(np.asarray(scored.old_RL - rollout.logp_RL))[np.asarray(scored.scored_RL)]
+        assert moved.max() > 1e-4  # the cache changes something, or there is nothing to correct
+        assert 0.5 < float(values[True]["correction"]) < 2
     for fresh in (True, False):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients[fresh], want

@@ -206,7 +206,7 @@ WEIGHT = (RNG.random(B) / B).astype(np.float32)
 LOGPS = [-RNG.exponential(size=(B, L)).astype(np.float32) for _ in range(3)]
 
 
-def transcription(new, old, anchor, clip, beta):
+def transcription(new, old, anchor, clip, beta, correction=None):
     """Row by row, token by token, in float64."""
     total, clipped = 0.0, 0.0
     for r in range(B):
@@ -215,19 +215,32 @@ def transcription(new, old, anchor, clip, beta):
             rho = np.exp(new[r, t] - old[r, t])
             first, second = rho * ADVANTAGE[r], min(max(rho, 1 - clip), 1 + clip) * ADVANTAGE[r]
             d = anchor[r, t] - new[r, t]
-            row += -min(first, second) + beta * (np.exp(d) - d - 1)
+            trust = 1 if correction is None else correction[r, t]
+            row += -trust * min(first, second) + beta * (np.exp(d) - d - 1)
             clipped += WEIGHT[r] * (second < first) / len(tokens)
         total += WEIGHT[r] * row / max(len(tokens), 1)
     return total, clipped
 
 
-@pytest.mark.parametrize(("clip", "beta"), [(0.2, 0.0), (0.2, 0.01), (0.05, 0.5), (5.0, 1.0)])
-def test_value_and_gradient_equal_the_transcription(clip, beta):
+@pytest.mark.parametrize(
+    ("clip", "beta", "corrected"),
+    [(0.2, 0.0, False), (0.2, 0.01, True), (0.05, 0.5, False), (5.0, 1.0, True)],
+)
+def test_value_and_gradient_equal_the_transcription(clip, beta, corrected):
     new, old, anchor = LOGPS
-    run = jax.jit(lambda new: unigrpo.objective(new, old, anchor, ADVANTAGE, SCORED, WEIGHT, clip, beta))
+    recorded = -RNG.exponential(size=(B, L)).astype(np.float32)
+    trust = unigrpo.correction(old, recorded) if corrected else None
+    of_rows = old, anchor, ADVANTAGE, SCORED, WEIGHT, clip, beta, trust
+    run = jax.jit(lambda new: unigrpo.objective(new, *of_rows))
     value, seen = run(new)
     exact = [x.astype(np.float64) for x in LOGPS]
-    want, clipped = transcription(*exact, clip, beta)
+    if corrected:
+        trust = np.minimum(np.exp(exact[1] - recorded), 2.0)
+        assert (trust[SCORED] == 2).any()
+        assert (trust[SCORED] < 1).any()
+        means = [np.mean(trust[r][SCORED[r]]) if SCORED[r].any() else 0 for r in range(B)]
+        np.testing.assert_allclose(seen["correction"], np.dot(WEIGHT, means), rtol=1e-5)
+    want, clipped = transcription(*exact, clip, beta, trust)
     np.testing.assert_allclose(value, want, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(seen["clip_fraction"], clipped, rtol=1e-5, atol=1e-6)
     slope = np.asarray(jax.grad(lambda new: run(new)[0])(new))
@@ -235,7 +248,7 @@ def test_value_and_gradient_equal_the_transcription(clip, beta):
     for r, t in zip(*np.nonzero(SCORED), strict=True):
         step = np.zeros((B, L))
         step[r, t] = 1e-6
-        ends = [transcription(exact[0] + s * step, *exact[1:], clip, beta)[0] for s in (1, -1)]
+        ends = [transcription(exact[0] + s * step, *exact[1:], clip, beta, trust)[0] for s in (1, -1)]
         np.testing.assert_allclose(slope[r, t], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-6)
 
 

@@ -151,7 +151,8 @@ def lower_rl(
         shapes, shardings = state_shapes(model, optimizer, mesh)
         R, S = (n * run.objective.responses for n in (task.groups, task.kept))
         rows = [jax.ShapeDtypeStruct((R, at.row), kind) for kind in (np.int32, bool)]
-        generate = make_generate(mesh, model.config, model.vocab, at, shardings.params)
+        responses = run.objective.responses
+        generate = make_generate(mesh, model.config, model.vocab, at, shardings.params, responses)
         guided = at.rule.guidance and task.layout == "t2i"
         given = shapes.params, *rows, _key(), rows if guided else None
         if step == "rollout":

@@ -52,7 +52,10 @@ def to_checkpoint(state: TrainState, reference: Any, ahead: InFlight | None) -> 
     more = {} if reference is None else {"reference": reference}
     if ahead:
         more["rollout"] = ahead.rollout._asdict()
-        more["scored"] = {str(n): scored._asdict() for n, scored in enumerate(ahead.scored)}
+        more["scored"] = {
+            str(n): {name: x for name, x in scored._asdict().items() if x is not None}
+            for n, scored in enumerate(ahead.scored)
+        }
     return state._replace(opt_state={"optimizer": state.opt_state} | more)
 
 

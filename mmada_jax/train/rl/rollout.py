@@ -52,11 +52,6 @@ def response_span(task: Task, vocab: Vocab, rows: RowShape) -> ResponseSpan:
             )
         return ResponseSpan(rows.image.start, rows.n_image, rows.length, task.image)
     task.text.check_length(task.max_new)
-    if task.text.cache != "none":
-        raise ValueError(
-            f"text.cache is {task.text.cache!r}; rollouts need 'none', so that the log-probabilities that "
-            "they record are those of the policy"
-        )
     if task.text.verify:
         raise ValueError(
             f"text.verify is {task.text.verify}; rollouts need None, since a token that is hidden again "
@@ -115,11 +110,14 @@ def make_generate(
     vocab: Vocab,
     at: ResponseSpan,
     params: Any,
+    responses: int = 1,
 ) -> Callable[..., Rollout]:
     """The jitted (params, tokens [R, L], valid [R, L], key, unconditional rows or None) -> Rollout.
 
-    `params` here are shardings. One compilation serves all prompts of a task.
+    `params` here are shardings. One compilation serves all prompts of a task. Every `responses` rows that
+    follow each other have the same prompt; with a cache they share their first pass, on one device.
     """
+    share = responses if sharding.row_parts(mesh) == 1 else 1
 
     def generate(params, tokens_RL, valid_RL, key, unconditional):
         tokens_RL, record = denoise.denoise(
@@ -133,6 +131,7 @@ def make_generate(
             key=key,
             unconditional=unconditional,
             record=True,
+            share=share,
         )
         generated_RL = record.step_BL >= 0
         ends_RL = (generated_RL & (tokens_RL == vocab.eos)).astype(jnp.int32)

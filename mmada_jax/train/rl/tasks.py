@@ -74,7 +74,7 @@ def open_task(
         rewards,
         order,
         objective,
-        make_generate(mesh, model.config, model.vocab, at, shardings.params),
+        make_generate(mesh, model.config, model.vocab, at, shardings.params, run.objective.responses),
         make_score(run, model, at, mesh, shardings.params),
         make_step(objective, optimizer, mesh, shardings, run.accumulate),
     )

@@ -20,6 +20,8 @@ MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
 # Share of the draws of `exact` that are uniform over the tokens of a response instead of following their
 # entropy. It keeps every importance weight at 1 / UNIFORM or less.
 UNIFORM = 0.1
+# The largest correction of a token that a rollout drew from slightly other probabilities than the policy's.
+MOST_CORRECTION = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +170,13 @@ def hide(
     return Masked(seen_RL, scored_RL, weight_R1[:, 0])
 
 
+def correction(old_RL: jax.Array, recorded_RL: jax.Array) -> jax.Array:
+    """The policy's probability of each token over the probability that a rollout with a cache drew it from,
+    MOST_CORRECTION at most: truncated importance sampling, as in IMPALA (arXiv 1802.01561). It corrects how
+    tokens were drawn, and not how often the rollout came into their states."""
+    return jnp.minimum(jnp.exp(old_RL - recorded_RL), np.float32(MOST_CORRECTION))
+
+
 # ---- Objective -----------------------------------------------------------------------------------
 
 
@@ -180,6 +189,7 @@ def objective(
     weight_R: jax.Array,
     clip: float,
     beta: float,
+    correction_RL: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss; and clip fraction, KL divergence and |rho - 1|. Each is the sum over rows of the row's
     weight times the mean over the row's scored tokens. For the loss this is the mean of
@@ -189,7 +199,7 @@ def objective(
 
     (UniGRPO, arXiv 2505.15809, where the mean is over the masked tokens. k3 is Schulman's estimate of
     KL(new || anchor), as in GRPO, arXiv 2402.03300.) Log-probabilities of tokens that aren't scored have no
-    effect.
+    effect. A `correction` multiplies the first term of its token, and its mean is told too.
     """
     count_R1 = jnp.float32(jnp.maximum(jnp.sum(scored_RL, axis=1, keepdims=True), 1))
     share_RL = jnp.where(scored_RL, weight_R[:, None] / count_R1, 0)
@@ -198,7 +208,10 @@ def objective(
     gain_RL = rho_RL * advantage_R[:, None]
     clipped_RL = jnp.clip(rho_RL, 1 - clip, 1 + clip) * advantage_R[:, None]
     kl_RL = jnp.exp(anchor_RL - new_RL) - (anchor_RL - new_RL) - 1
-    loss_RL = -jnp.minimum(gain_RL, clipped_RL) + np.float32(beta) * kl_RL
+    least_RL = jnp.minimum(gain_RL, clipped_RL)
     clips_RL = jnp.float32(clipped_RL < gain_RL)
     values = {"clip_fraction": clips_RL, "kl": kl_RL, "ratio_error": jnp.abs(rho_RL - 1)}
+    if correction_RL is not None:
+        least_RL, values["correction"] = least_RL * correction_RL, correction_RL
+    loss_RL = -least_RL + np.float32(beta) * kl_RL
     return jnp.sum(share_RL * loss_RL), {k: jnp.sum(share_RL * v) for k, v in values.items()}

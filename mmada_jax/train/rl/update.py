@@ -27,13 +27,15 @@ from mmada_jax.train.supervised import Objective
 
 class Scored(NamedTuple):
     """Rows under a mask (`seen`, `scored` and `weight` of unigrpo.Masked), and the log-probabilities of
-    their tokens by the rollout's policy (`old`) and by the anchor of the KL divergence."""
+    their tokens by the rollout's policy (`old`) and by the anchor of the KL divergence. `correction` is what
+    the gain of each token is multiplied by (`unigrpo.correction`); None where nothing is to correct."""
 
     seen_RL: jax.Array
     scored_RL: jax.Array
     weight_R: jax.Array
     old_RL: jax.Array
     anchor_RL: jax.Array
+    correction_RL: jax.Array | None = None
 
 
 class Chosen(NamedTuple):
@@ -73,11 +75,13 @@ def make_score(
             return loss.token_log_probs(h_RLD, head_DV, targets_RL, masked.scored_RL, run.loss_chunk)
 
         # Under these masks a token is scored in the very state in which the rollout revealed it, so the
-        # log-probability that the rollout recorded is the old one, and a forward pass is saved.
-        recorded = objective.masking in ("exact", "every")
-        old_RL = rollout.logp_RL if recorded else log_probs(params)
+        # log-probability that the rollout recorded is the old one, and a forward pass is saved. With a
+        # cache the rollout drew the token from probabilities that are a little off: both are needed.
+        same_state, cached = objective.masking in ("exact", "every"), at.rule.cache != "none"
+        old_RL = rollout.logp_RL if same_state and not cached else log_probs(params)
         anchor_RL = old_RL if reference is None else log_probs(reference)
-        return Scored(*masked, old_RL, anchor_RL)
+        correction_RL = unigrpo.correction(old_RL, rollout.logp_RL) if same_state and cached else None
+        return Scored(*masked, old_RL, anchor_RL, correction_RL)
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     reference = params if objective.kl == "reference" else None
@@ -119,6 +123,7 @@ def make_objective(run: RLRun, model: Model, at: ResponseSpan) -> Objective:
                 scored.weight_R * chosen.weight_S,
                 run.objective.clip,
                 run.objective.beta,
+                scored.correction_RL,
             )
 
         return loss.of_log_probs(of_new, h_SLD, head_DV, targets_SL, scored.scored_RL, run.loss_chunk)
