@@ -27,6 +27,7 @@ DECODINGS = (
     "plain", "stop", "prefix", "cache", "window", "steps", "threshold", "relax", "leap", "wino",
     "factor", "bound", "all", "engine", "draw",
 )  # fmt: skip
+CACHES = ("none", "prefix", "dual")
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
 
 
@@ -127,6 +128,17 @@ def rl_options(parser: Parser) -> None:
     )
 
 
+def rollouts_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench rollouts`."""
+    parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
+    parser.add_argument("--masking", choices=MASKINGS, default="exact", help="default: %(default)s")
+    parser.add_argument("--prompts", type=at_least_one, default=12, help="of 8 responses (%(default)s)")
+    parser.add_argument("--new", type=at_least_one, default=24, help="tokens (%(default)s)")
+    parser.add_argument("--block", type=at_least_one, default=4, help="tokens (%(default)s)")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="in turns")
+    parser.add_argument("--repeats", type=repeats, default=10, help="default: %(default)s")
+
+
 def seeds_options(parser: Parser) -> None:
     """Adds the options of `mmada bench seeds`."""
     forms = ("default", *quickstart.FORMS)
@@ -175,6 +187,7 @@ BENCHMARKS = {
     "convert": Benchmark("conversion of a checkpoint, against cp, and its memory", convert_options),
     "data": Benchmark("the input of training: images per second", data_options),
     "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
+    "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
     "seeds": Benchmark(
         "the quickstart with several seeds: mean, least share and deviation of each metric",
         seeds_options,

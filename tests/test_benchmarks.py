@@ -40,6 +40,16 @@ def test_the_input_is_measured_for_each_number_of_threads(tmp_path, capsys):
     assert "images/s   1 threads   2 threads" in capsys.readouterr().out
 
 
+def test_an_iteration_is_timed_with_each_cache(model_workdir, capsys):
+    report = bench.main(["rollouts", "--init", str(model_workdir), "--prompts", "1", "--new", "8",
+                         "--caches", "none", "dual", "--repeats", "2"])  # fmt: skip
+    assert report["rows"] == 8
+    for of in report["ms"].values():
+        assert 0 < of["rollout"]["median"] < of["iteration"]["median"]
+    assert report["off"]["none"] == 0 < report["off"]["dual"]
+    assert "cache dual" in capsys.readouterr().out
+
+
 def test_every_name_is_a_file_and_the_other_way_round():
     shared = {"__init__", "timing", "cases", "decode_report", "serving"}
     files = {path.stem for path in (ROOT / "launch/benchmarks").glob("*.py")} - shared

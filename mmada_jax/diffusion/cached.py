@@ -107,11 +107,19 @@ def join(
 
 
 def hidden_states(
-    network: Any, rule: Any, size: int, length: int, spot: Spot, active_B: jax.Array, cache: Cache
+    network: Any,
+    rule: Any,
+    size: int,
+    length: int,
+    spot: Spot,
+    active_B: jax.Array,
+    cache: Cache,
+    together: bool = False,
 ) -> tuple[jax.Array, Cache]:
     """The hidden states [B, N, D] of the block's places, and the cache with what first passes store.
 
-    With a rule that verifies there are N more, of the shadows of these places; zeros after a first pass."""
+    With a rule that verifies there are N more, of the shadows of these places; zeros after a first pass.
+    With `together` rows often begin at the same time: where half of them do, one pass is over all."""
     first = functools.partial(_first_pass, network, rule, size)
     step = functools.partial(_step, network, rule, size, length)
     if len(spot.begins_B) == 1:
@@ -119,7 +127,8 @@ def hidden_states(
 
     like = jax.eval_shape(step, spot, cache)
     nothing_BND = jnp.zeros(like.shape, like.dtype)
-    passes = _all_at_once if sharding.parts("batch") > 1 else _one_by_one
+    passes = _one_by_one if not together else _by_number
+    passes = _all_at_once if sharding.parts("batch") > 1 else passes
     first_BND, cache = jax.lax.cond(
         jnp.any(spot.begins_B),
         functools.partial(passes, first, nothing_BND),
@@ -146,9 +155,16 @@ def _one_by_one(first, h_BND, spot, cache):
     return jax.lax.fori_loop(0, jnp.sum(spot.begins_B), pass_of_row, (h_BND, cache))
 
 
+def _by_number(first, h_BND, spot, cache):
+    """The same in one pass over all rows, if at least half of them begin."""
+    many = 2 * jnp.sum(spot.begins_B) >= len(spot.begins_B)
+    of_all, of_each = (functools.partial(passes, first) for passes in (_all_at_once, _one_by_one))
+    return jax.lax.cond(many, of_all, of_each, h_BND, spot, cache)
+
+
 def _all_at_once(first, _, spot, cache):
-    """The same for rows that are spread over devices, which compute in step: each pass is that of all
-    rows, and the rows that don't begin keep what they have."""
+    """The same where each pass is over all rows, and the rows that don't begin keep what they have. Devices
+    over which rows are spread compute in step."""
     h_BND, new = first(spot, cache)
     begins_B = spot.begins_B[:, None, None, None]
     return h_BND, Cache(*(jnp.where(begins_B, x, y) for x, y in zip(new, cache, strict=True)))

@@ -124,7 +124,7 @@ def denoise(
     of_rule = {"length": length, "rule": rule, "vocab": vocab}
     state = jax.lax.while_loop(
         lambda state: jnp.any(unfinished(draft, state, length, rule)),
-        functools.partial(advance, network, draft, **of_rule),
+        functools.partial(advance, network, draft, **of_rule, together=True),
         begin(network, draft, **of_rule, record=record, reach=reach, share=share),
     )
     return (state.tokens_BL, state.record) if record else state.tokens_BL
@@ -259,9 +259,16 @@ def unfinished(draft: Draft, state: State, length: int, rule: Rule) -> jax.Array
 
 
 def advance(
-    network: Denoiser, draft: Draft, state: State, *, length: int, rule: Rule, vocab: Vocab
+    network: Denoiser,
+    draft: Draft,
+    state: State,
+    *,
+    length: int,
+    rule: Rule,
+    vocab: Vocab,
+    together: bool = False,
 ) -> State:
-    """One step of every row that isn't finished."""
+    """One step of every row that isn't finished. `together` is that of `cached.hidden_states`."""
     size, at = rule.size(length), spot(draft, state, length, rule, vocab)
     place_BN = at.at_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     in_block_BN = (place_BN >= at.first_B[:, None]) & (place_BN < at.end_B[:, None])
@@ -276,7 +283,7 @@ def advance(
     active_B = unfinished(draft, state, length, rule)
     cache, kept_BNV, changed_BN = state.cache, state.kept, state.changed
     if rule.cache != "none":
-        h_BND, cache = cached.hidden_states(network, rule, size, length, at, active_B, cache)
+        h_BND, cache = cached.hidden_states(network, rule, size, length, at, active_B, cache, together)
         logits_BNV = plain_BNV = _unembed(network, h_BND, rule, vocab)
     elif rule.verify:
         logits_BNV = plain_BNV = _unembed(
