@@ -86,22 +86,42 @@ def open_sources(
     its name under config.`key`, and ValueError for a task without a source."""
     opened: dict[str, dict[str, sources.Source]] = {}
     for task in tasks:
-        configs = {name: config for name, config in data.get(task, {}).items() if config.weight}
-        if not configs:
+        of_task = data.get(task, {})
+        opened[task] = _open_weighted(
+            of_task, root, f"config.{key}.{task}", layout.image_start(task, 1) > 0
+        )
+        if not opened[task]:
             raise ValueError(
                 f"the mixture has rows of {task!r} and config.{key}.{task} no source with a weight; "
                 f"name one there, or set mixture.{task} to 0"
             )
-        for name, config in configs.items():
-            try:
-                source = sources.open_source(config, root, with_images=layout.image_start(task, 1) > 0)
-            except (ValueError, OSError) as error:
-                # Other types of errors may need more arguments than a message.
-                plain = next(
-                    kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind)
-                )
-                raise plain(f"config.{key}.{task}.{name}: {error}") from error
-            opened.setdefault(task, {})[name] = source
+    return opened
+
+
+def open_pictures(
+    data: Mapping[str, sources.SourceConfig], root: str = "", key: str = "data"
+) -> dict[str, sources.Source]:
+    """Opens the sources of pictures under config.`key`. Raises ValueError or OSError for a source that can't
+    be opened, and ValueError if none has a weight."""
+    opened = _open_weighted(data, root, f"config.{key}", True)
+    if not opened:
+        raise ValueError(f"config.{key} has no source with a weight; raise one")
+    return opened
+
+
+def _open_weighted(configs, root, key, with_images):
+    """The sources with a weight. Errors begin with the source's place in the configuration."""
+    opened = {}
+    for name, config in configs.items():
+        try:
+            if config.weight:
+                opened[name] = sources.open_source(config, root, with_images)
+        except (ValueError, OSError) as error:
+            # Other types of errors may need more arguments than a message.
+            plain = next(
+                kind for kind in (FileNotFoundError, OSError, ValueError) if isinstance(error, kind)
+            )
+            raise plain(f"{key}.{name}: {error}") from error
     return opened
 
 
@@ -151,24 +171,14 @@ class Shape(layout.RowShape):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """Rows by step, from the sources of each task. `rows` counts the rows of each task in a global batch.
+class Turns:
+    """Which record each row of each step has. The sources `opened` of a task take turns by the weights in
+    `data`; `rows` counts the rows of each task in a global batch. A subclass makes rows of records."""
 
-    `cond_dropout` is the share of t2i rows without their text. With `cut_long` a text that doesn't fit is
-    cut, as in the first two phases of the reference. Without `cut_long` another record replaces its record.
-    """
-
-    tokenizer: TextTokenizer
-    vocab: Vocab
     data: Mapping[str, Mapping[str, sources.SourceConfig]]
     opened: Mapping[str, Mapping[str, sources.Source]]
     rows: Mapping[str, int]
-    shape: Shape
     seed: int
-    cond_dropout: float = 0.1
-    cut_long: bool = False
-    think_prompt: str = records.THINK_PROMPT
-    think_draw_prompt: str = records.THINK_DRAW_PROMPT
 
     @functools.cached_property
     def places(self) -> list[tuple[str, int]]:
@@ -222,15 +232,68 @@ class Pipeline:
         """(name of the source, index) of the record at a position among the rows of a task in all steps."""
         return self._orders[task][position]
 
+    def made(self, step: int, which: Sequence[int] | None, skipped: collections.Counter[str]) -> list[Any]:
+        """What is made of the rows with the numbers `which` of the batch of `step`, in this order. By
+        default of all rows. Replaced records are counted in `skipped`."""
+        places = [self.places[row] for row in (range(len(self.places)) if which is None else which)]
+        return [self._row(task, step * self.rows[task] + k, skipped) for task, k in places]
+
+    def _make(
+        self, task: str, config: sources.SourceConfig, record: Record, rng: np.random.Generator
+    ) -> Any:
+        """A row of a record. Raises LeftOut or any other error if there is none."""
+        raise NotImplementedError
+
+    def _row(self, task: str, position: int, skipped: collections.Counter[str]) -> Any:
+        name, index = self.record_at(task, position)
+        source = self.opened[task][name]
+        number = layout.TASKS.index(task) if task in layout.TASKS else len(layout.TASKS)
+        rng = np.random.default_rng([self.seed, number, position])
+        for _ in range(TRIES):
+            try:
+                record = source[index]
+                if record.codes is not None and not sources.codes_of(source):
+                    raise ValueError(
+                        f"record {record.key!r} has image codes of an unknown tokenizer; name the folder "
+                        "with their dataset.json, not the shards"
+                    )
+                return self._make(task, self.data[task][name], record, rng)
+            except records.LeftOut as error:
+                last, why = error, error.why
+            except Exception as error:  # libraries raise nearly everything for a record that is damaged
+                last, why = error, UNREADABLE
+            skipped[f"{task}.{name}: {why}"] += 1
+            index = int(rng.integers(len(source)))
+        raise ValueError(
+            f"{self._where(task, name)}: {TRIES} records, one after the other, can't be used: "
+            f"{str(last) if isinstance(last, ValueError) else repr(last)}"
+        ) from last
+
+    def _where(self, task: str, name: str) -> str:
+        """The place of a source in the configuration."""
+        return f"config.data.{task}.{name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline(Turns):
+    """Rows of tokens by step.
+
+    `cond_dropout` is the share of t2i rows without their text. With `cut_long` a text that doesn't fit is
+    cut, as in the first two phases of the reference. Without `cut_long` another record replaces its record.
+    """
+
+    tokenizer: TextTokenizer
+    vocab: Vocab
+    shape: Shape
+    cond_dropout: float = 0.1
+    cut_long: bool = False
+    think_prompt: str = records.THINK_PROMPT
+    think_draw_prompt: str = records.THINK_DRAW_PROMPT
+
     def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
         """The rows with the numbers `which` of the batch of `step`, in this order. By default all rows."""
         skipped: collections.Counter[str] = collections.Counter()
-        places = [self.places[row] for row in (range(len(self.places)) if which is None else which)]
-        rows, pixels = [], []
-        for task, k in places:
-            row, image = self._row(task, step * self.rows[task] + k, skipped)
-            rows.append(row)
-            pixels.append(image)
+        rows, pixels = zip(*self.made(step, which, skipped), strict=True)
         batch = layout.stack(rows)
         if not self.encodes:
             return Loaded(RawRows(batch, None, None), skipped)
@@ -252,30 +315,6 @@ class Pipeline:
     def _pixel_dtype(self) -> type:
         formats = {config.format for of_task in self.data.values() for config in of_task.values()}
         return np.float32 if "digits" in formats else np.uint8  # scans have 17 shades, in floats
-
-    def _row(self, task: str, position: int, skipped) -> tuple[layout.Batch, np.ndarray | None]:
-        name, index = self.record_at(task, position)
-        source = self.opened[task][name]
-        rng = np.random.default_rng([self.seed, layout.TASKS.index(task), position])
-        for _ in range(TRIES):
-            try:
-                record = source[index]
-                if record.codes is not None and not sources.codes_of(source):
-                    raise ValueError(
-                        f"record {record.key!r} has image codes of an unknown tokenizer; name the folder "
-                        "with their dataset.json, not the shards"
-                    )
-                return self._make(task, self.data[task][name], record, rng)
-            except records.LeftOut as error:
-                last, why = error, error.why
-            except Exception as error:  # libraries raise nearly everything for a record that is damaged
-                last, why = error, UNREADABLE
-            skipped[f"{task}.{name}: {why}"] += 1
-            index = int(rng.integers(len(source)))
-        raise ValueError(
-            f"config.data.{task}.{name}: {TRIES} records, one after the other, can't be used: "
-            f"{str(last) if isinstance(last, ValueError) else repr(last)}"
-        ) from last
 
     def _make(
         self, task: str, config: sources.SourceConfig, record: Record, rng: np.random.Generator
@@ -319,6 +358,29 @@ class Pipeline:
         if pixels.shape != self.shape.pixels:
             raise ValueError(f"record {record.key!r} has pixels {pixels.shape}, not {self.shape.pixels}")
         return np.full(self.shape.n_image, self.vocab.image_offset, np.int32), pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures(Turns):
+    """Pictures by step, float32 [rows, I, J, C] in [-1, 1], which train the image tokenizer. `pixels` has
+    the numbers of rows, columns and channels of one."""
+
+    pixels: tuple[int, int, int]
+
+    def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
+        """The pictures with the numbers `which` of the batch of `step`, in this order. By default all."""
+        skipped: collections.Counter[str] = collections.Counter()
+        return Loaded(np.stack(self.made(step, which, skipped)), skipped)
+
+    def _make(
+        self, task: str, config: sources.SourceConfig, record: Record, rng: np.random.Generator
+    ) -> np.ndarray:
+        if record.image is None:
+            raise ValueError(f"record {record.key!r} has no picture")
+        return images.to_pixels(record.image, self.pixels[:2], self.pixels[2], config.resize)
+
+    def _where(self, task: str, name: str) -> str:
+        return f"config.{task}.{name}"
 
 
 @dataclasses.dataclass(frozen=True)

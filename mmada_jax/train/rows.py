@@ -75,7 +75,7 @@ def open_rows(
                 "one as image_tokenizer, or prepare it again"
             )
     return pipeline.Pipeline(
-        what.tokenizer, what.vocab, data, opened, rows, what.shape, run.seed,
+        data, opened, rows, run.seed, what.tokenizer, what.vocab, what.shape,
         cond_dropout, run.cut_long, run.think_prompt, run.think_draw_prompt,
     )  # fmt: skip
 
