@@ -101,8 +101,8 @@ def open_sources(
 def open_pictures(
     data: Mapping[str, sources.SourceConfig], root: str = "", key: str = "data"
 ) -> dict[str, sources.Source]:
-    """Opens the sources of pictures under config.`key`. Raises ValueError or OSError for a source that can't
-    be opened, and ValueError if none has a weight."""
+    """Opens the sources of pictures under config.`key`. Raises ValueError or OSError for a source that
+    can't be opened, and ValueError if none has a weight."""
     opened = _open_weighted(data, root, f"config.{key}", True)
     if not opened:
         raise ValueError(f"config.{key} has no source with a weight; raise one")

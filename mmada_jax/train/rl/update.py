@@ -27,8 +27,8 @@ from mmada_jax.train.supervised import Objective
 
 class Scored(NamedTuple):
     """Rows under a mask (`seen`, `scored` and `weight` of unigrpo.Masked), and the log-probabilities of
-    their tokens by the rollout's policy (`old`) and by the anchor of the KL divergence. `correction` is what
-    the gain of each token is multiplied by (`unigrpo.correction`); None where nothing is to correct."""
+    their tokens by the rollout's policy (`old`) and by the anchor of the KL divergence. The gain of each
+    token is multiplied by its `correction` (`unigrpo.correction`); None where nothing is to correct."""
 
     seen_RL: jax.Array
     scored_RL: jax.Array
