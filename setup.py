@@ -24,6 +24,7 @@ setup(
         "tokenizers>=0.20",  # encode_special_tokens
         "tensorboardX",
         "tqdm",
+        "dm-pix",
     ],
     extras_require={
         # The quickstart: real scans and their judge (scikit-learn), its report.

@@ -128,6 +128,7 @@ def save_params(workdir, config, params, opt_state=None, texts=None):
     from mmada_jax.config import to_dict
     from mmada_jax.train.runs import (
         ModelRun,
+        codec_of,
         describe,
         image_tokenizer_path,
         parse,
@@ -139,8 +140,9 @@ def save_params(workdir, config, params, opt_state=None, texts=None):
     from mmada_jax.weights.workdir import claim_workdir
 
     run = parse(config)
-    what = plan(run, workdir) if isinstance(run, ModelRun) else None
-    if what:
+    of_model = isinstance(run, ModelRun)
+    what = plan(run, workdir) if of_model else codec_of(run, workdir)
+    if of_model:
         keep_image_tokenizer(workdir, open_image_tokenizer(image_tokenizer_path(run, workdir)))
     claim_workdir(workdir, to_dict(run), texts, describe(run, what))
     with Checkpoints(workdir) as checkpoints:

@@ -23,9 +23,9 @@ FLOORS = {
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api",
     "measure": "held_out digits totals report",
-    "train": "optim board metrics runs sweep rows supervised rl.rewards.quantities rl.rewards.extract "
-    "rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions rl.prompts rl.unigrpo "
-    "rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
+    "train": "optim board metrics runs sweep rows program pictures supervised rl.rewards.quantities "
+    "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions "
+    "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
     "rl.diagnose aot",
     "programs": "process configured train rl sweep sample prepare convert aot command",
 }

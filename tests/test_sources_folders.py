@@ -174,10 +174,40 @@ def test_names_that_do_not_fit_the_classes_are_errors(tmp_path, lines, missing):
         open_source(SourceConfig("images", "imagefolder", labels="labels"), str(tmp_path))
 
 
-def test_folders_without_classes_or_images_are_errors(tmp_path):
-    write_images(tmp_path / "flat", 1)
-    with pytest.raises(ValueError, match="flat has no folders; expected one for each class"):
-        open_source(SourceConfig("flat", "imagefolder"), str(tmp_path))
+def texts_of(folder):
+    source = open_source(SourceConfig(str(folder), "imagefolder"))
+    return {source[i].key: source[i].texts[0] for i in range(len(source))}, source
+
+
+def test_a_folder_of_pictures_has_captions_beside_them_or_its_own_name(tmp_path):
+    folder = tmp_path / "red_cats"
+    write_images(folder, 3)
+    names = sorted(path.name for path in folder.iterdir())
+    found, bare = texts_of(folder)
+    assert found == dict.fromkeys(names, "red cats")
+    (folder / names[0]).with_suffix(".txt").write_text("a cat that sleeps\n")
+    (folder / names[2]).with_suffix(".txt").write_text("\ufeffa cat that sits")
+    (folder / "readme.txt").write_text("no caption of a picture")
+    found, source = texts_of(folder)
+    assert found == {names[0]: "a cat that sleeps", names[2]: "a cat that sits"}
+    assert source.ignored == {"no caption": 1, "no image": 1}
+    (folder / names[0]).with_suffix(".txt").write_text("a cat that slept")
+    assert len({bare.fingerprint, source.fingerprint, texts_of(folder)[1].fingerprint}) == 3
+    (folder / names[0]).with_suffix(".txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is no UTF-8"):
+        texts_of(folder)
+
+
+def test_a_caption_is_more_than_the_name_of_a_class(tmp_path):
+    write_images(tmp_path / "cats" / "tabby", 2)
+    first, second = sorted((tmp_path / "cats" / "tabby").iterdir())
+    first.with_suffix(".txt").write_text("it sleeps")
+    found, source = texts_of(tmp_path / "cats")
+    assert found == {f"tabby/{first.name}": "it sleeps", f"tabby/{second.name}": "tabby"}
+    assert not source.ignored
+
+
+def test_folders_without_images_are_errors(tmp_path):
     (tmp_path / "bare" / "class").mkdir(parents=True)
     with pytest.raises(ValueError, match="bare has no record that can be used"):
         open_source(SourceConfig("bare", "imagefolder"), str(tmp_path))

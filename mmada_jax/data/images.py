@@ -127,9 +127,15 @@ def to_pixels(picture: Any, size: tuple[int, int], channels: int, how: Resize = 
         exact = pixels.shape[:2] == tuple(size) and pixels.shape[2] in (1, channels)
         if pixels.dtype.kind == "f" and exact:
             return np.repeat(pixels.astype(np.float32), channels // pixels.shape[2], axis=2)
-    image = Image.fromarray(resize(to_image(picture), size, how))
-    pixels = np.asarray(image.convert("L") if channels == 1 else image, np.float32)
-    return pixels.reshape(*size, channels) / np.float32(127.5) - 1
+    return to_bytes(picture, size, channels, how).astype(np.float32) / np.float32(127.5) - 1
+
+
+def to_bytes(picture: Any, size: tuple[int, int], channels: int, how: Resize = "crop") -> np.ndarray:
+    """The same as uint8 [I, J, C]: grey for one channel, RGB for three."""
+    pixels = resize(to_image(picture), size, how)
+    if channels == 1:
+        pixels = np.asarray(Image.fromarray(pixels).convert("L"))
+    return pixels.reshape(*size, channels)
 
 
 def to_mask(mask: Any) -> np.ndarray:

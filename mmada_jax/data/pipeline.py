@@ -132,7 +132,8 @@ def left_out(opened: Mapping[str, Mapping[str, sources.Source]], key: str = "dat
         for name, source in of_task.items():
             if ignored := getattr(source, "ignored", {}):
                 reasons = ", ".join(f"{reason} {n:,}" for reason, n in ignored.items())
-                lines.append(f"config.{key}.{task}.{name}: {len(source):,} records; left out: {reasons}")
+                where = ".".join(filter(None, ("config", key, task, name)))
+                lines.append(f"{where}: {len(source):,} records; left out: {reasons}")
     return lines
 
 
@@ -353,8 +354,8 @@ class Pipeline(Turns):
             raise ValueError(f"record {record.key!r} has no image{'' if self.encodes else ' codes'}")
         pixels = record.image
         if isinstance(pixels, bytes):
-            I, J, _ = self.shape.pixels
-            pixels = images.resize(images.open_image(pixels), (I, J), config.resize)
+            I, J, C = self.shape.pixels
+            pixels = images.to_bytes(pixels, (I, J), C, config.resize)
         if pixels.shape != self.shape.pixels:
             raise ValueError(f"record {record.key!r} has pixels {pixels.shape}, not {self.shape.pixels}")
         return np.full(self.shape.n_image, self.vocab.image_offset, np.int32), pixels

@@ -272,14 +272,11 @@ def advance(
     size, at = rule.size(length), spot(draft, state, length, rule, vocab)
     place_BN = at.at_B[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     in_block_BN = (place_BN >= at.first_B[:, None]) & (place_BN < at.end_B[:, None])
-    take, put = (
-        functools.partial(cached.take, at_B=at.at_B, size=size),
-        functools.partial(_put, at_B=at.at_B),
-    )
+    take = functools.partial(cached.take, at_B=at.at_B, size=size)
+    put = functools.partial(_put, at_B=at.at_B)
     now_BN = take(state.tokens_BL)
     hidden_BN = in_block_BN & (now_BN == vocab.mask)
     n_given_B = jnp.sum(in_block_BN & (take(draft.tokens_BL) == vocab.mask), axis=1)
-
     active_B = unfinished(draft, state, length, rule)
     cache, kept_BNV, changed_BN = state.cache, state.kept, state.changed
     if rule.cache != "none":

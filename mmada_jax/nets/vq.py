@@ -3,12 +3,12 @@
 Shape letters: B images, I and J rows and columns of pixels, i and j rows and columns of tokens, C
 channels, Z bits of a code. A code is the signs of Z latent channels, and channel 0 is its highest bit
 (MAGVIT-v2, arXiv 2310.05737). Params are a plain nested dict; weights of convolutions are [height, width,
-in, out]. Training is in `train.supervised`, running it on many images in `model.vision`.
+in, out]. Training is in `train.pictures`, running it on many images in `model.vision`.
 """
 
 import dataclasses
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -56,7 +56,18 @@ class VQConfig(Ranged):
 
 
 PRESETS = {
+    # 256 and 512 pixels, as published.
     "magvitv2": VQConfig(),
+    # 64 to 128 pixels.
+    "medium": VQConfig(
+        channels=64, encoder_mult=(1, 2, 2, 4), encoder_blocks=(2, 2, 2, 2), decoder_mult=(1, 2, 2, 4),
+        decoder_blocks=(2, 2, 2, 2), bits=12,
+    ),
+    # 16 to 64 pixels.
+    "small": VQConfig(
+        channels=32, encoder_mult=(1, 2, 2), encoder_blocks=(1, 1, 1), decoder_mult=(1, 2, 2),
+        decoder_blocks=(1, 1, 1), bits=10,
+    ),
     "digits": VQConfig(
         channels=32, encoder_mult=(1, 2), encoder_blocks=(1, 1), decoder_mult=(1, 2),
         decoder_blocks=(1, 1), bits=6, pixel_channels=1,
@@ -111,10 +122,20 @@ def decode(params: dict[str, Any], config: VQConfig, codes_Bij: jax.Array) -> ja
     return _Decoder(config).apply({"params": params["decoder"]}, z_BijZ)
 
 
-def losses(
+class Rebuilt(NamedTuple):
+    """What becomes of pictures in training: the terms of the loss by name, the pictures as they are
+    decoded, and their codes."""
+
+    terms: dict[str, jax.Array]
+    pixels_BIJC: jax.Array
+    codes_Bij: jax.Array
+
+
+def rebuild(
     params: dict[str, Any], config: VQConfig, pixels_BIJC: jax.Array, temperature: float = 1.0
-) -> dict[str, jax.Array]:
-    """The terms of the tokenizer's loss (MAGVIT-v2, arXiv 2310.05737), each a scalar.
+) -> Rebuilt:
+    """Encodes and decodes pictures in a way that has gradients. The terms are those of MAGVIT-v2 (arXiv
+    2310.05737), each a scalar:
 
     reconstruction   mean squared error of the pixels; its gradient passes the quantiser unchanged
     commitment       mean squared distance between the latents and their signs
@@ -125,7 +146,8 @@ def losses(
     groups.
     """
     z_BijZ = latents(params, config, pixels_BIJC)
-    q_BijZ = dequantize(quantize(z_BijZ), config.bits)
+    codes_Bij = quantize(z_BijZ)
+    q_BijZ = dequantize(codes_Bij, config.bits)
     straight_BijZ = z_BijZ + jax.lax.stop_gradient(q_BijZ - z_BijZ)
     out_BIJC = _Decoder(config).apply({"params": params["decoder"]}, straight_BijZ)
 
@@ -137,11 +159,24 @@ def losses(
     logit_BijZ = 4 * z_BijZ / temperature
     mean_Z = jnp.clip(jnp.mean(jax.nn.sigmoid(logit_BijZ), axis=(0, 1, 2)), 1e-6, 1 - 1e-6)
     codebook_Z = entropy(jnp.log(mean_Z) - jnp.log1p(-mean_Z))
-    return {
+    terms = {
         "reconstruction": jnp.mean((out_BIJC - pixels_BIJC) ** 2),
         "commitment": jnp.mean((z_BijZ - jax.lax.stop_gradient(q_BijZ)) ** 2),
         "entropy": jnp.mean(entropy(logit_BijZ)) - jnp.mean(codebook_Z),
     }
+    return Rebuilt(terms, out_BIJC, codes_Bij)
+
+
+def init_discriminator(key: jax.Array, config: VQConfig) -> dict[str, Any]:
+    """Random params of the network that tells rebuilt pictures from real ones, float32."""
+    side = 2 * config.downsampling
+    return _Discriminator(config).init(key, jnp.zeros((1, side, side, config.pixel_channels)))["params"]
+
+
+def realness(params: dict[str, Any], config: VQConfig, pixels_BIJC: jax.Array) -> jax.Array:
+    """How real the discriminator holds each patch of a picture to be, [B, patches]; the objective of
+    training is above 1 for real ones and below -1 for rebuilt ones (hinge loss)."""
+    return _Discriminator(config).apply({"params": params}, pixels_BIJC)
 
 
 def to_uint8(pixels_BIJC: Any) -> np.ndarray:
@@ -246,3 +281,18 @@ class _Decoder(nn.Module):
                 x = _conv(self, f"up_{level}_upsample", x, x.shape[-1])
         x = jax.nn.silu(_norm(self, "norm_out", x))
         return _conv(self, "conv_out", x, c.pixel_channels)
+
+
+class _Discriminator(nn.Module):
+    """Pixels [B, I, J, C] -> a number for each patch [B, patches], by convolutions of stride 2 (PatchGAN,
+    arXiv 1611.07004): as many as there are levels of the encoder, and at most three."""
+
+    config: VQConfig
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        for level in range(min(3, max(1, len(c.encoder_mult) - 1))):
+            x = _conv(self, f"level_{level}", x, c.channels * 2**level, size=4, stride=2)
+            x = jax.nn.leaky_relu(_norm(self, f"norm_{level}", x) if level else x, 0.2)
+        return _conv(self, "conv_out", x, 1, size=3).reshape(len(x), -1)

@@ -98,6 +98,26 @@ def make(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     return _guard(inner, config)
 
 
+def averaged(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """Trains params["learned"] and lets the arrays beside it that have the same names follow as their
+    exponential mean, with a `decay` that rises from 0.1 over the first accepted updates, as TensorFlow's.
+    Other params are trained as ever. The state is that of `optimizer`, a GuardState."""
+
+    def trained(tree):
+        return {name: part for name, part in tree.items() if name not in tree["learned"]}
+
+    def update(grads, state, params):
+        updates, new = optimizer.update(trained(grads), state, trained(params))
+        learned = jax.tree.map(lambda x, y: x + y, params["learned"], updates["learned"])
+        n = new.accepted.astype(jnp.float32)
+        rate = 1 - jnp.minimum(np.float32(decay), (1 + n) / (10 + n))
+        rate *= (new.accepted - state.accepted).astype(jnp.float32)  # a skipped update changes nothing
+        means = {name: params[name] for name in learned}
+        return jax.tree.map(lambda mean, x: rate * (x - mean), means, learned) | updates, new
+
+    return optax.GradientTransformation(lambda params: optimizer.init(trained(params)), update)
+
+
 def _guard(inner: optax.GradientTransformation, config: OptimConfig) -> optax.GradientTransformation:
     """The optimizer `inner` with the guard: gradients that aren't finite or, with `spike`, much larger than
     usual change nothing but the counts."""

@@ -10,7 +10,7 @@ import jax
 from mmada_jax import files
 from mmada_jax.data import pipeline, sources
 from mmada_jax.tokens import layout
-from mmada_jax.train.runs import ModelRun, Plan, image_tokenizer_path, relative
+from mmada_jax.train.runs import ModelRun, Plan, VQRun, image_tokenizer_path, relative
 from mmada_jax.weights import lazy
 from mmada_jax.weights.folder import ModelFolder, open_image_tokenizer
 from mmada_jax.weights.workdir import DATA, differences, has_step
@@ -22,6 +22,27 @@ def open_data(
     """The rows of a run, from its sources; see `open_rows`. Raises where those can't be opened, don't fit
     the model, or where the workdir's run had others."""
     rows_of = open_rows(run, workdir, what, "data", run.batch_size, images, run.cond_dropout)
+    check_unchanged(run, workdir, rows_of)
+    return rows_of
+
+
+def open_pictures(
+    run: VQRun, workdir: pathlib.Path, key: str, size: int, pixels: tuple[int, int, int]
+) -> pipeline.Pictures:
+    """Batches of `size` pictures of so many rows, columns and channels, from the sources under
+    config.`key`. Raises where those can't be opened, or where the workdir's run had others."""
+    data = getattr(run, key)
+    opened = pipeline.open_pictures(
+        data, str(relative(run.data_root, workdir)) if run.data_root else "", key
+    )
+    made = pipeline.Pictures({key: data}, {key: opened}, {key: size}, run.seed, pixels)
+    if key == "data":
+        check_unchanged(run, workdir, made)
+    return made
+
+
+def check_unchanged(run: ModelRun | VQRun, workdir: pathlib.Path, rows_of: pipeline.Turns) -> None:
+    """Raises ValueError if the run of the workdir had other data."""
     known = workdir / DATA
     if has_step(workdir) and known.is_file() and not run.data_may_change:
         changed = list(differences("data", files.read_json(known, dict), rows_of.description))
@@ -31,7 +52,6 @@ def open_data(
                 f"{workdir} was trained on other data: {changes}. It can't go on where it was; "
                 "restore what was, or say --config.data_may_change=True"
             )
-    return rows_of
 
 
 def open_rows(
@@ -80,7 +100,8 @@ def open_rows(
     )  # fmt: skip
 
 
-def say_left_out(rows: pipeline.Pipeline, key: str) -> None:
-    """Prints, in the first process, what the sources under config.`key` leave out."""
+def say_left_out(rows: pipeline.Turns, key: str = "") -> None:
+    """Prints, in the first process, what the sources under config.`key` leave out; those of
+    pictures are right under config."""
     for line in pipeline.left_out(rows.opened, key) if jax.process_index() == 0 else ():
         print(line, flush=True)

@@ -70,12 +70,35 @@ class Run(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class VQRun(Run):
-    """Training of the image tokenizer. `entropy` and `commitment` weigh these losses; the reconstruction
-    weighs 1."""
+    """Training of the image tokenizer, on pictures from the sources in `data`, on canvases of digits if
+    that is empty.
+
+    The architecture is the preset's with the fields in `model`, or that of the image tokenizer in the
+    folder `init`, from which the run then starts. Pictures are resized to `image_size` pixels.
+
+    The reconstruction weighs 1; `entropy` and `commitment` weigh these losses. `adversarial` weighs the
+    loss by a discriminator, which is trained beside it; both begin at step `adversarial_start`. With
+    `average` what is trained is followed by a mean of that decay, and the mean is the image tokenizer that
+    the run leaves. Every `eval_every` steps `eval_rows` held-out pictures are rebuilt and compared, and
+    the first `samples` of them shown. Paths are as in a ModelRun.
+    """
 
     preset: str = "digits"
+    init: str = ""
+    model: Annotated[dict[str, Any], FieldsOf(vq.VQConfig)] = dataclasses.field(default_factory=dict)
+    image_size: Annotated[int, Range(0, 65536)] = 0  # pixels of a side; the canvases have their own
     entropy: Weight = 0.1
     commitment: Weight = 0.1
+    adversarial: Weight = 0.0
+    adversarial_start: Annotated[Count, OnlyWith("adversarial")] = 0
+    average: Annotated[float, Range(0, 1, below=True)] = 0.0
+    data_root: str = ""
+    data: dict[str, sources.SourceConfig] = dataclasses.field(default_factory=dict)
+    held_out: dict[str, sources.SourceConfig] = dataclasses.field(default_factory=dict)
+    data_may_change: bool = False  # whether a resumed run may have other data than before
+    eval_every: Count = 0
+    eval_rows: Annotated[Positive, OnlyWith("eval_every")] = 64
+    samples: Annotated[Count, OnlyWith("eval_every")] = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +170,8 @@ def same_in_all(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
 def check_rows(run: VQRun | ModelRun, mesh: jax.sharding.Mesh) -> None:
     """Raises ValueError if the rows of a batch can't be spread over the devices."""
     shards = sharding.row_parts(mesh)
-    of_model = isinstance(run, ModelRun)
-    sizes = {"batch_size": run.accumulate if of_model else 1}
-    if of_model and run.eval_every:
+    sizes = {"batch_size": run.accumulate if isinstance(run, ModelRun) else 1}
+    if isinstance(run, ModelRun) and run.eval_every:
         sizes["eval_rows"] = 1
     for name, parts in sizes.items():
         size, unit = getattr(run, name), shards * parts
@@ -239,7 +261,26 @@ def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
     return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
 
 
-def grid_of(run: ModelRun, vq_config: vq.VQConfig) -> tuple[int, int]:
+def codec_of(run: VQRun, workdir: pathlib.Path) -> vq.VQConfig:
+    """The architecture of an image tokenizer that is trained. Raises ValueError for an unknown preset and
+    for fields that don't fit each other, FileNotFoundError if what it starts from isn't there."""
+    if bool(run.data) != bool(run.image_size):
+        raise ValueError(
+            f"image_size is {run.image_size} and data names {len(run.data)} sources; pictures of your own "
+            "need both, canvases of digits neither"
+        )
+    if run.eval_every and not run.held_out:
+        raise ValueError(f"eval_every is {run.eval_every} and held_out is empty; name sources there")
+    if run.init and run.model:
+        raise ValueError(f"model {run.model} has no effect: the architecture is that of init; drop it")
+    if run.init:
+        folder = workdir if has_step(workdir) else relative(run.init, workdir)
+        return open_image_tokenizer(folder, weights=False).config
+    values = dataclasses.asdict(preset_of(vq.PRESETS, run.preset)) | dict(run.model)
+    return config_lib.from_dict(vq.VQConfig, values, "model.")
+
+
+def grid_of(run: ModelRun | VQRun, vq_config: vq.VQConfig) -> tuple[int, int]:
     """Rows and columns of image tokens."""
     down = vq_config.downsampling
     I, J = (run.image_size, run.image_size) if run.image_size else (digits.HEIGHT, digits.WIDTH)
@@ -335,10 +376,10 @@ def image_tokenizer_path(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.
     return kept if has_step(workdir) and kept.is_dir() else relative(run.image_tokenizer, workdir)
 
 
-def describe(run: VQRun | ModelRun, what: Plan | None) -> dict[str, Any]:
-    """The model.json of a run's workdir; `what` is the plan of a run of the model."""
-    if what is None:
-        return describe_image_tokenizer(preset_of(vq.PRESETS, run.preset))
+def describe(run: VQRun | ModelRun, what: Plan | vq.VQConfig) -> dict[str, Any]:
+    """The model.json of a run's workdir; `what` is as `check_run` gives it."""
+    if isinstance(what, vq.VQConfig):
+        return describe_image_tokenizer(what)
     formats = {source.format for of_task in run.data.values() for source in of_task.values()}
     generation = digits.GENERATION if "digits" in formats else {}
     return describe_model(what.model, what.vocab, what.grid, run.max_text, generation)

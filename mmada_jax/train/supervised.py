@@ -1,7 +1,8 @@
 """Training: one program for the image tokenizer and for stages 1 and 2 of the model.
 
-A Program is what differs between them: how params are made and laid out, the batch of a step, the loss. The
-loop of `train` is the same for both. A batch is a function of (seed, step) and the key of a step is
+A Program (`train.program`) is what differs between them: how params are made and laid out, the batch of a
+step, the loss. The loop of `train` is the same for both; the image tokenizer's program is in
+`train.pictures`. A batch is a function of (seed, step) and the key of a step is
 fold_in(root, step), so a resumed run repeats to the bit what an uninterrupted one does.
 
 The loss of the model is traced from `train` through `make_step` and `model_objective` to
@@ -12,11 +13,10 @@ configuration amounts to is in `train.runs`, where rows come from in `train.rows
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from mmada_jax import config as config_lib
-from mmada_jax.data import digits, pipeline
+from mmada_jax.data import pipeline
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import connect_axes, together, watch_signals
 from mmada_jax.diffusion import corrupt, loss
@@ -38,82 +38,38 @@ from mmada_jax.nets import transformer, vq
 from mmada_jax.ranges import warn_without_effect
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
-from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
-from mmada_jax.train import optim
-from mmada_jax.train.metrics import Metrics, tell
+from mmada_jax.train import optim, pictures
+from mmada_jax.train.metrics import Metrics, tell, warn
+from mmada_jax.train.program import Objective, Program
 from mmada_jax.train.rows import open_data, open_rows, say_left_out
 from mmada_jax.train.runs import (
     ModelRun,
     Plan,
     VQRun,
     check_rows,
+    codec_of,
     describe,
+    grid_of,
     image_tokenizer_path,
     parse,
     plan,
-    preset_of,
     same_in_all,
 )
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
-    ModelFolder,
     keep_image_tokenizer,
     open_image_tokenizer,
 )
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
-from mmada_jax.weights.workdir import DATA, TOKENIZER, check_workdir, claim_workdir, has_step, refuse_busy
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """What is trained: params, and their loss on rows that `prepare` makes of a batch.
-
-    `loss` must be a sum over rows: where a batch goes through the model in parts, the gradients of the
-    parts are added.
-    """
-
-    init_params: Callable[[jax.Array], Any]
-    axes: Any  # logical axis names of the params, None: replicated
-    prepare: Callable[[jax.Array, Any], Any]  # (key of the step, batch) -> rows
-    loss: Callable[[Any, Any], tuple[jax.Array, dict[str, jax.Array]]]  # (params, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What the loop of `train` needs to know of a run.
-
-    `load` gives those rows of a step that lie on the devices of this process. `encode` takes rows placed
-    on the devices and gives the batch that the objective prepares. `images` is the image tokenizer of a
-    model's run. `start` are the params to begin with, as Lazy arrays, None for random ones. `evaluate`
-    takes (params, step, metrics), gives values and shows samples in the metrics. `data` describes the data;
-    a resumed run compares it with what it had before.
-    """
-
-    objective: Objective
-    load: Callable[[int, Sequence[int]], pipeline.Loaded]
-    encode: Callable[[Any], Any]
-    tokens_per_step: int
-    flops_per_step: Callable[[Mapping[str, float]], float] | int = 0  # from a step's values; 0: unknown
-    tokenizer: TextTokenizer | None = None
-    images: ModelFolder | None = None
-    accumulate: int = 1
-    start: Any = None
-    evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
-    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def texts(self) -> dict[str, str]:
-        """The files that a workdir keeps of a run, by name."""
-        if not self.tokenizer:
-            return {}
-        return {TOKENIZER: self.tokenizer.to_json(), DATA: json.dumps(self.data, indent=1)}
-
+from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, refuse_busy
 
 # Fields of the configuration that decide what params a model has. A workdir holds one model, so a resumed
 # run must have the same ones.
-FIXED = ("program", "preset", "model", "text_vocab", "max_text", "image_size")
+FIXED = (
+    "program", "preset", "model", "text_vocab", "max_text", "image_size", "average", "adversarial",
+)  # fmt: skip
 # Fields within these that only decide how the model is computed. A resumed run may change them.
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
 
@@ -134,7 +90,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         same |= same_in_all(run, workdir)
     connect_axes(mesh)
     with together("opening the data") as same:
-        program = model_program(run, workdir, mesh, what) if what else vq_program(run)
+        make = model_program if isinstance(what, Plan) else pictures.program
+        program = make(run, workdir, mesh, what)
         same |= {"data": program.data}
     first_process = jax.process_index() == 0
     say = tell if first_process else lambda *_: None
@@ -143,6 +100,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
     # ---- State ----------------------------------------------------------------------------------
     optimizer = optim.make(run.optim, run.steps)
+    optimizer = optim.averaged(optimizer, program.average) if program.average else optimizer
     objective = program.objective
     shapes, shardings = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
     n_params = sum(x.size for x in jax.tree.leaves(shapes.params))
@@ -217,6 +175,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     values["lr"] = optim.learning_rate(run.optim, run.steps, state.opt_state)
                     values["failed_saves"] = checkpoints.failed
                     metrics.write(done, values, program.tokens_per_step)
+                    if first_process and (remark := program.remark(values)):
+                        warn(remark)
                 if log or save:
                     streak = optim.check_streak(run.optim, state.opt_state, checkpoints.give_up)
                     sound = not streak and np.isfinite(float(values["loss"]))
@@ -236,26 +196,26 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
 def check_run(
     config: Mapping[str, Any], workdir: str | pathlib.Path, vq_config: Mapping[str, Any] | None = None
-) -> tuple[VQRun | ModelRun, jax.sharding.Mesh, Plan | None]:
+) -> tuple[VQRun | ModelRun, jax.sharding.Mesh, Plan | vq.VQConfig]:
     """Parses a configuration and raises for whatever is wrong with it; nothing is computed or written.
 
-    Returns the run, its mesh, and the plan of a model's run. `vq_config` is the configuration of the image
-    tokenizer, if that is yet to be trained.
+    Returns the run, its mesh, and the plan of a model's run, or the architecture of an image tokenizer.
+    `vq_config` is the configuration of the image tokenizer, if that is yet to be trained.
     """
     run, workdir = parse(config), pathlib.Path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
     check_same(run, workdir)
-    what = None
     if isinstance(run, ModelRun):
-        to_train = vq_config and preset_of(vq.PRESETS, parse(vq_config).preset)
+        to_train = vq_config and codec_of(parse(vq_config), workdir)
         what = plan(run, workdir, to_train, start=not has_step(workdir))
         if to_train:  # what is wrong with the data must be said before hours of the image tokenizer
             open_data(run, workdir, what)
             if run.eval_every:
                 open_rows(run, workdir, what, "held_out", run.eval_rows)
     else:
-        preset_of(vq.PRESETS, run.preset)
+        what = codec_of(run, workdir)
+        grid_of(run, what)
     return run, mesh, what
 
 
@@ -284,7 +244,7 @@ def make_step(
 
     def step_fn(state, root, batch):
         key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
-        rows = objective.prepare(key, batch)
+        rows = objective.prepare(key, batch, state.step)
         if accumulate == 1:
             grads, values = gradients(state.params, rows)
         else:
@@ -324,7 +284,8 @@ def model_objective(run: ModelRun, model: transformer.ModelConfig, vocab: Vocab)
     """The objective of the model: hide tokens of clean rows, predict them, sum the weighted losses."""
     tasks = [task for task, share in run.mixture.items() if share]
 
-    def prepare(key, batch):
+    def prepare(key, batch, step):
+        del step
         return MaskedRows(corrupt.corrupt(key, batch, vocab, run.loss), batch.valid, batch.task)
 
     def loss_fn(params, rows):
@@ -424,27 +385,3 @@ def evaluation(
         return values
 
     return measure
-
-
-def vq_program(run: VQRun) -> Program:
-    """The program of an image tokenizer: its losses, on canvases of digits."""
-    vq_config = preset_of(vq.PRESETS, run.preset)
-
-    def loss_fn(params, pixels_BIJC):
-        terms = vq.losses(params, vq_config, pixels_BIJC)
-        total = (
-            terms["reconstruction"] + run.entropy * terms["entropy"] + run.commitment * terms["commitment"]
-        )
-        return total, terms
-
-    return Program(
-        objective=Objective(
-            init_params=functools.partial(vq.init_params, config=vq_config),
-            axes=None,
-            prepare=lambda key, pixels_BIJC: pixels_BIJC,  # nothing is drawn
-            loss=loss_fn,
-        ),
-        load=pipeline.Canvases(run.batch_size, run.seed).load,
-        encode=lambda pixels_BIJC: pixels_BIJC,
-        tokens_per_step=run.batch_size * digits.HEIGHT * digits.WIDTH // vq_config.downsampling**2,
-    )

@@ -257,6 +257,8 @@ def _open_workdir(path, values, weights, step) -> ModelFolder:
     params = _shapes_of(config)
     if weights:
         params, step = newest_params(path, step)
+        if is_vq:  # beside these there may be what only training needs
+            params = {half: params[half] for half in ("encoder", "decoder")}
     told = told | ({} if is_vq else _generation(path))
     return ModelFolder(path, "workdir", fields["model_type"], config, fields, params, nested, step, told)
 

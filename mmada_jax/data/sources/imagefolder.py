@@ -1,4 +1,4 @@
-"""Folders of images, with one folder for each class, and the texts of the classes."""
+"""Folders of images, with captions beside the images, or one folder for each class."""
 
 import collections
 import hashlib
@@ -10,7 +10,9 @@ from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     IMAGES,
     MAX_IMAGE,
+    MAX_TEXT,
     UNREAD_IMAGES,
+    below,
     find_files,
     find_folder,
     stamp_of,
@@ -20,27 +22,37 @@ from mmada_jax.data.sources.source import Records, SourceConfig
 
 
 class ImageFolder(Records):
-    """A record for each image. Its text is the name of its class."""
+    """A record for each image. Its text is the content of the text file beside it (`dog.txt` of `dog.png`),
+    else the name of its class. Where there are no classes, images without a text file are left out, unless
+    no image has one: then the text is the name of the folder."""
 
     def __init__(self, config: SourceConfig, root: str):
         self._folder = find_folder(config, root)
         classes = sorted(e.name for e in os.scandir(self._folder) if e.is_dir() and e.name[0] != ".")
-        if not classes:
-            raise ValueError(f"{self._folder} has no folders; expected one for each class of images")
         labels = find_labels(config, root)
         self._texts = [name.replace("_", " ") for name in classes]
         if labels:
             self._texts = read_labels(labels, classes)
-        self._files: list[tuple[int, str]] = []
+        # (number of the class, path, path of the caption or an empty text)
+        self._files: list[tuple[int, str, str]] = []
         ignored: collections.Counter[str] = collections.Counter()
         seen = hashlib.sha256()
-        for entry in os.scandir(self._folder):
-            if not entry.is_dir() and _is_image(entry.name):
-                ignored["image outside of the folders of classes"] += 1
+        if not classes:
+            classes, self._texts = [""], [os.path.basename(self._folder).replace("_", " ")]
+        else:
+            for entry in os.scandir(self._folder):
+                if not entry.is_dir() and _is_image(entry.name):
+                    ignored["image outside of the folders of classes"] += 1
         for number, name in enumerate(classes):
-            for path, size in _images_below(self._folder, name, ignored):
-                self._files.append((number, path))
+            for path, size, caption in _images_below(self._folder, name, ignored):
+                self._files.append((number, path, caption))
                 seen.update(f"{path}:{size}\n".encode(errors="replace"))
+                if caption:
+                    length = os.path.getsize(os.path.join(self._folder, caption))
+                    seen.update(f"{caption}:{length}\n".encode(errors="replace"))
+        if classes == [""] and any(caption for _, _, caption in self._files):
+            ignored["no caption"] += sum(not caption for _, _, caption in self._files)
+            self._files = [file for file in self._files if file[2]]
         stamp = seen.digest() + stamp_of([*filter(None, [labels])])
         super().__init__(config, len(self._files), stamp, +ignored)
 
@@ -48,18 +60,30 @@ class ImageFolder(Records):
         return self._files[index][1]
 
     def _read(self, index: int) -> Record:
-        number, name = self._files[index]
-        row = {"image": name, "text": self._texts[number]}
+        number, name, caption = self._files[index]
+        text = self._texts[number]
+        if caption:
+            text = files.read_text(below(self._folder, caption), MAX_TEXT).strip()
+        row = {"image": name, "text": text}
         return make_record(name, row, Columns(image=("image",), text=("text",)), self._folder)
 
 
-def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> Iterator[tuple[str, int]]:
-    """(path below `folder`, size in bytes) of each image at any depth below the folder `name`, in order.
+def _images_below(
+    folder: str, name: str, ignored: collections.Counter[str]
+) -> Iterator[tuple[str, int, str]]:
+    """(path below `folder`, size in bytes, path of the caption) of each image at any depth below the folder
+    `name`, in order. The latter is empty if there is no text file beside the image.
 
     `ignored` counts the files that are left out. Hidden files are counted only if they are pictures.
     """
-    for entry in sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name):
-        path = f"{name}/{entry.name}"
+    entries = sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name)
+    stems = {entry.name.rpartition(".")[0] for entry in entries if _is_image(entry.name)}
+    captions = {e.name[:-4]: e.name for e in entries if _suffix(e.name) == "txt" and e.name[:-4] in stems}
+    prefix = f"{name}/" if name else ""
+    for entry in entries:
+        path = f"{prefix}{entry.name}"
+        if entry.name in captions.values():
+            continue
         if entry.name[0] == ".":
             ignored["hidden file"] += _is_image(entry.name)
             continue
@@ -74,7 +98,8 @@ def _images_below(folder: str, name: str, ignored: collections.Counter[str]) -> 
         elif _suffix(entry.name) in UNREAD_IMAGES:
             ignored["format of images that isn't read"] += 1
         else:
-            yield path, entry.stat().st_size
+            caption = captions.get(entry.name.rpartition(".")[0])
+            yield path, entry.stat().st_size, prefix + caption if caption else ""
 
 
 def _is_image(name: str) -> bool:

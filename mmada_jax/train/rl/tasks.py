@@ -13,6 +13,7 @@ import numpy as np
 from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
 from mmada_jax.train.metrics import warn
+from mmada_jax.train.program import Objective
 from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.rollout import (
@@ -25,7 +26,7 @@ from mmada_jax.train.rl.rollout import (
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import Rollout
 from mmada_jax.train.rl.update import Scored, make_objective, make_score
-from mmada_jax.train.supervised import Objective, make_step
+from mmada_jax.train.supervised import make_step
 from mmada_jax.weights.state import TrainState
 
 

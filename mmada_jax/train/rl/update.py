@@ -19,10 +19,10 @@ from mmada_jax.diffusion import loss
 from mmada_jax.model.model import Model
 from mmada_jax.nets import transformer
 from mmada_jax.tokens.vocab import Vocab
+from mmada_jax.train.program import Objective
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.rollout import ResponseSpan
 from mmada_jax.train.rl.run import RLRun, Task
-from mmada_jax.train.supervised import Objective
 
 
 class Scored(NamedTuple):
@@ -96,8 +96,8 @@ def make_score(
 def make_objective(run: RLRun, model: Model, at: ResponseSpan) -> Objective:
     """UniGRPO's objective on an UpdateBatch: a sum over rows, and the same function for all tasks."""
 
-    def prepare(key, batch):
-        del key  # the masks were drawn when the rows were scored
+    def prepare(key, batch, step=None):
+        del key, step  # the masks were drawn when the rows were scored
 
         def take(x_R):
             return sharding.constrain(x_R[batch.chosen.which_S], "batch", *(None,) * (x_R.ndim - 1))
