@@ -139,6 +139,17 @@ def rollouts_options(parser: Parser) -> None:
     parser.add_argument("--repeats", type=repeats, default=10, help="default: %(default)s")
 
 
+def named_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench named`."""
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="as configs/own.py trains it")
+    parser.add_argument("--train", required=True, metavar="FOLDER", help="pictures that the judge knows")
+    parser.add_argument("--test", required=True, metavar="FOLDER", help="pictures to be named")
+    parser.add_argument("--n", type=at_least_one, default=10000, help="of them at most (%(default)s)")
+    parser.add_argument("--each", type=at_least_one, default=50, help="drawings of a name (%(default)s)")
+    parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="write drawings there")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
 def seeds_options(parser: Parser) -> None:
     """Adds the options of `mmada bench seeds`."""
     forms = ("default", *quickstart.FORMS)
@@ -188,6 +199,7 @@ BENCHMARKS = {
     "data": Benchmark("the input of training: images per second", data_options),
     "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
     "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
+    "named": Benchmark("a model of your own pictures: naming, drawing and redrawing them", named_options),
     "seeds": Benchmark(
         "the quickstart with several seeds: mean, least share and deviation of each metric",
         seeds_options,

@@ -22,8 +22,8 @@ FLOORS = {
     "folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api",
-    "measure": "held_out digits totals report",
-    "train": "optim board metrics runs sweep rows program pictures supervised rl.rewards.quantities "
+    "measure": "held_out digits totals named report",
+    "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
     "rl.diagnose aot",

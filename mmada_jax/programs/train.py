@@ -11,8 +11,12 @@ All need the same workdir, on a file system that they share.
 """
 
 import os
+from typing import TYPE_CHECKING
 
 from mmada_jax.programs.configured import add_processes, config_parser, connect, parse
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 
 def main(argv: list[str]) -> None:
@@ -21,24 +25,38 @@ def main(argv: list[str]) -> None:
     add_processes(parser)
     args = parse(parser, argv)
 
+    from ml_collections import ConfigDict
+
     from mmada_jax.train import runs
     from mmada_jax.train.supervised import check_run, train
 
+    tokenizer = None
+    if args.config.program == "own":
+        from mmada_jax.train import own
+
+        model, tokenizer, told = own.configurations(args.config)
+        print(told, flush=True)
+        args.config = ConfigDict(model)
     connect(args, "mmada train", runs.parse)
     config, workdir = args.config, args.workdir
     if config.program == "model" and not config.get("image_tokenizer"):
-        try:
-            from configs import vq
-        except ImportError:
-            raise ValueError(
-                "config.image_tokenizer is empty, and there is no configs/vq.py by which to train one: "
-                "name the folder of an image tokenizer, or call this in the repository's folder"
-            ) from None
+        tokenizer = ConfigDict(tokenizer) if tokenizer else of_digits()
         with config.unlocked():
             config.image_tokenizer = "image_tokenizer"
-        tokenizer = vq.get_config("digits")
         check_run(config, workdir, tokenizer)
         state = train(tokenizer, os.path.join(workdir, config.image_tokenizer))
         if int(state.step) < tokenizer.steps:
             return  # a signal
     train(config, workdir)
+
+
+def of_digits() -> "ConfigDict":
+    """The configuration of the image tokenizer of the digits. Raises ValueError where it isn't there."""
+    try:
+        from configs import vq
+    except ImportError:
+        raise ValueError(
+            "config.image_tokenizer is empty, and there is no configs/vq.py by which to train one: "
+            "name the folder of an image tokenizer, or call this in the repository's folder"
+        ) from None
+    return vq.get_config("digits")
