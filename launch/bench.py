@@ -150,6 +150,14 @@ def named_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
+def codec_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench codec`."""
+    parser.add_argument("--preset", choices=("digits", "small", "medium", "magvitv2"), default="small")
+    parser.add_argument("--rows", type=at_least_one, default=8, help="pictures of a step (%(default)s)")
+    parser.add_argument("--side", type=at_least_one, default=64, help="pixels (%(default)s)")
+    parser.add_argument("--repeats", type=repeats, default=11, help="default: %(default)s")
+
+
 def seeds_options(parser: Parser) -> None:
     """Adds the options of `mmada bench seeds`."""
     forms = ("default", *quickstart.FORMS)
@@ -199,6 +207,7 @@ BENCHMARKS = {
     "data": Benchmark("the input of training: images per second", data_options),
     "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
     "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
+    "codec": Benchmark("a training step of the image tokenizer, against PyTorch", codec_options),
     "named": Benchmark("a model of your own pictures: naming, drawing and redrawing them", named_options),
     "seeds": Benchmark(
         "the quickstart with several seeds: mean, least share and deviation of each metric",

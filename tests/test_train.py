@@ -26,7 +26,7 @@ from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics, optim
 from mmada_jax.train import supervised as train_lib
 from mmada_jax.train.runs import parse
-from mmada_jax.train.supervised import make_step, model_program, train
+from mmada_jax.train.supervised import make_step, model_program, place_frozen, train
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
 from mmada_jax.weights.inspect import inspect
@@ -49,7 +49,9 @@ def start(program, config, mesh):
     objective = program.objective
     _, shardings = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
     state = init_state(jax.random.key(0), objective.init_params, optimizer, shardings)
-    return state, make_step(objective, optimizer, mesh, shardings, program.accumulate)
+    frozen, places = place_frozen(program, mesh)
+    step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate, places)
+    return state, (lambda *given: step_fn(*given, *frozen)) if frozen else step_fn
 
 
 @pytest.mark.slow

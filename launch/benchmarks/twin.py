@@ -173,7 +173,8 @@ def training_step(config: transformer.ModelConfig, batch: layout.Batch) -> Calla
     """The step of mmada_jax/train/supervised.py; gradient descent where its requirements are missing."""
     root = jax.random.key(0)
 
-    def prepare(key, batch):
+    def prepare(key, batch, step=None):
+        del step
         return corrupt.corrupt(key, batch, VOCAB, OBJECTIVE), batch.valid
 
     def loss_fn(params, rows):
@@ -184,7 +185,7 @@ def training_step(config: transformer.ModelConfig, batch: layout.Batch) -> Calla
 
     init_params = functools.partial(transformer.init_params, config=config)
     try:
-        from mmada_jax.train import optim, supervised
+        from mmada_jax.train import optim, program, supervised
         from mmada_jax.weights.state import init_state, state_shardings
     except ImportError as error:
         print(f"{error.name} is missing: our training step is gradient descent instead of AdamW")
@@ -208,7 +209,7 @@ def training_step(config: transformer.ModelConfig, batch: layout.Batch) -> Calla
         with jax.set_mesh(mesh):
             state = init_state(root, init_params, optimizer, shardings)
         batch = sharding.put_batch(mesh, jax.tree.map(np.asarray, batch))
-        objective = supervised.Objective(init_params, axes, prepare, loss_fn)
+        objective = program.Objective(init_params, axes, prepare, loss_fn)
         step_fn = supervised.make_step(objective, optimizer, mesh, shardings)
 
     def run():

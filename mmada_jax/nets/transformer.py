@@ -137,9 +137,16 @@ def hidden_states(
 ) -> jax.Array:
     """Token ids and their validity -> final hidden states [B, L, D] in `config.dtype`.
 
-    `positions` are those of RoPE, below `max_len`, by default 0..L-1, padding counted.
+    `positions` are those of RoPE, below `max_len`, by default 0..L-1, padding counted. Beside the params
+    there may be adapters, as `lora.beside` puts them there.
     """
-    return _Transformer(config).apply({"params": params}, tokens_BL, valid_BL, positions_BL)
+    return _Transformer(config).apply(_variables(params), tokens_BL, valid_BL, positions_BL)
+
+
+def _variables(params):
+    """What Flax takes: the params, and the adapters of the blocks."""
+    variables = {"params": {name: part for name, part in params.items() if name != "lora"}}
+    return variables | ({"lora": {"blocks": params["lora"]}} if "lora" in params else {})
 
 
 def hidden_block(
@@ -164,7 +171,7 @@ def hidden_block(
     if config.pad == "soft":
         raise ValueError("steps that compute a part of a row need pad='hard'; this model's is 'soft'")
     network = _Transformer(config, stores=True, shadows=shadows)
-    return network.apply({"params": params}, tokens_BQ, valid_BQ, place_BQ, past, seen_BP)
+    return network.apply(_variables(params), tokens_BQ, valid_BQ, place_BQ, past, seen_BP)
 
 
 def unembed(
@@ -319,6 +326,16 @@ class _Block(nn.Module):
             w = self.param(name, _truncated_normal(std), shape)
             return _use(w, name, c, heads_merged)
 
+        def adapt(name, x, y, letters="BLR,RO->BLO", *heads, of_x="BLI"):
+            """The outputs `y` of a matrix for the inputs `x`, with those of its adapter."""
+            if not self.has_variable("lora", name):
+                return y
+            of, scale = self.get_variable("lora", name), self.get_variable("lora", "scale_N")
+            low_BLR = jnp.einsum(f"{of_x},IR->BLR", x, of["a_NIR"].astype(c.dtype))
+            b_RO = of["b_NRO"].astype(c.dtype)
+            more = jnp.einsum(letters, low_BLR, b_RO.reshape(len(b_RO), *heads) if heads else b_RO)
+            return y + more * scale.astype(c.dtype)
+
         def norm(name, x):
             return rms_norm(x, self.param(name, nn.initializers.ones, (c.d_model,)), c.norm_eps)
 
@@ -333,6 +350,9 @@ class _Block(nn.Module):
             ("BLD,DM->BLM", weight("v_DGK", kv_heads, width, heads_merged=True)),
             join=not self.stores,
         )
+        q_BHLK = adapt("q_DHK", h_BLD, q_BHLK, "BLR,RHK->BHLK", *heads[1:])
+        k_BGLK = adapt("k_DGK", h_BLD, k_BGLK, "BLR,RGK->BGLK", *kv_heads[1:])
+        v_BLM = adapt("v_DGK", h_BLD, v_BLM)
         k_BGLK = checkpoint_name(rope(k_BGLK, cos_B1LK, sin_B1LK), "qkv")
         q_BHLK = checkpoint_name(rope(q_BHLK, cos_B1LK, sin_B1LK), "qkv")
         v_BLM = checkpoint_name(v_BLM, "qkv")
@@ -350,7 +370,7 @@ class _Block(nn.Module):
             of_shadows = q_BHLK[:, :, -n:], k_BGLK, v_BLM, shadow_BST, valid_BL[:, -n:]
             att_BLM = jnp.concatenate([seen_BQM, attend(*of_shadows)], axis=1)
         o_MD = weight("o_HKD", (c.n_heads, c.d_head, c.d_model), width * depth, heads_merged=True)
-        x_BLD += products(att_BLM, ("BLM,MD->BLD", o_MD))[0]
+        x_BLD += adapt("o_HKD", att_BLM, products(att_BLM, ("BLM,MD->BLD", o_MD))[0])
         x_BLD = checkpoint_name(sharding.constrain(x_BLD, "batch", "length", "embed"), "middle")
 
         h_BLD = norm("mlp_norm_D", x_BLD)
@@ -362,12 +382,16 @@ class _Block(nn.Module):
             )
         else:
             gate, up = widen(h_BLD, gate_DF), widen(h_BLD, up_DF)
+        of_act = "BLF" if sharding.platform() == "cpu" else "FBL"
+        letters = f"BLR,RF->{of_act}"
+        gate, up = adapt("gate_DF", h_BLD, gate, letters), adapt("up_DF", h_BLD, up, letters)
         down_FD = weight("down_FD", (c.d_mlp, c.d_model), depth / math.sqrt(c.d_mlp))
         act = jax.nn.silu(checkpoint_name(gate, "mlp")) * checkpoint_name(up, "mlp")
         if sharding.platform() == "cpu":
-            x_BLD += products(act, ("BLF,FD->BLD", down_FD))[0]
+            down_BLD = products(act, ("BLF,FD->BLD", down_FD))[0]
         else:
-            x_BLD += jnp.einsum("FBL,FD->BLD", act, down_FD)
+            down_BLD = jnp.einsum("FBL,FD->BLD", act, down_FD)
+        x_BLD += adapt("down_FD", act, down_BLD, of_x=of_act.replace("F", "I"))
         kept = Cache(k_BGLK, cache.by_head(v_BLM, c.n_kv_heads)) if self.stores else None
         return sharding.constrain(x_BLD, "batch", "length", "embed"), kept
 
@@ -390,7 +414,7 @@ class _Transformer(nn.Module):
         policy = jax.checkpoint_policies.save_only_these_names(*c.kept)
         blocks = nn.scan(
             _Block if c.remat == "none" else nn.remat(_Block, prevent_cse=False, policy=policy),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=(0, 0, *(nn.broadcast,) * 5),
             length=c.n_layers,

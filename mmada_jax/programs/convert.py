@@ -3,6 +3,8 @@
 mmada convert from-torch --src MMaDA-8B-Base --dst checkpoints/base --image-tokenizer magvitv2
 mmada convert from-torch --src LLaDA-8B-Instruct --dst checkpoints/start --add-image-vocab 8192
 mmada convert to-torch --src runs/quickstart/pretrain --dst exported
+mmada convert to-peft --src runs/adapters --dst adapter --base exported
+mmada convert from-torch --src exported --adapter adapter --dst checkpoints/merged
 mmada convert inspect --src exported [--json]
 mmada convert trust --src runs/quickstart/pretrain
 
@@ -40,7 +42,12 @@ def parser() -> Parser:
         "--add-image-vocab", type=int, default=0, metavar="N",
         help="grow LLaDA into MMaDA by N image codes (8192 for MAGVIT-v2)",
     )  # fmt: skip
+    way.add_argument("--adapter", metavar="DIR", help="folder of PEFT's that is merged into the weights")
     both("to-torch", "checkpoint or training workdir -> Hugging Face folder")
+    way = ways.add_parser("to-peft", help="the adapters of a training workdir -> folder of PEFT's")
+    way.add_argument("--src", required=True, help="workdir that was trained with config.lora")
+    way.add_argument("--dst", required=True, help="folder to write: new or empty")
+    way.add_argument("--base", default="", help="what PEFT shall load them beside: a folder or a name")
     way = ways.add_parser("inspect", help="what a folder holds, with a hash of its parameters")
     way.add_argument("--src", required=True, help="Hugging Face folder, checkpoint or training workdir")
     way.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -57,7 +64,7 @@ def main(argv: list[str]) -> None:
     share_memory()
     from mmada_jax.train.runs import describe_older
     from mmada_jax.weights.checkpoint import trust
-    from mmada_jax.weights.convert import from_torch, to_torch
+    from mmada_jax.weights.convert import from_torch, to_peft, to_torch
     from mmada_jax.weights.inspect import inspect
 
     if args.way == "trust":
@@ -73,9 +80,14 @@ def main(argv: list[str]) -> None:
                 value = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
             print(f"{name:16}{value:,}" if isinstance(value, int) else f"{name:16}{value}")
         return
+    if args.way == "to-peft":
+        to_peft(args.src, args.dst, args.base)
+        print(pathlib.Path(args.dst).absolute())
+        return
     shared = {"dtype": args.dtype, "image_tokenizer": args.image_tokenizer}
     if args.way == "from-torch":
-        from_torch(args.src, args.dst, add_image_vocab=args.add_image_vocab, **shared)
+        more = {"add_image_vocab": args.add_image_vocab, "adapter": args.adapter}
+        from_torch(args.src, args.dst, **more, **shared)
     else:
         to_torch(args.src, args.dst, **shared)
     print(pathlib.Path(args.dst).absolute())

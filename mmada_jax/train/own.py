@@ -24,6 +24,8 @@ LOOKED_AT, LEAST_SHARE = 512, 0.01
 # The longer side over the shorter one from which pictures are padded, not cropped.
 LONG = 1.3
 NAME = "own"  # of the one source
+# The shares of the tasks in a batch, where the data is for several.
+SHARES = {"t2i": 1, "lm": 1, "lm_chat": 2, "mmu": 2}
 
 
 class Size(NamedTuple):
@@ -42,7 +44,7 @@ _TINY = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_mlp": 384}
 _SMALL = {"d_model": 384, "n_layers": 8, "n_heads": 6, "d_mlp": 1024}
 _BASE = {"d_model": 768, "n_layers": 12, "n_heads": 12, "d_mlp": 2048}
 SIZES = {
-    "tiny": Size(_TINY, 32, 128, 512, 2000, 800, 2.5e-3),
+    "tiny": Size(_TINY, 32, 128, 512, 3000, 800, 2.5e-3),
     "small": Size(_SMALL, 64, 256, 4096, 8000, 4000, 1e-3),
     "base": Size(_BASE, 128, 512, 16384, 30000, 15000, 5e-4),
 }
@@ -101,9 +103,12 @@ def configurations(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
         opened = sources.open_source(sources.SourceConfig(**source))
     except (ValueError, OSError) as error:
         raise type(error)(f"config.data: {error}") from error
+    if sources.codes_of(opened):
+        raise ValueError(
+            f"config.data: {run.data} has the codes of an image tokenizer, and this run trains its own; "
+            "name the pictures themselves, or write a configuration that names both, as configs/pretrain.py"
+        )
     seen = look(opened)
-    if not seen.tasks:
-        raise ValueError(f"config.data: none of the records of {run.data} that were tried has a text")
     side, codec, image_tokenizer, n_image = 0, "digits", None, 32
     if seen.sides:
         rows, columns = np.median(seen.sides, axis=0)
@@ -167,39 +172,41 @@ def source_of(path: str, format: str = "") -> dict[str, Any]:
 
 def look(opened: sources.Source) -> Look:
     """What some records of a source hold, at equal distances. Those that can't be read are passed over:
-    training counts them."""
+    training counts them. Raises ValueError if none has a use."""
     sides, grey = [], True
-    counts = dict.fromkeys(("caption", "dialogue", "turns", "text"), 0)
+    counts, first = dict.fromkeys(("caption", "dialogue", "turns", "text"), 0), None
     for index in np.unique(np.linspace(0, len(opened) - 1, LOOKED_AT).astype(int)):
+        key = int(index)
         try:
-            record = opened[int(index)]
+            record = opened[key]
+            key = record.key
             if record.image is not None:
                 picture = images.to_image(record.image)
                 sides.append(picture.size[::-1])
-                grey = grey and len(set(picture.getextrema())) == 1 and _is_grey(picture)
-        except ValueError:
+                grey = grey and _is_grey(picture)
+        except ValueError as error:
+            first = first or f"record {key!r}: {error}"
             continue
         has_picture = record.image is not None
         if record.turns and not record.lacks_image:
             counts["dialogue" if has_picture else "turns"] += 1
         elif record.texts:
             counts["caption" if has_picture else "text"] += 1
+    if not any(counts.values()):
+        why = first or "they have no texts"
+        raise ValueError(f"config.data: none of the records that were tried can be used; the first: {why}")
     return Look(sides, grey and bool(sides), counts)
 
 
 def _is_grey(picture):
-    red, green, blue = (np.asarray(band) for band in picture.split())
-    return np.array_equal(red, green) and np.array_equal(green, blue)
+    pixels = np.asarray(picture)
+    return bool((pixels == pixels[..., :1]).all())
 
 
 def _text_lengths(run, size, data, opened):
     """The tokens that the longest text of each task takes in a row, of the records that were looked at; and
     the tokenizer: its path, or the number of ids of the one that will be trained."""
-    configs = {
-        task: {NAME: sources.SourceConfig(**of_task[NAME])}
-        for task, of_task in data.items()
-        if task != "lm"
-    }
+    configs = {task: {NAME: sources.SourceConfig(**of_task[NAME])} for task, of_task in data.items()}
     if run.text_tokenizer:
         path = pathlib.Path(run.text_tokenizer).expanduser().absolute()
         path = path / "tokenizer.json" if path.is_dir() else path
@@ -253,10 +260,12 @@ def _model(run, size, data, side, max_text, length):
         },
         "image_size": side, "max_text": max_text, "max_skipped": 0.5,
         "save_every": max(1, steps // 5), "answer_block": 8,
-        "mixture": {task: int(task in data) for task in ("t2i", "lm", "lm_chat", "mmu", "r2i")},
+        # What a picture shows is learned slower than drawing it.
+        "mixture": {task: SHARES[task] * (task in data) for task in SHARES} | {"r2i": 0},
         "data": data,
         "optim": {"name": "muon", "lr": size.lr, "warmup": 30, "floor": 0.05, "b2": 0.99},
-        "loss": {"lm": 1.0, "lm_chat": 1.0},
+        # An answer has few tokens, a picture many.
+        "loss": {"lm": 1.0, "lm_chat": 3.0, "mmu": 3.0, "eps": 0.3},
     }  # fmt: skip
     if run.held_out:
         config["held_out"] = {

@@ -127,12 +127,12 @@ def _start(run, params, codec):
 def evaluation(
     run: VQRun, codec: vq.VQConfig, mesh: jax.sharding.Mesh, rows: pipeline.Pictures
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
-    """A function (params, step, metrics) -> values on the held-out pictures, which shows the first ones
+    """A function ([params], step, metrics) -> values on the held-out pictures, which shows the first ones
     above what was rebuilt of them. All processes rebuild the same pictures, each its part."""
     pixels_of = functools.cache(lambda: rows.load(0).rows)
 
-    def measure(params, step, metrics):
-        pixels_BIJC = pixels_of()
+    def measure(parts, step, metrics):
+        [params], pixels_BIJC = parts, pixels_of()
         vision = Vision({half: params[half] for half in HALVES}, codec, mesh)
         codes_Bij = vision.encode(pixels_BIJC)
         rebuilt_BIJC = np.clip(vision.decode(codes_Bij), -1, 1)

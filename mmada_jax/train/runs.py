@@ -18,14 +18,16 @@ from mmada_jax.data.texts import sample_texts
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion.corrupt import LossConfig
 from mmada_jax.disk import resolved
-from mmada_jax.nets import transformer, vq
+from mmada_jax.files import read_json
+from mmada_jax.nets import lora, transformer, vq
+from mmada_jax.nets.lora import LoraConfig
 from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed, Share, Weight
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import LLADA, Vocab
 from mmada_jax.train.optim import OptimConfig
-from mmada_jax.weights import older
+from mmada_jax.weights import adapters, lazy, older
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
     ModelFolder,
@@ -117,10 +119,15 @@ class ModelRun(Run):
     workdir, or absolute). Every `eval_every` steps `eval_rows` held-out rows are scored, and `samples`
     generations of each kind are saved, with answers decoded in blocks of `answer_block` tokens; 0 is
     never.
+
+    With `lora` only adapters of that rank are trained, beside the weights of the model in `init`, which
+    stay as they are and are held in `base_dtype`. The workdir then holds the adapters alone.
     """
 
     preset: str = "digits"
     init: str = ""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    base_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     model: Annotated[dict[str, Any], FieldsOf(transformer.ModelConfig)] = dataclasses.field(
         default_factory=dict
     )
@@ -195,6 +202,7 @@ class Plan:
     grid: tuple[int, int]  # rows and columns of image tokens
     max_text: int
     start: ModelFolder | None = None
+    adapter: Mapping[str, Any] | None = None  # what model.json says of adapters that are trained
 
     @property
     def shape(self) -> Shape:
@@ -230,7 +238,19 @@ def plan(
     model = model_of(run, vocab, grid)
     if begin:
         _check_same(begin.config, model, relative(run.init, workdir))
-    return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
+    if not run.lora.rank:
+        return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin)
+    lora.check(model, run.lora)
+    if not begin:
+        raise ValueError(
+            f"lora.rank is {run.lora.rank} and config.init is empty; adapters stand beside the weights of "
+            "a model: name it there"
+        )
+    sha256 = lazy.sha256(begin.tensors())
+    if has_step(workdir):
+        adapters.check_base(sha256, read_json(workdir / MODEL, dict)["adapter"], begin.path)
+    adapter = adapters.describe(run.lora, begin.path, sha256, resolved(workdir))
+    return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin, adapter)
 
 
 def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
@@ -381,8 +401,11 @@ def describe(run: VQRun | ModelRun, what: Plan | vq.VQConfig) -> dict[str, Any]:
     if isinstance(what, vq.VQConfig):
         return describe_image_tokenizer(what)
     formats = {source.format for of_task in run.data.values() for source in of_task.values()}
-    generation = digits.GENERATION if "digits" in formats else {}
-    return describe_model(what.model, what.vocab, what.grid, run.max_text, generation)
+    # What is asked about a picture by default is a question that training has asked.
+    generation = {"question": records.INSTRUCTIONS[0]} if run.data.get("mmu") else {}
+    generation = digits.GENERATION if "digits" in formats else generation
+    about = describe_model(what.model, what.vocab, what.grid, run.max_text, generation)
+    return about | ({"adapter": dict(what.adapter)} if what.adapter else {})
 
 
 def describe_older(workdir: pathlib.Path) -> list[pathlib.Path]:

@@ -16,7 +16,7 @@ import functools
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from mmada_jax.diffusion import corrupt, loss
 from mmada_jax.measure import held_out
 from mmada_jax.model.model import Model
 from mmada_jax.model.vision import Vision
-from mmada_jax.nets import transformer, vq
+from mmada_jax.nets import lora, transformer, vq
 from mmada_jax.ranges import warn_without_effect
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.tokens import layout
@@ -69,6 +69,7 @@ from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, re
 # run must have the same ones.
 FIXED = (
     "program", "preset", "model", "text_vocab", "max_text", "image_size", "average", "adversarial",
+    "lora",
 )  # fmt: skip
 # Fields within these that only decide how the model is computed. A resumed run may change them.
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
@@ -135,7 +136,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         )
 
         # ---- Loop -------------------------------------------------------------------------------
-        step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate)
+        frozen, places = place_frozen(program, mesh)
+        step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate, places)
         own = sharding.own_rows(mesh, run.batch_size)
         load = functools.partial(program.load, which=own)
         batches = pipeline.iterate(load, first, run.steps, run.load_threads, run.load_workers)
@@ -157,7 +159,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                 # Asked before the step is queued: the answer of several processes then comes before its
                 # end.
                 stop = signalled()
-                state, values = step_fn(state, root, batch)
+                state, values = step_fn(state, root, batch, *frozen)
                 done = step + 1
                 if step == first:  # speeds don't count the compilation
                     jax.block_until_ready(values)
@@ -171,7 +173,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     values = {name: float(value) for name, value in values.items()} | skipped.values()
                     if measure:
                         with metrics.pausing():
-                            values |= program.evaluate(state.params, done, metrics)
+                            values |= program.evaluate((state.params, *frozen), done, metrics)
                     values["lr"] = optim.learning_rate(run.optim, run.steps, state.opt_state)
                     values["failed_saves"] = checkpoints.failed
                     metrics.write(done, values, program.tokens_per_step)
@@ -208,7 +210,7 @@ def check_run(
     check_same(run, workdir)
     if isinstance(run, ModelRun):
         to_train = vq_config and codec_of(parse(vq_config), workdir)
-        what = plan(run, workdir, to_train, start=not has_step(workdir))
+        what = plan(run, workdir, to_train, start=not has_step(workdir) or run.lora.rank > 0)
         if to_train:  # what is wrong with the data must be said before hours of the image tokenizer
             open_data(run, workdir, what)
             if run.eval_every:
@@ -231,31 +233,36 @@ def make_step(
     mesh: jax.sharding.Mesh,
     shardings: TrainState,
     accumulate: int = 1,
-) -> Callable[[TrainState, jax.Array, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step (state, root key, batch) -> (state, metrics); the old state is donated.
+    frozen: Sequence[Any] = (),
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step (state, root key, batch, *frozen) -> (state, metrics); the old state is donated.
 
     With `accumulate` the rows go through the model in that many parts, one after the other, which needs
-    less memory and gives the same gradients but for rounding.
+    less memory and gives the same gradients but for rounding. `frozen` are the shardings of what the
+    objective joins with the params, and isn't trained.
     """
 
-    def gradients(params, rows):
-        (total, values), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, rows)
+    def gradients(params, rows, beside):
+        def loss_fn(params):
+            return objective.loss(objective.join(params, *beside), rows)
+
+        (total, values), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return jax.lax.with_sharding_constraint(grads, shardings.params), {"loss": total, **values}
 
-    def step_fn(state, root, batch):
+    def step_fn(state, root, batch, *beside):
         key = jax.random.fold_in(jax.random.fold_in(root, 1), state.step)
         rows = objective.prepare(key, batch, state.step)
         if accumulate == 1:
-            grads, values = gradients(state.params, rows)
+            grads, values = gradients(state.params, rows, beside)
         else:
             # Row i goes into part i % accumulate: every device keeps its own rows.
             parts = jax.tree.map(
                 lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), rows
             )
-            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, state.params, rows))
+            zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, state.params, rows, beside))
             add = functools.partial(jax.tree.map, jnp.add)
             (grads, values), _ = jax.lax.scan(
-                lambda sums, part: (add(sums, gradients(state.params, part)), None), zero, parts
+                lambda sums, part: (add(sums, gradients(state.params, part, beside)), None), zero, parts
             )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -266,10 +273,18 @@ def make_step(
     return sharding.jit(
         mesh,
         step_fn,
-        in_shardings=(shardings, everywhere, sharding.batch_sharding(mesh)),
+        in_shardings=(shardings, everywhere, sharding.batch_sharding(mesh), *frozen),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
+
+
+def place_frozen(program: Program, mesh: jax.sharding.Mesh) -> tuple[list[Any], list[Any]]:
+    """What a program doesn't train, on the mesh, and its shardings; both empty if it trains all."""
+    if program.frozen is None:
+        return [], []
+    places = sharding.tree_shardings(mesh, program.frozen_axes, program.frozen)
+    return [sharding.put_params(program.frozen, places, jnp.dtype(program.frozen_dtype))], [places]
 
 
 class MaskedRows(NamedTuple):
@@ -284,7 +299,7 @@ def model_objective(run: ModelRun, model: transformer.ModelConfig, vocab: Vocab)
     """The objective of the model: hide tokens of clean rows, predict them, sum the weighted losses."""
     tasks = [task for task, share in run.mixture.items() if share]
 
-    def prepare(key, batch, step):
+    def prepare(key, batch, step=None):
         del step
         return MaskedRows(corrupt.corrupt(key, batch, vocab, run.loss), batch.valid, batch.task)
 
@@ -300,12 +315,12 @@ def model_objective(run: ModelRun, model: transformer.ModelConfig, vocab: Vocab)
         }
         return total, by_task | {"scored": jnp.sum(seen.weights_BL != 0, dtype=jnp.float32)}
 
-    return Objective(
-        functools.partial(transformer.init_params, config=model),
-        transformer.param_axes(model),
-        prepare,
-        loss_fn,
-    )
+    if run.lora.rank:
+        init = functools.partial(lora.init_adapters, config=model, lora=run.lora)
+        join = lambda adapters, base: lora.beside(base, adapters, run.lora)  # noqa: E731
+        return Objective(init, None, prepare, loss_fn, join)
+    init = functools.partial(transformer.init_params, config=model)
+    return Objective(init, transformer.param_axes(model), prepare, loss_fn)
 
 
 def model_program(
@@ -344,7 +359,9 @@ def model_program(
         tokenizer=what.tokenizer,
         images=images,
         accumulate=run.accumulate,
-        start=what.start and what.start.params,
+        **{"frozen" if run.lora.rank else "start": what.start and what.start.params},
+        frozen_axes=transformer.param_axes(what.model),
+        frozen_dtype=run.base_dtype,
         evaluate=evaluate,
         data=data.description,
     )
@@ -357,8 +374,9 @@ def evaluation(
     encode: Callable[[pipeline.RawRows], layout.Batch],
     rows: pipeline.Pipeline,
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
-    """A function (params, step, metrics) -> values on the held-out rows, which shows samples in the
-    metrics. `rows` are loaded when it is first called, and are the same ever after."""
+    """A function (what is trained and what isn't, step, metrics) -> values on the held-out rows, which
+    shows samples in the metrics. `rows` are loaded when it is first called, and are the same ever after.
+    """
     mesh = vision.mesh
     own = sharding.own_rows(mesh, run.eval_rows)
 
@@ -366,13 +384,22 @@ def evaluation(
         what.model, what.vocab, what.tokenizer, vision.params, vision.config, what.max_text, what.grid, mesh
     )
 
+    def whole(params, base=None):
+        if base is None:
+            return params
+        places = sharding.tree_shardings(mesh, transformer.param_axes(what.model), base)
+        merge = functools.partial(lora.merge, lora=run.lora)
+        everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), params)
+        return sharding.jit(mesh, merge, (places, everywhere), places)(base, params)
+
     @functools.cache
     def batches():
         with jax.set_mesh(mesh):
             batch = encode(sharding.put_batch(mesh, rows.load(0, own).rows, own, run.eval_rows))
         return batch, multihost_utils.process_allgather(batch, tiled=True)
 
-    def measure(params, step, metrics):
+    def measure(parts, step, metrics):
+        params = whole(*parts)
         batch, on_host = batches()
         nll = held_out.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
         values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}

@@ -1,6 +1,7 @@
 """Folders of PyTorch -> checkpoints of JAX, and back; a target is complete or not there at all."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import glob
@@ -16,7 +17,7 @@ import numpy as np
 
 from mmada_jax.disk import is_full, refuse_place, resolved
 from mmada_jax.progress import progress
-from mmada_jax.weights import hub, llada_keys, magvit_keys
+from mmada_jax.weights import adapters, hub, llada_keys, magvit_keys
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import (
     GENERATION,
@@ -45,17 +46,23 @@ def from_torch(
     dtype: str | None = None,
     add_image_vocab: int = 0,
     image_tokenizer: str | pathlib.Path | None = None,
+    adapter: str | pathlib.Path | None = None,
 ) -> None:
     """Hugging Face folder -> checkpoint, with its tokenizer files and its image tokenizer.
 
-    `image_tokenizer` is the folder of the image tokenizer, where `src` holds none. Raises ValueError or
-    OSError before anything is written if a source doesn't fit, `dst` isn't new or empty, or the disk is
-    too small.
+    `image_tokenizer` is the folder of the image tokenizer, where `src` holds none. `adapter` is a folder of
+    PEFT's, whose adapters become a part of the weights. Raises ValueError or OSError before anything is
+    written if a source doesn't fit, `dst` isn't new or empty, or the disk is too small.
     """
     dst = _new(dst, src)
     source = open_folder(src, dtype, add_image_vocab)
     if source.kind != "Hugging Face folder":
         raise ValueError(f"{src} is a {source.kind} already; to-torch is the other direction")
+    if adapter:
+        if source.is_image_tokenizer:
+            raise ValueError(f"{src} is an image tokenizer; adapters belong to models, leave --adapter out")
+        found = adapters.read_peft(resolved(adapter), source.config)
+        source = dataclasses.replace(source, params=adapters.merged(source.params, found))
     nested = image_tokenizer_of(source, image_tokenizer)
     if not source.is_image_tokenizer and (problem := vocabulary(source)["problem"]):
         print(f"warning: the model can be converted but not used: {problem}", file=sys.stderr)
@@ -85,6 +92,19 @@ def to_torch(
         _write_hugging_face(folder, source, dtype_of(dtype), count, shard)
         if nested:
             _write_hugging_face(folder / IMAGE_TOKENIZER, nested, None, count, shard)
+
+
+def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") -> None:
+    """The adapters of a workdir -> a folder of PEFT's, for the model `base`: a name on the hub, or the
+    folder that the exported base lies in. Raises as `from_torch` does, and ValueError for a folder without
+    adapters."""
+    dst = _new(dst, src)
+    source = open_folder(src)
+    if source.adapter is None:
+        raise ValueError(f"{src} holds no adapters but a whole model; to-torch exports that")
+    with _target(dst, source, None) as (folder, count):
+        adapters.write_peft(folder, source.adapter, base)
+        count(source.nbytes)
 
 
 def _write_checkpoint(folder: pathlib.Path, source: ModelFolder, count: Callable[[int], Any]) -> None:

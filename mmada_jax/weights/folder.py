@@ -27,7 +27,7 @@ from mmada_jax.files import read_json
 from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
-from mmada_jax.weights import hub, lazy, llada_keys, magvit_keys, older
+from mmada_jax.weights import adapters, hub, lazy, llada_keys, magvit_keys, older
 from mmada_jax.weights.arrays import open_params, write_params
 from mmada_jax.weights.checkpoint import newest_params
 from mmada_jax.weights.lazy import DTYPES, refuse
@@ -51,6 +51,7 @@ class ModelFolder:
     image_tokenizer  the folder of the model's image tokenizer, None for a model of text alone
     step             the step of a workdir whose params these are
     generation       how the model generates by default: fields of a generation_config.json
+    adapter          the adapters that were trained there, which `params` contain already
     """
 
     path: pathlib.Path
@@ -62,6 +63,7 @@ class ModelFolder:
     image_tokenizer: pathlib.Path | None = None
     step: int | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: adapters.Adapter | None = None
 
     @property
     def is_image_tokenizer(self) -> bool:
@@ -254,13 +256,31 @@ def _open_workdir(path, values, weights, step) -> ModelFolder:
     except (KeyError, TypeError, AttributeError) as error:
         name = CONFIG if is_older else MODEL
         raise ValueError(f"{path / name} is damaged: {error!r}") from error
-    params = _shapes_of(config)
+    params, adapter = _shapes_of(config), None
     if weights:
         params, step = newest_params(path, step)
         if is_vq:  # beside these there may be what only training needs
             params = {half: params[half] for half in ("encoder", "decoder")}
+        elif about.get("adapter"):
+            adapter = adapters.Adapter(adapters.read_lora(about["adapter"]), params)
+            params = adapters.merged(_open_base(path, about["adapter"]).params, adapter)
     told = told | ({} if is_vq else _generation(path))
-    return ModelFolder(path, "workdir", fields["model_type"], config, fields, params, nested, step, told)
+    return ModelFolder(
+        path, "workdir", fields["model_type"], config, fields, params, nested, step, told, adapter
+    )
+
+
+def _open_base(workdir: pathlib.Path, about: Mapping[str, Any]) -> ModelFolder:
+    """The model beside which the adapters of a workdir were trained."""
+    path = resolved(workdir / about["base"])
+    try:
+        base = open_folder(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{workdir} holds adapters alone, and their base isn't where it was: {error}; put it back"
+        ) from error
+    adapters.check_base(lazy.sha256(base.tensors()), about, path)
+    return base
 
 
 def _nested(path: pathlib.Path) -> pathlib.Path | None:

@@ -1,0 +1,150 @@
+"""Adapters on the disk: merged with their base as it is read, and exchanged with PEFT.
+
+A workdir that trains adapters holds nothing of their base but its path and hash. PEFT's form is a folder
+with adapter_config.json and adapter_model.safetensors. What adapters compute is in `nets.lora`.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mmada_jax.disk import write_whole
+from mmada_jax.files import read_json
+from mmada_jax.nets import lora as nets
+from mmada_jax.nets import transformer
+from mmada_jax.nets.lora import MATRICES, LoraConfig
+from mmada_jax.weights import lazy
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Fields of PEFT's configuration that change what an adapter computes, and their values that are known.
+_KNOWN = {
+    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
+    "layers_to_transform": (None,), "layer_replication": (None,), "lora_bias": (False, None),
+    "use_rslora": (False, True, None), "trainable_token_indices": (None,), "target_parameters": (None, []),
+}  # fmt: skip
+
+
+class Adapter(NamedTuple):
+    """Adapters of a model: how they are meant, and a tree of arrays."""
+
+    lora: LoraConfig
+    arrays: Mapping[str, Mapping[str, Any]]
+
+
+def describe(lora: LoraConfig, base: pathlib.Path, sha256: str, workdir: pathlib.Path) -> dict[str, Any]:
+    """What the model.json of a workdir says of its adapters: their fields, the path of their base as seen
+    from the workdir, and the hash of its weights."""
+    fields = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    return fields | {"base": os.path.relpath(base, workdir), "base_sha256": sha256}
+
+
+def read_lora(about: Mapping[str, Any]) -> LoraConfig:
+    """The fields of adapters that `describe` has written."""
+    return LoraConfig(about["rank"], about["alpha"], tuple(about["targets"]))
+
+
+def check_base(sha256: str, about: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raises ValueError if adapters, about which `about` tells, belong to other weights than those with
+    this hash in `path`."""
+    if sha256 != about["base_sha256"]:
+        raise ValueError(
+            f"the adapters belong to another base than the model in {path}: its weights have the sha256 "
+            f"{sha256[:16]}, theirs have {about['base_sha256'][:16]}; put back the model that they were "
+            "trained beside"
+        )
+
+
+def merged(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Params, a tree of Lazy arrays, in which the adapters have become a part of the matrices as soon as
+    these are read. The sums are formed in float32."""
+    blocks = dict(params["blocks"])
+    for name, of in adapter.arrays.items():
+        blocks[name] = _with_delta(blocks[name], of, np.float32(adapter.lora.scale))
+    return {**params, "blocks": blocks}
+
+
+def _with_delta(base, of, scale):
+    def read(index):
+        w = np.asarray(base[index])
+        a_NIR, b_NRO = (np.asarray(of[name][index[0]], np.float32) for name in ("a_NIR", "b_NRO"))
+        delta = np.matmul(a_NIR, b_NRO).reshape(len(a_NIR), *base.shape[1:])[(slice(None), *index[1:])]
+        return (w.astype(np.float32) + scale * delta).astype(w.dtype)
+
+    return lazy.Lazy(base.shape, base.dtype, read)
+
+
+# ---- PEFT ----------------------------------------------------------------------------------------
+
+
+def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
+    """Writes adapters as PEFT reads them, for the model `base`, a path or a name on the hub."""
+    lora, tensors = adapter.lora, {}
+    for target, name in zip(lora.targets, lora.names, strict=True):
+        of = {key: np.asarray(x, np.float32) for key, x in adapter.arrays[name].items()}
+        for layer, (a_IR, b_RO) in enumerate(zip(of["a_NIR"], of["b_NRO"], strict=True)):
+            for part, x in (("A", a_IR), ("B", b_RO)):  # theirs are [out, in]
+                tensors[_key(layer, target, part)] = np.ascontiguousarray(x.T)
+    # Their list of names would also match the head, which is called ff_out too.
+    pattern = rf".*\.blocks\.\d+\.({'|'.join(lora.targets)})"
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": lora.alpha,
+        "target_modules": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True, "init_lora_weights": True, "use_rslora": False, "use_dora": False,
+        "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "task_type": None,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
+    """The adapters of a folder of PEFT's for a model of that architecture. Raises FileNotFoundError if
+    there are none, ValueError for what isn't known or doesn't fit."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; an adapter of PEFT's has it")
+    about = read_json(folder / CONFIG, dict, keys=("r", "lora_alpha"))
+    wrong = [
+        f"{name} is {about[name]!r}, which isn't known"
+        for name, known in _KNOWN.items()
+        if name in about and about[name] not in known
+    ]
+    lazy.refuse(wrong, f"{folder / CONFIG} describes adapters that can't be read")
+    tensors, R = load_file(folder / WEIGHTS), about["r"]
+    targets = tuple(target for target in MATRICES if _key(0, target, "A") in tensors)
+    lora = LoraConfig(
+        R, about["lora_alpha"] * (R**0.5 if about.get("use_rslora") else 1), targets or tuple(MATRICES)
+    )
+    shapes = {
+        _key(layer, target, part): (R, size) if part == "A" else (size, R)
+        for target, name in zip(lora.targets, lora.names, strict=True)
+        for part, size in zip("AB", nets.sizes(config, name), strict=True)
+        for layer in range(config.n_layers)
+    }
+    wrong = [f"missing {key}" for key in shapes if key not in tensors]
+    wrong += [f"unexpected {key}" for key in tensors if key not in shapes]
+    wrong += [
+        f"{key} has shape {tensors[key].shape}, expected {shape}"
+        for key, shape in shapes.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    lazy.refuse(wrong, f"the tensors of {folder / WEIGHTS} don't fit the model")
+    layers = range(config.n_layers)
+    arrays = {
+        name: {
+            "a_NIR": np.stack([tensors[_key(layer, target, "A")].T for layer in layers]),
+            "b_NRO": np.stack([tensors[_key(layer, target, "B")].T for layer in layers]),
+        }
+        for target, name in zip(lora.targets, lora.names, strict=True)
+    }
+    return Adapter(lora, arrays)
+
+
+def _key(layer: int, target: str, part: str) -> str:
+    return f"base_model.model.model.transformer.blocks.{layer}.{target}.lora_{part}.weight"
