@@ -113,7 +113,7 @@ def rolled_out(config, name, masking="unigrpo", **objective):
     model, params, _ = start.load_policy(run, pathlib.Path("nowhere"), mesh)
     optimizer = optim.make(run.optim, 10)
     with jax.set_mesh(mesh):
-        _, shardings = resume.state_shapes(model, optimizer, mesh)
+        _, shardings = resume.state_shapes(run, model, optimizer, mesh)
         opened = tasks.open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
         _, given = tasks.rollout_inputs(run, model, opened, 0)
         rollout = opened.generate(params, *given)

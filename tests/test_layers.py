@@ -35,6 +35,7 @@ NO_JAX = ("tokens", "data")
 LEAN = ("kernels", "nets.transformer", "diffusion")  # accelerator machines have little
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
 FOLDERS = ("mmada_jax", "launch", "configs", "tests")
+SKLEARN = ("data.digits", "measure.digits", "measure.named", "train.rl.rewards.functions")
 PYTORCH = ("torch", "safetensors", "transformers")
 # They travel with checkpoints and are never imported.
 EXPORTED = ("weights.modeling_mmada", "weights.modeling_magvitv2")
@@ -120,7 +121,12 @@ def test_libraries_stay_where_they_belong(module):
             assert top == "weights", where
             assert in_function, f"{where} outside of a function"
         if library == "sklearn":
-            assert module in ("data.digits", "measure.digits", "train.rl.rewards.functions"), where
+            assert module in (
+                "data.digits",
+                "measure.digits",
+                "measure.named",
+                "train.rl.rewards.functions",
+            ), where
             assert in_function, f"{where} outside of a function"
         if library in ("math_verify", "reasoning_gym"):
             assert module == "train.rl.rewards.verifier" and in_function, where

@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> dict:
         raise ValueError(f"{longest} + {args.new} tokens are more than the model's {model.config.max_len}")
     optimizer = optim.make(run.optim, run.iterations * run.objective.mu)
     with jax.set_mesh(mesh):
-        _, shardings = state_shapes(model, optimizer, mesh)
+        _, shardings = state_shapes(run, model, optimizer, mesh)
         sides = {}
         for cache in args.caches:
             rule = dataclasses.replace(run.tasks[TASK].text, cache=cache)

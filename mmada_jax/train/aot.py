@@ -32,7 +32,15 @@ from mmada_jax.train.rl.resume import frozen_reference, state_shapes
 from mmada_jax.train.rl.rollout import make_generate, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.start import check_rollout_rows
-from mmada_jax.train.rl.update import Chosen, UpdateBatch, make_objective, make_score
+from mmada_jax.train.rl.update import (
+    Chosen,
+    UpdateBatch,
+    base_shapes,
+    make_objective,
+    make_score,
+    policy_of,
+    policy_places,
+)
 from mmada_jax.train.runs import ModelRun, Plan, check_rows, foresee, relative
 from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 from mmada_jax.weights.state import state_shardings
@@ -76,11 +84,22 @@ def lower_train(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stage
     check_rows(run, mesh)
     with jax.set_mesh(mesh):
         shapes, shardings = state_shardings(mesh, objective.init_params, objective.axes, optimizer)
-        step = supervised.make_step(objective, optimizer, mesh, shardings, run.accumulate)
+        base, places = _frozen(run, plan, mesh)
+        step = supervised.make_step(objective, optimizer, mesh, shardings, run.accumulate, places)
         kinds = {"tokens": np.int32, "valid": bool, "target": bool, "shown": bool}
         batch = {name: jax.ShapeDtypeStruct((run.batch_size, L), kind) for name, kind in kinds.items()}
         task = jax.ShapeDtypeStruct((run.batch_size,), np.int32)
-        return step.lower(shapes, _key(), layout.Batch(**batch, task=task))
+        return step.lower(shapes, _key(), layout.Batch(**batch, task=task), *base)
+
+
+def _frozen(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> tuple[list[Any], list[Any]]:
+    """What a run with adapters doesn't train, as shapes, and its shardings; empty for other runs."""
+    if not run.lora.rank:
+        return [], []
+    shapes = transformer.param_shapes(plan.model)
+    dtype = jax.numpy.dtype(run.base_dtype)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return [base], [sharding.tree_shardings(mesh, transformer.param_axes(plan.model), shapes)]
 
 
 BLOCK = 32  # tokens of a block of text
@@ -148,27 +167,32 @@ def lower_rl(
     optimizer = optim.make(run.optim, run.iterations * run.objective.mu)
     check_rollout_rows(run, mesh)
     with jax.set_mesh(mesh):
-        shapes, shardings = state_shapes(model, optimizer, mesh)
+        shapes, shardings = state_shapes(run, model, optimizer, mesh)
         R, S = (n * run.objective.responses for n in (task.groups, task.kept))
         rows = [jax.ShapeDtypeStruct((R, at.row), kind) for kind in (np.int32, bool)]
         responses = run.objective.responses
-        generate = make_generate(mesh, model.config, model.vocab, at, shardings.params, responses)
+        places, frozen = policy_places(run, model, mesh, shardings.params)
+        base = base_shapes(run, model)
+        policy = jax.eval_shape(functools.partial(policy_of, run), shapes.params, base)
+        generate = make_generate(mesh, model.config, model.vocab, at, places, responses)
         guided = at.rule.guidance and task.layout == "t2i"
-        given = shapes.params, *rows, _key(), rows if guided else None
+        given = policy, *rows, _key(), rows if guided else None
         if step == "rollout":
             return generate.lower(*given)
         rollout = jax.eval_shape(generate, *given)
         reference = jax.eval_shape(functools.partial(frozen_reference, run=run), shapes.params)
-        score = make_score(run, model, at, mesh, shardings.params)
-        scored = shapes.params, reference, rollout, _key(), 0
+        if run.lora.rank and run.objective.kl == "reference":
+            reference = base
+        score = make_score(run, model, at, mesh, places)
+        scored = policy, reference, rollout, _key(), 0
         if step == "score":
             return score.lower(*scored)
         objective = make_objective(run, model, at)
-        update = supervised.make_step(objective, optimizer, mesh, shardings, run.accumulate)
+        update = supervised.make_step(objective, optimizer, mesh, shardings, run.accumulate, frozen)
         kinds = (np.int32, np.float32, np.float32, bool)
         *chosen, fresh_S = (jax.ShapeDtypeStruct((S,), kind) for kind in kinds)
         batch = UpdateBatch(jax.eval_shape(score, *scored), *rows, Chosen(*chosen), fresh_S)
-        return update.lower(shapes, _key(), batch)
+        return update.lower(shapes, _key(), batch, *([base] if frozen else []))
 
 
 def rl_model(run: RLRun, workdir: pathlib.Path) -> Model:

@@ -246,11 +246,17 @@ def plan(
             f"lora.rank is {run.lora.rank} and config.init is empty; adapters stand beside the weights of "
             "a model: name it there"
         )
-    sha256 = lazy.sha256(begin.tensors())
-    if has_step(workdir):
-        adapters.check_base(sha256, read_json(workdir / MODEL, dict)["adapter"], begin.path)
-    adapter = adapters.describe(run.lora, begin.path, sha256, resolved(workdir))
+    adapter = describe_adapter(run.lora, begin, workdir)
     return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin, adapter)
+
+
+def describe_adapter(of: LoraConfig, base: ModelFolder, workdir: pathlib.Path) -> dict[str, Any]:
+    """What the model.json of a workdir says of its adapters. Raises ValueError if those that are there
+    belong to another base."""
+    sha256 = lazy.sha256(base.tensors())
+    if has_step(workdir):
+        adapters.check_base(sha256, read_json(workdir / MODEL, dict)["adapter"], base.path)
+    return adapters.describe(of, base.path, sha256, resolved(workdir))
 
 
 def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:

@@ -71,6 +71,9 @@ FIXED = (
     "program", "preset", "model", "text_vocab", "max_text", "image_size", "average", "adversarial",
     "lora",
 )  # fmt: skip
+# The values that they had before there were fields for them.
+ABSENT = {"lora": config_lib.to_dict(lora.LoraConfig())}
+ABSENT_VQ = {"average": 0.0, "adversarial": 0.0, "model": {}, "image_size": 0}
 # Fields within these that only decide how the model is computed. A resumed run may change them.
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
 
@@ -224,7 +227,8 @@ def check_run(
 def check_same(run: VQRun | ModelRun, workdir: pathlib.Path) -> None:
     """Raises ValueError if the workdir holds another run."""
     kept = ("image_tokenizer",) if has_step(workdir) and (workdir / IMAGE_TOKENIZER).is_dir() else ()
-    check_workdir(workdir, config_lib.to_dict(run), (*FIXED, *kept), FREE)
+    absent = ABSENT_VQ if isinstance(run, VQRun) else ABSENT
+    check_workdir(workdir, config_lib.to_dict(run), (*FIXED, *kept), FREE, absent)
 
 
 def make_step(

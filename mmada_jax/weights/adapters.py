@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
@@ -84,6 +83,8 @@ def _with_delta(base, of, scale):
 
 def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
     """Writes adapters as PEFT reads them, for the model `base`, a path or a name on the hub."""
+    from safetensors.numpy import save_file
+
     lora, tensors = adapter.lora, {}
     for target, name in zip(lora.targets, lora.names, strict=True):
         of = {key: np.asarray(x, np.float32) for key, x in adapter.arrays[name].items()}
@@ -106,6 +107,8 @@ def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
 def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
     """The adapters of a folder of PEFT's for a model of that architecture. Raises FileNotFoundError if
     there are none, ValueError for what isn't known or doesn't fit."""
+    from safetensors.numpy import load_file
+
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; an adapter of PEFT's has it")

@@ -181,12 +181,17 @@ def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
 
 
 def check_workdir(
-    workdir: str | pathlib.Path, config: dict[str, Any], fixed: tuple[str, ...], free: tuple[str, ...] = ()
+    workdir: str | pathlib.Path,
+    config: dict[str, Any],
+    fixed: tuple[str, ...],
+    free: tuple[str, ...] = (),
+    absent: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises ValueError if the workdir is damaged, or holds another model.
 
     The top-level groups of the configuration in `fixed` must be those of the run that made the workdir,
-    but for the keys in `free`. Other groups may change when a run is resumed."""
+    but for the keys in `free`. Other groups may change when a run is resumed. `absent` are the values that
+    groups had before there were fields for them, in older versions."""
     path = pathlib.Path(workdir) / CONFIG
     check_files(workdir)
     if not path.is_file():
@@ -195,7 +200,7 @@ def check_workdir(
                 f"{workdir} has checkpoints but no {CONFIG}; put it back, or choose an empty workdir"
             )
         return
-    old, new = read_config(workdir), json.loads(json.dumps(config))
+    old, new = dict(absent or {}) | read_config(workdir), json.loads(json.dumps(config))
     different = [
         f"{key} is {a!r} there and {b!r} now"
         for group in fixed

@@ -14,6 +14,7 @@ import optax
 
 from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
+from mmada_jax.nets.lora import LoraConfig
 from mmada_jax.train import optim
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.resume import state_shapes
@@ -48,6 +49,8 @@ def diagnose(
             f"{', '.join(unigrpo.MASKINGS)}, and two batches are needed"
         )
     run, mesh, prompts, rewards = open_run(config, workdir)
+    # What is compared are the gradients of the model itself.
+    run = dataclasses.replace(run, lora=LoraConfig())
     for masking in maskings:  # raises for a mu that doesn't fit
         dataclasses.replace(run.objective, masking=masking)
     model, params, _ = load_policy(run, pathlib.Path(workdir), mesh)
@@ -57,7 +60,7 @@ def diagnose(
         for combined in rewards.values():
             stack.enter_context(combined)
         optimizer = optim.make(run.optim, 1)
-        _, shardings = state_shapes(model, optimizer, mesh)
+        _, shardings = state_shapes(run, model, optimizer, mesh)
         for name in sorted(run.tasks):
             opened = open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
             rolled = _roll(run, name, model, params, opened, batches)

@@ -23,14 +23,20 @@ from mmada_jax.ranges import warn_without_effect
 from mmada_jax.train import optim
 from mmada_jax.train.metrics import Metrics, tell
 from mmada_jax.train.rl.report import Laps, rollout_metrics, shown_names, transcripts
-from mmada_jax.train.rl.resume import InFlight, frozen_reference, resume, state_shapes, to_checkpoint
+from mmada_jax.train.rl.resume import (
+    InFlight,
+    frozen_reference,
+    resume,
+    state_shapes,
+    to_checkpoint,
+)
 from mmada_jax.train.rl.rollout import read_responses
 from mmada_jax.train.rl.start import check_same_run, check_tasks, load_policy, open_run, write_workdir
 from mmada_jax.train.rl.tasks import judge, open_task, rollout_inputs
-from mmada_jax.train.rl.update import UpdateBatch, choose
+from mmada_jax.train.rl.update import UpdateBatch, choose, policy_of
 from mmada_jax.train.runs import same_in_all
 from mmada_jax.weights.checkpoint import Checkpoints
-from mmada_jax.weights.state import TrainState, start_state
+from mmada_jax.weights.state import TrainState, init_state, start_state
 from mmada_jax.weights.workdir import refuse_busy
 
 
@@ -73,17 +79,23 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         # Once more, now that the workdir is ours: another run may have ended in it since the first check.
         check_same_run(run, workdir)
         write_workdir(run, workdir, model, images)
-        shapes, shardings = state_shapes(model, optimizer, mesh)
+        shapes, shardings = state_shapes(run, model, optimizer, mesh)
         tasks = {
             name: open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
             for name in run.tasks
         }
-        if checkpoints.latest() is None:
-            reference, ahead = frozen_reference(params, run), None
-            state = start_state(params, optimizer, shardings)
-        else:
+        frozen = [params] if run.lora.rank else []
+        if checkpoints.latest() is not None:
             state, reference, ahead = resume(run, model, tasks, checkpoints, shapes, shardings)
+        else:
+            reference, ahead = frozen_reference(params, run), None
+            if run.lora.rank:
+                init = next(iter(tasks.values())).objective.init_params
+                state = init_state(jax.random.fold_in(root, 0), init, optimizer, shardings)
+            else:
+                state = start_state(params, optimizer, shardings)
         del params  # the updates donate their memory
+        anchor = frozen[0] if frozen and run.objective.kl == "reference" else reference
         first = int(state.step) // mu
         if first >= run.iterations:
             say(f"{workdir}: {first} iterations are done already")
@@ -94,15 +106,18 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
         )
 
         # ---- Loop: rollout and rewards ----------------------------------------------------------
+        def policy():
+            return policy_of(run, state.params, *frozen or [None])
+
         def roll(iteration):
             opened = tasks[run.turn(iteration)[0]]
             asked, given = rollout_inputs(run, model, opened, iteration)
-            return InFlight(asked, opened.generate(state.params, *given), None)
+            return InFlight(asked, opened.generate(policy(), *given), None)
 
         def score(iteration, rollout):
             opened = tasks[run.turn(iteration)[0]]
             key = jax.random.fold_in(jax.random.fold_in(root, 3), iteration)
-            return [opened.score(state.params, reference, rollout, key, n) for n in range(mu)]
+            return [opened.score(policy(), anchor, rollout, key, n) for n in range(mu)]
 
         with Metrics(workdir, run.iterations, first, began=began) as metrics:
             compiled: set[str] = set()
@@ -140,7 +155,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                     fresh_S = np.full(chosen.which_S.shape, n == 0 and not run.ahead)
                     on_mesh = sharding.put_batch(mesh, (chosen, fresh_S))
                     batch = UpdateBatch(scored[n], rollout.tokens_RL, rollout.valid_RL, *on_mesh)
-                    state, of_update = opened.update(state, root, batch)
+                    state, of_update = opened.update(state, root, batch, *frozen)
                     of_updates.append(of_update)
                 of_updates = jax.device_get(of_updates)
                 laps.end("updates")

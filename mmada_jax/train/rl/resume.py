@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
-from mmada_jax.nets import transformer
+from mmada_jax.nets import lora, transformer
 from mmada_jax.train.rl.prompts import Prompt
 from mmada_jax.train.rl.run import RLRun
 from mmada_jax.train.rl.tasks import OpenTask, rollout_inputs
 from mmada_jax.train.rl.unigrpo import Rollout
-from mmada_jax.train.rl.update import Scored
+from mmada_jax.train.rl.update import Scored, base_shapes, policy_of
 from mmada_jax.weights.checkpoint import Checkpoints
 from mmada_jax.weights.state import TrainState, state_shardings
 
@@ -32,16 +32,22 @@ class InFlight(NamedTuple):
     scored: list[Scored] | None
 
 
-def state_shapes(model: Model, optimizer: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, TrainState]:
-    """(shapes, shardings) of the policy's state."""
+def state_shapes(
+    run: RLRun, model: Model, optimizer: Any, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, TrainState]:
+    """(shapes, shardings) of the state that is trained: of the policy, or of its adapters."""
+    if run.lora.rank:
+        init = functools.partial(lora.init_adapters, config=model.config, lora=run.lora)
+        return state_shardings(mesh, init, None, optimizer)
     init = functools.partial(transformer.init_params, config=model.config)
     return state_shardings(mesh, init, transformer.param_axes(model.config), optimizer)
 
 
 def frozen_reference(params: Any, run: RLRun) -> Any:
     """The reference: a copy of the params in `reference_dtype`, on the same devices; None if the objective
-    asks for none. It has to be a copy, since the updates donate their params."""
-    if run.objective.kl != "reference":
+    asks for none, or if there are adapters, whose base is the reference. It has to be a copy, since the
+    updates donate their params."""
+    if run.objective.kl != "reference" or run.lora.rank:
         return None
     return jax.tree.map(lambda x: jnp.array(x, run.reference_dtype, copy=True), params)
 
@@ -71,6 +77,8 @@ def resume(
     in flight."""
     mu = run.objective.mu
     reference = jax.eval_shape(functools.partial(frozen_reference, run=run), shapes.params)
+    base = base_shapes(run, model)
+    policy = jax.eval_shape(functools.partial(policy_of, run), shapes.params, base)
 
     def next_inputs(step):
         iteration = int(step) // mu
@@ -82,8 +90,9 @@ def resume(
         ahead = None
         if run.ahead:
             opened, asked, given = next_inputs(step)
-            rollout = jax.eval_shape(opened.generate, shapes.params, *given)
-            scored = jax.eval_shape(opened.score, shapes.params, reference, rollout, jax.random.key(0), 0)
+            rollout = jax.eval_shape(opened.generate, policy, *given)
+            anchor = base if run.lora.rank and run.objective.kl == "reference" else reference
+            scored = jax.eval_shape(opened.score, policy, anchor, rollout, jax.random.key(0), 0)
             ahead = InFlight(asked, rollout, [scored] * mu)
         whole = to_checkpoint(shapes, reference, ahead)
         rows = sharding.batch_sharding(model.mesh)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
+from mmada_jax.nets.lora import LoraConfig
 from mmada_jax.ranges import Count, FieldsOf, Positive, Range, Ranged, Seed
 from mmada_jax.train.optim import OptimConfig
 from mmada_jax.train.rl.prompts import PromptsConfig
@@ -67,7 +68,8 @@ class RLRun(Ranged):
     objective asks for it; checkpoints hold it too. Paths are relative to the run's workdir, or absolute.
     `tasks` take turns, one task in an iteration, in the order of their names. `model` says how the model is
     computed (COMPUTATION). With `ahead` 1 the next rollout is generated while rewards are computed, by a
-    policy that is older by one iteration.
+    policy that is older by one iteration. With `lora` adapters alone are trained, beside the model in
+    `init`, which is held in `base_dtype` and is the frozen reference too; a workdir of adapters needs it.
     """
 
     program: Literal["rl"]
@@ -82,6 +84,8 @@ class RLRun(Ranged):
         FieldsOf(transformer.ModelConfig, COMPUTATION, "the architecture is that of init"),
     ] = dataclasses.field(default_factory=dict)
     reference_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     ahead: Annotated[int, Range(0, 1)] = 0
     seed: Seed = 0
     save_every: Positive = 10  # iterations between checkpoints

@@ -13,12 +13,14 @@ from mmada_jax import config as config_lib
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import together
 from mmada_jax.model.model import Model, open_model
+from mmada_jax.nets import lora
+from mmada_jax.nets.lora import LoraConfig
 from mmada_jax.train.rl.prompts import Prompt, open_prompts
 from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.rollout import prompt_ids, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
-from mmada_jax.train.runs import relative
+from mmada_jax.train.runs import describe_adapter, relative
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
     ModelFolder,
@@ -31,7 +33,8 @@ from mmada_jax.weights.state import all_finite
 from mmada_jax.weights.workdir import TOKENIZER, check_workdir, claim_workdir, has_step
 
 # A checkpoint means something only with these groups of the configuration as they were when it was made.
-FIXED_GROUPS = ("program", "init", "ahead", "reference_dtype", "objective")
+FIXED_GROUPS = ("program", "init", "ahead", "reference_dtype", "objective", "lora", "base_dtype")
+ABSENT = {"lora": config_lib.to_dict(LoraConfig()), "base_dtype": "bfloat16"}  # in older versions
 # Of the group `objective` only mu (it converts steps to iterations) and kl (it says whether the checkpoint
 # holds a reference) have to stay; the other fields may change from one start of a run to the next.
 FREE_FIELDS = tuple(
@@ -83,7 +86,7 @@ def check_same_run(run: RLRun, workdir: pathlib.Path) -> None:
         fixed, free = (*FIXED_GROUPS, "tasks", "seed"), ()
     if (workdir / IMAGE_TOKENIZER).is_dir():
         fixed += ("image_tokenizer",)
-    check_workdir(workdir, config_lib.to_dict(run), fixed, free)
+    check_workdir(workdir, config_lib.to_dict(run), fixed, free, ABSENT)
 
 
 def check_rollout_rows(run: RLRun, mesh: jax.sharding.Mesh) -> None:
@@ -145,19 +148,25 @@ def load_policy(
     model's image tokenizer, None for a model of text alone.
 
     A run that goes on reads its own workdir and nothing of `init`; its params, None here, are in its
-    checkpoint. All processes call this, because what is opened is verified by all together. Raises
+    checkpoint. A run of adapters gets the params that they stand beside, whenever it starts, in
+    `base_dtype`. All processes call this, because what is opened is verified by all together. Raises
     FileNotFoundError or ValueError if there is no such model.
     """
     if not run.init:
         raise ValueError("config.init is empty; name the workdir of a model, as that of configs/cot.py")
     resumed, vision, params = has_step(workdir), None, None
-    source = open_folder(workdir if resumed else relative(run.init, workdir), weights=not resumed)
-    if run.image_tokenizer and not (resumed and (workdir / IMAGE_TOKENIZER).is_dir()):
+    reads = not resumed or run.lora.rank > 0
+    source = open_folder(relative(run.init, workdir) if reads else workdir, weights=reads)
+    if run.image_tokenizer:
         vision = relative(run.image_tokenizer, workdir)
+    if resumed and (workdir / IMAGE_TOKENIZER).is_dir():
+        vision = workdir / IMAGE_TOKENIZER if reads else None
     images = image_tokenizer_of(source, vision)
     model = open_model(source, mesh, "float32", images=images)
-    if not resumed:
-        params = model.place(source.params, "float32")
+    if run.lora.rank:
+        lora.check(model.config, run.lora)
+    if reads:
+        params = model.place(source.params, run.base_dtype if run.lora.rank else "float32")
         if not all_finite(params):
             raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
     config = dataclasses.replace(model.config, **run.model)
@@ -171,5 +180,8 @@ def write_workdir(run: RLRun, workdir: pathlib.Path, model: Model, images: Model
         keep_image_tokenizer(workdir, images)
     generation, draws = model.defaults.values(), images is not None
     about = describe_model(model.config, model.vocab, model.grid, model.max_text, generation, draws)
+    if run.lora.rank:
+        base = open_folder(relative(run.init, workdir))
+        about["adapter"] = describe_adapter(run.lora, base, workdir)
     with together("writing to the workdir"):
         claim_workdir(workdir, config_lib.to_dict(run), {TOKENIZER: model.tokenizer.to_json()}, about)

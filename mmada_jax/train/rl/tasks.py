@@ -25,7 +25,7 @@ from mmada_jax.train.rl.rollout import (
 )
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import Rollout
-from mmada_jax.train.rl.update import Scored, make_objective, make_score
+from mmada_jax.train.rl.update import Scored, make_objective, make_score, policy_places
 from mmada_jax.train.supervised import make_step
 from mmada_jax.weights.state import TrainState
 
@@ -68,6 +68,7 @@ def open_task(
     seed = int.from_bytes(hashlib.sha256(f"{run.seed} {name}".encode()).digest()[:4])
     order = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
     objective = make_objective(run, model, at)
+    policy, frozen = policy_places(run, model, mesh, shardings.params)
     return OpenTask(
         task,
         at,
@@ -75,9 +76,9 @@ def open_task(
         rewards,
         order,
         objective,
-        make_generate(mesh, model.config, model.vocab, at, shardings.params, run.objective.responses),
-        make_score(run, model, at, mesh, shardings.params),
-        make_step(objective, optimizer, mesh, shardings, run.accumulate),
+        make_generate(mesh, model.config, model.vocab, at, policy, run.objective.responses),
+        make_score(run, model, at, mesh, policy),
+        make_step(objective, optimizer, mesh, shardings, run.accumulate, frozen),
     )
 
 

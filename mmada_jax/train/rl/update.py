@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import loss
+from mmada_jax.diffusion import decode, loss
 from mmada_jax.model.model import Model
-from mmada_jax.nets import transformer
+from mmada_jax.nets import lora, transformer
 from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.train.program import Objective
 from mmada_jax.train.rl import unigrpo
@@ -57,6 +57,30 @@ class UpdateBatch(NamedTuple):
     fresh_S: jax.Array
 
 
+def policy_of(run: RLRun, params: Any, base: Any) -> Any:
+    """The params of the policy, as the model reads them: what is trained, beside its base if it has one."""
+    return lora.beside(base, params, run.lora) if run.lora.rank else params
+
+
+def base_shapes(run: RLRun, model: Model) -> Any:
+    """The shapes of the base of adapters; None where all is trained."""
+    if not run.lora.rank:
+        return None
+    dtype = jnp.dtype(run.base_dtype)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), transformer.param_shapes(model.config)
+    )
+
+
+def policy_places(run: RLRun, model: Model, mesh: jax.sharding.Mesh, trained: Any) -> tuple[Any, list[Any]]:
+    """The shardings of the policy's params as the model reads them, and of what isn't trained, in a list
+    that is empty where all is. `trained` are the shardings of what is."""
+    if not run.lora.rank:
+        return trained, []
+    base, everywhere = decode.param_shardings(mesh, model.config), sharding.replicated(mesh)
+    return {**base, "lora": {**trained, "scale_N": everywhere}}, [base]
+
+
 def make_score(
     run: RLRun, model: Model, at: ResponseSpan, mesh: jax.sharding.Mesh, params: Any
 ) -> Callable[..., Scored]:
@@ -84,7 +108,8 @@ def make_score(
         return Scored(*masked, old_RL, anchor_RL, correction_RL)
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-    reference = params if objective.kl == "reference" else None
+    whole = {name: places for name, places in params.items() if name != "lora"}
+    reference = whole if objective.kl == "reference" else None
     return sharding.jit(
         mesh,
         score,
@@ -128,6 +153,9 @@ def make_objective(run: RLRun, model: Model, at: ResponseSpan) -> Objective:
 
         return loss.of_log_probs(of_new, h_SLD, head_DV, targets_SL, scored.scored_RL, run.loss_chunk)
 
+    if run.lora.rank:
+        init = functools.partial(lora.init_adapters, config=model.config, lora=run.lora)
+        return Objective(init, None, prepare, loss_fn, lambda x, base: lora.beside(base, x, run.lora))
     init = functools.partial(transformer.init_params, config=model.config)
     return Objective(init, transformer.param_axes(model.config), prepare, loss_fn)
 
