@@ -10,9 +10,12 @@ tiny (1 million parameters), small (15), base (100).
 
 from ml_collections import ConfigDict
 
+from mmada_jax.config import parse_arg
 
-def get_config() -> ConfigDict:
+
+def get_config(arg: str | None = None) -> ConfigDict:
     """See above."""
+    parse_arg(arg, presets=("own",), preset="own", forms=(), form="")
     return ConfigDict({
         "program": "own",
         "data": "",

@@ -139,11 +139,11 @@ def rollouts_options(parser: Parser) -> None:
     parser.add_argument("--repeats", type=repeats, default=10, help="default: %(default)s")
 
 
-def named_options(parser: Parser) -> None:
-    """Adds the options of `mmada bench named`."""
+def own_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench own`."""
     parser.add_argument("--model", required=True, metavar="FOLDER", help="as configs/own.py trains it")
-    parser.add_argument("--train", required=True, metavar="FOLDER", help="pictures that the judge knows")
-    parser.add_argument("--test", required=True, metavar="FOLDER", help="pictures to be named")
+    parser.add_argument("--test", required=True, metavar="PATH", help="pictures to be named or asked about")
+    parser.add_argument("--train", metavar="PATH", help="pictures that the judge of drawings knows")
     parser.add_argument("--n", type=at_least_one, default=10000, help="of them at most (%(default)s)")
     parser.add_argument("--each", type=at_least_one, default=50, help="drawings of a name (%(default)s)")
     parser.add_argument("--sheet", type=pathlib.Path, metavar="FILE.png", help="write drawings there")
@@ -208,7 +208,7 @@ BENCHMARKS = {
     "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
     "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
     "codec": Benchmark("a training step of the image tokenizer, against PyTorch", codec_options),
-    "named": Benchmark("a model of your own pictures: naming, drawing and redrawing them", named_options),
+    "own": Benchmark("a model of your own pictures: naming, drawing, questions about them", own_options),
     "seeds": Benchmark(
         "the quickstart with several seeds: mean, least share and deviation of each metric",
         seeds_options,

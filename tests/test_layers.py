@@ -22,7 +22,7 @@ FLOORS = {
     "adapters folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api",
-    "measure": "held_out digits totals named report",
+    "measure": "held_out digits totals own report",
     "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
@@ -35,7 +35,7 @@ NO_JAX = ("tokens", "data")
 LEAN = ("kernels", "nets.transformer", "diffusion")  # accelerator machines have little
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
 FOLDERS = ("mmada_jax", "launch", "configs", "tests")
-SKLEARN = ("data.digits", "measure.digits", "measure.named", "train.rl.rewards.functions")
+SKLEARN = ("data.digits", "measure.digits", "measure.own", "train.rl.rewards.functions")
 PYTORCH = ("torch", "safetensors", "transformers")
 # They travel with checkpoints and are never imported.
 EXPORTED = ("weights.modeling_mmada", "weights.modeling_magvitv2")
@@ -124,7 +124,7 @@ def test_libraries_stay_where_they_belong(module):
             assert module in (
                 "data.digits",
                 "measure.digits",
-                "measure.named",
+                "measure.own",
                 "train.rl.rewards.functions",
             ), where
             assert in_function, f"{where} outside of a function"

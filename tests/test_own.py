@@ -1,17 +1,23 @@
 """Runs of one's own data: what follows from a folder, in all its forms; three pictures are enough."""
 
+import gzip
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import own as config_file
+from launch import bench
 from mmada_jax.config import to_dict
 from mmada_jax.programs.train import main
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import own, runs
 from tests.rl_toys import one_device  # noqa: F401
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def configured(data, **values):
@@ -29,6 +35,34 @@ def write_pictures(folder, n, size=(20, 24), mode="RGB", seed=0):
 def write_lines(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_the_pages_scripts_make_what_is_trained(tmp_path, monkeypatch):
+    """The Python of docs/own_data.md, on pictures in the format of Fashion-MNIST."""
+    monkeypatch.chdir(tmp_path)
+    for part, n in (("train", 30), ("t10k", 20)):
+        rng = np.random.default_rng(n)
+        for name, head, values in (
+            ("images-idx3", 16, rng.integers(0, 256, n * 28 * 28)), ("labels-idx1", 8, np.arange(n) % 10)
+        ):  # fmt: skip
+            with gzip.open(f"{part}-{name}-ubyte.gz", "wb") as file:
+                file.write(bytes(head) + values.astype(np.uint8).tobytes())
+    page = (ROOT / "docs/own_data.md").read_text()
+    scripts = [
+        block for block in re.findall(r"^```python\n(.*?)^```", page, re.S | re.M) if "SOURCE" in block
+    ]
+    assert len(scripts) == 2
+    for script in scripts:
+        script = re.sub(r"SOURCE = .*", 'SOURCE = pathlib.Path(".")', script)
+        exec(compile(script.replace("20000", "20").replace("2000", "5"), "own_data.md", "exec"), {})
+    model, _, told = configured("fashion/train", held_out="fashion/test")
+    assert "30 records, grey pictures of 28x28 pixels" in told and set(model["data"]) == {"t2i", "mmu"}
+    _, _, told = configured("four/train/questions.jsonl")
+    assert "60 records, grey pictures of 56x56 pixels -> 32x32 in 64 codes; tasks mmu" in told
 
 
 def test_the_configuration_lists_every_field():
@@ -66,8 +100,7 @@ def test_captions_beside_pictures_and_long_pictures(tmp_path):
 
 def test_questions_about_pictures_and_the_held_out_ones(tmp_path):
     write_pictures(tmp_path / "train" / "images", 3)
-    turns = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "three"}]
-    rows = [{"image": f"images/{n:03}.png", "messages": turns} for n in range(3)]
+    rows = [{"image": f"images/{n:03}.png", "messages": exchange("how many?", "three")} for n in range(3)]
     write_lines(tmp_path / "train" / "questions.jsonl", rows)
     held_out = str(tmp_path / "train" / "questions.jsonl")
     model, codec, _ = configured(tmp_path / "train" / "questions.jsonl", held_out=held_out)
@@ -83,8 +116,7 @@ def test_questions_about_pictures_and_the_held_out_ones(tmp_path):
 
 
 def test_texts_alone_need_no_image_tokenizer_of_their_own(tmp_path):
-    turns = [{"role": "user", "content": "2 + 2"}, {"role": "assistant", "content": "4"}]
-    write_lines(tmp_path / "talks.jsonl", [{"messages": turns}] * 5)
+    write_lines(tmp_path / "talks.jsonl", [{"messages": exchange("2 + 2", "4")}] * 5)
     model, codec, told = configured(tmp_path / "talks.jsonl")
     assert codec is None and set(model["data"]) == {"lm_chat"} and "tasks lm_chat" in told
     write_lines(tmp_path / "texts" / "a.jsonl", [{"text": "once upon a time"}] * 5)
@@ -129,6 +161,22 @@ def test_three_pictures_of_one_class_are_trained_and_drawn(tmp_path, monkeypatch
     model = MMaDA.load(tmp_path / "run")
     drawn = model.draw("one thing", steps=2)
     assert drawn.image.size == (16, 16)
+    # What it is worth is measured on any pictures with names, and on questions.
+    for name in ("one_thing", "another"):
+        write_pictures(tmp_path / "test" / name, 4, (16, 16), seed=len(name))
+    rows = [{"image": "one_thing/000.png", "messages": exchange("what?", "one thing")}] * 12
+    write_lines(tmp_path / "test" / "questions.jsonl", rows)
+    named = bench.main(["own", "--model", "run", "--train", "test", "--test", "test", "--each", "2",
+                        "--sheet", "sheet.png"])["counts"]  # fmt: skip
+    totals = {name: count["total"] for name, count in named.items()}
+    assert totals == {"named": 8, "named_by_judge": 8, "drawn": 4, "redrawn": 4, "half_grey": 4}
+    assert named["named_by_judge"]["correct"] == 8  # it has seen them
+    with Image.open("sheet.png") as sheet:
+        assert sheet.size == (2 * 2 * 18, 2 * 2 * 18)
+    asked = bench.main(["own", "--model", "run", "--test", "test/questions.jsonl", "--n", "11"])["counts"]
+    assert {name: count["total"] for name, count in asked.items()} == {"what?": 11, "all": 11}
+    with pytest.raises(ValueError, match="drawings are judged by what a judge has learned: --train"):
+        bench.main(["own", "--model", "run", "--test", "test"])
     # The same command again finds nothing to do, and needs no folder but the data.
     main(words)
     assert "2 steps are done already" in capsys.readouterr().out

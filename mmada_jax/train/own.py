@@ -44,7 +44,7 @@ _TINY = {"d_model": 128, "n_layers": 4, "n_heads": 4, "d_mlp": 384}
 _SMALL = {"d_model": 384, "n_layers": 8, "n_heads": 6, "d_mlp": 1024}
 _BASE = {"d_model": 768, "n_layers": 12, "n_heads": 12, "d_mlp": 2048}
 SIZES = {
-    "tiny": Size(_TINY, 32, 128, 512, 3000, 800, 2.5e-3),
+    "tiny": Size(_TINY, 32, 128, 512, 5000, 1000, 2.5e-3),
     "small": Size(_SMALL, 64, 256, 4096, 8000, 4000, 1e-3),
     "base": Size(_BASE, 128, 512, 16384, 30000, 15000, 5e-4),
 }

@@ -1,5 +1,6 @@
-"""What a model is worth on pictures that have names, as of a folder for each class: it names them, draws
-them by their names, and redraws their lower half, each on pictures that it hasn't seen.
+"""What a model of one's own data is worth, on records that it hasn't seen. Pictures that have names, as in
+a folder for each class, are named, drawn by their names, and their lower half is redrawn. Questions about
+pictures are answered.
 
 Whether a drawing shows what was asked for is decided by a judge that has nothing to do with our models:
 scikit-learn's support vector machine on the pixels, fitted on training pictures.
@@ -100,6 +101,29 @@ def measure(
     redrawn, _ = redraw_halves(model, few, judge, seed)
     by_name = drawn_BIJC.reshape(len(names), each, *drawn_BIJC.shape[1:])
     return counts | redrawn, sheet([of_name[:8] for of_name in by_name])
+
+
+def answer_questions(model: MMaDA, source: sources.Source, n: int, seed: int = 0) -> dict[str, Count]:
+    """How many of the first questions of `n` conversations about pictures are answered letter by letter as
+    they are there, by question; "all" are all of them. Questions that are asked fewer than ten times are
+    counted there alone. Raises ValueError for a record without a picture or without an answer."""
+    chosen = np.sort(np.random.default_rng([seed, 5]).permutation(len(source))[:n])
+    pictures, questions, wanted = [], [], []
+    for index in chosen:
+        record = source[int(index)]
+        if record.image is None or len(record.turns) < 2:
+            raise ValueError(f"record {record.key!r} isn't a question about a picture with its answer")
+        pictures.append(record.image)
+        questions.append(record.turns[0]["content"])
+        wanted.append(record.turns[1]["content"])
+    most = 1 + max(len(model.tokenizer.encode(answer)) for answer in set(wanted))
+    said = [text.text for text in model.answer(pictures, questions, max_new=most, block=most)]
+    by_question: dict[str, list[tuple[str, str]]] = {}
+    for question, pair in zip(questions, zip(said, wanted, strict=True), strict=True):
+        by_question.setdefault(question, []).append(pair)
+    often = {name: pairs for name, pairs in sorted(by_question.items()) if len(pairs) >= 10}
+    counts = {name: _count(*zip(*pairs, strict=True)) for name, pairs in often.items()}
+    return counts | {"all": _count(said, wanted)}
 
 
 def _flat(pixels_BIJC: Any) -> np.ndarray:
