@@ -68,6 +68,18 @@ def test_only_adapters_are_trained_saved_and_resumed_to_the_bit(config, trained,
 
 
 @pytest.mark.slow
+def test_the_base_may_be_held_in_8_bits(config, trained, tmp_path):
+    train(config | {"base_dtype": "int8"}, tmp_path / "run")
+    row = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
+    near = metrics.read(trained / "metrics.jsonl")[-1]
+    np.testing.assert_allclose(row["loss"], near["loss"], rtol=0.02)
+    assert row["loss"] != near["loss"]
+    assert np.isfinite([value for name, value in row.items() if name.startswith("held_out")]).all()
+    # The adapters are beside the model itself, not beside what was held of it.
+    assert open_folder(tmp_path / "run").dtype == open_folder(trained).dtype
+
+
+@pytest.mark.slow
 def test_meshes_and_parts_of_a_batch_agree(config, tmp_path):
     adamw = config["optim"] | {"eps": 1e-3}  # no sign(0) to amplify noise
     config, results = config | {"optim": adamw, "eval_every": 0}, []

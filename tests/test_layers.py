@@ -16,10 +16,10 @@ FLOORS = {
     "sources texts pipeline",
     "devices": "chips sharding distributed hlo",
     "kernels": "reference cpu tpu cached attention",
-    "nets": "cache products transformer lora vq clip",
+    "nets": "cache products int8 rope transformer lora vq clip",
     "diffusion": "schedule loss corrupt rules cached denoise decode slots",
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
-    "adapters folder inspect convert",
+    "quantized adapters folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api",
     "measure": "held_out digits totals own report",
@@ -32,7 +32,14 @@ FLOORS = {
 PLACES = [f"{floor}.{name}".strip(".") for floor, names in FLOORS.items() for name in names.split()]
 PLACE = {name: number for number, name in enumerate(PLACES)}
 NO_JAX = ("tokens", "data")
-LEAN = ("kernels", "nets.transformer", "diffusion")  # accelerator machines have little
+LEAN = (
+    "kernels",
+    "nets.transformer",
+    "nets.rope",
+    "nets.int8",
+    "nets.lora",
+    "diffusion",
+)  # accelerator machines have little
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
 FOLDERS = ("mmada_jax", "launch", "configs", "tests")
 SKLEARN = ("data.digits", "measure.digits", "measure.own", "train.rl.rewards.functions")

@@ -17,12 +17,17 @@ from tests.rl_toys import history, one_device, params, rl_config, toy_rewards  #
 
 
 @pytest.mark.parametrize(
-    ("ahead", "kl"), [(0, "reference"), pytest.param(1, "old", marks=pytest.mark.slow)]
+    ("ahead", "kl", "dtype"),
+    [
+        (0, "reference", "float32"),
+        pytest.param(1, "old", "float32", marks=pytest.mark.slow),
+        pytest.param(1, "reference", "int8", marks=pytest.mark.slow),
+    ],
 )
-def test_adapters_learn_by_reward_and_their_base_is_the_reference(config, tmp_path, ahead, kl):
+def test_adapters_learn_by_reward_and_their_base_is_the_reference(config, tmp_path, ahead, kl, dtype):
     objective = config["objective"] | {"kl": kl, "beta": 0.1 * (kl == "reference")}
     config |= {
-        "lora": {"rank": 2, "alpha": 4.0}, "base_dtype": "float32", "objective": objective, "ahead": ahead,
+        "lora": {"rank": 2, "alpha": 4.0}, "base_dtype": dtype, "objective": objective, "ahead": ahead,
         "iterations": 4, "tasks": {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}},
     }  # fmt: skip
     config["optim"] = config["optim"] | {"lr": 1e-2, "floor": 1.0}

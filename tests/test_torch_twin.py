@@ -20,7 +20,7 @@ from launch import bench  # noqa: E402
 from launch.benchmarks import twin as benchmark  # noqa: E402
 from mmada_jax.diffusion import corrupt, denoise, loss, rules  # noqa: E402
 from mmada_jax.kernels.attention import attention  # noqa: E402
-from mmada_jax.nets import transformer  # noqa: E402
+from mmada_jax.nets import rope, transformer  # noqa: E402
 from mmada_jax.tokens import layout  # noqa: E402
 from mmada_jax.weights import llada_keys  # noqa: E402
 
@@ -90,8 +90,8 @@ def test_norm():
 def test_rope():
     x = normal(2, 4, 9, 16)
     theirs = modeling.rope(x, *modeling.rope_tables(9, 16, 500000.0))
-    table = (x[None, None] for x in transformer.rope_table(9, 16, 500000.0))
-    assert_close(transformer.rope(ours_of(x), *table), theirs)
+    table = (x[None, None] for x in rope.rope_table(9, 16, 500000.0))
+    assert_close(rope.rope(ours_of(x), *table), theirs)
 
 
 def test_attention(data):
@@ -110,7 +110,7 @@ def test_block(params, model, data):
     tables = model.rope_tables(x.shape[1], x.device)
     theirs = model.model.transformer.blocks[layer](x, *tables, valid[:, None, None, :])
     weights = jax.tree.map(lambda w: w[layer], params["blocks"])
-    table = transformer.rope_table(x.shape[1], CONFIG.d_head, CONFIG.rope_theta)
+    table = rope.rope_table(x.shape[1], CONFIG.d_head, CONFIG.rope_theta)
     table = (x[None, None] for x in table)
     ours, _ = transformer._Block(CONFIG).apply(
         {"params": weights}, ours_of(x), jnp.float32(layer), None, ours_of(valid), *table, None, None

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmada_jax.nets import transformer
+from mmada_jax.nets import rope, transformer
 
 TINY = transformer.ModelConfig(
     d_model=16, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=24, vocab=40, dtype="float32"
@@ -201,8 +201,8 @@ def test_rope_turns_pairs_of_halves():
     z = x[..., :4] + 1j * x[..., 4:]
     angle = positions[..., None] * theta ** (-2 * np.arange(4) / 8)
     turned = z * np.exp(1j * angle)[:, None]
-    table = (x[positions][:, None] for x in transformer.rope_table(99, 8, theta))
-    ours = transformer.rope(jnp.asarray(x, jnp.float32), *table)
+    table = (x[positions][:, None] for x in rope.rope_table(99, 8, theta))
+    ours = rope.rope(jnp.asarray(x, jnp.float32), *table)
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag], -1), atol=5e-5)
 
 

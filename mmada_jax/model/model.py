@@ -29,6 +29,7 @@ from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import TextTokenizer
 from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.weights.folder import ModelFolder
+from mmada_jax.weights.quantized import in_8_bits
 
 # One, or a list of them.
 Prompts, Captions = Prompt | Sequence[Prompt], str | np.ndarray | Sequence[str | np.ndarray]
@@ -84,10 +85,12 @@ class Model:
     def place(self, params: Any, dtype: str | None = None) -> Any:
         """Puts the model's params, arrays of the host or Lazy ones, onto the mesh; each process reads its
         own part. They become `dtype`; by default they stay as they are stored, but float16 becomes
-        float32."""
+        float32. Where the configuration says so, the matrices of the layers become 8 bits."""
         if dtype is None and jax.tree.leaves(params)[0].dtype == np.float16:
             dtype = "float32"
         places = decode.param_shardings(self.mesh, self.config)
+        if self.config.weights == "int8":
+            return sharding.put_params(in_8_bits(params, dtype), places)
         return sharding.put_params(params, places, dtype and np.dtype(dtype))
 
     # ---- Jobs: layouts and rules, checked before any compute ------------------------------------
@@ -345,6 +348,7 @@ def open_model(
     images: ModelFolder | None = None,
     image_size: int | tuple[int, int] | None = None,
     max_text: int | None = None,
+    weights: Literal["plain", "int8"] = "plain",
 ) -> Model:
     """The model in a folder that is open, on `mesh` (by default all devices), without its params.
 
@@ -370,6 +374,9 @@ def open_model(
     if dtype or source.kind != "workdir":
         stored = "float32" if source.dtype == "float16" else source.dtype
         config = dataclasses.replace(config, dtype=dtype or stored)
+    if weights not in ("plain", "int8"):
+        raise ValueError(f"weights is {weights!r}; it must be plain or int8")
+    config = dataclasses.replace(config, weights=weights)
     mesh, defaults = mesh or sharding.make_mesh(), Defaults.of(source.generation)
     decode.param_shardings(mesh, config)  # raises for a mesh that doesn't fit, before anything is read
     vq_params = images and Vision.place(images.params, images.config, mesh).params

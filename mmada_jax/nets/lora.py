@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmada_jax.nets import transformer
+from mmada_jax.nets import int8, transformer
 from mmada_jax.ranges import Count, OnlyWith, Range, Ranged
 
 # The matrices by their names in LLaDA's checkpoints, and how many of a param's axes are inputs.
@@ -53,7 +53,8 @@ class LoraConfig(Ranged):
 def sizes(config: transformer.ModelConfig, name: str) -> tuple[int, int]:
     """Inputs and outputs of the matrix of that name in params."""
     inputs = dict(MATRICES.values())[name]
-    shape = transformer.param_shapes(config)["blocks"][name].shape[1:]
+    plain = dataclasses.replace(config, weights="plain")
+    shape = transformer.param_shapes(plain)["blocks"][name].shape[1:]
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])
 
 
@@ -85,8 +86,12 @@ def beside(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraCon
 
 
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """Params in which the adapters have become a part of the matrices. The sum is formed in float32."""
-    blocks = dict(params["blocks"])
+    """Params in which the adapters have become a part of the matrices. The sum is formed in float32.
+    Matrices in 8 bits become plain ones, of the dtype of the head."""
+    dtype = params["head_DV"].dtype
+    blocks = {
+        name: int8.value(w, dtype) if isinstance(w, Mapping) else w for name, w in params["blocks"].items()
+    }
     for name, of in adapters.items():
         w = blocks[name]
         delta = jnp.einsum("NIR,NRO->NIO", of["a_NIR"], of["b_NRO"], precision="highest").reshape(w.shape)

@@ -25,9 +25,10 @@ from jax.ad_checkpoint import checkpoint_name
 from mmada_jax.devices import sharding
 from mmada_jax.devices.sharding import REST
 from mmada_jax.kernels.attention import attention
-from mmada_jax.nets import cache
+from mmada_jax.nets import cache, int8
 from mmada_jax.nets.cache import Cache
 from mmada_jax.nets.products import products, widen
+from mmada_jax.nets.rope import rope, rope_table
 from mmada_jax.ranges import Positive, Range, Ranged
 
 # What a layer can keep for the backward pass: q, k and v (after RoPE); the output of attention; the
@@ -56,6 +57,7 @@ class ModelConfig(Ranged):
     # isn't named, as "attention+qkv" (names of KEEPABLE).
     remat: str = "none"
     unroll: Annotated[int, Range(1, 10_000)] = 1  # layers per iteration of the scan; n_layers unrolls it
+    weights: Literal["plain", "int8"] = "plain"  # how the matrices of the layers are held
 
     def __post_init__(self):
         super().__post_init__()
@@ -102,7 +104,7 @@ def forward_flops(config: ModelConfig, rows: int, length: int, logits: int | Non
     """Operations of a forward pass over rows of `length` tokens, two per multiply-add, with so many
     `logits` at its end (all ids at all positions by default). Training takes three times as many."""
     logits = rows * length * config.vocab if logits is None else logits
-    blocks = param_shapes(config)["blocks"]
+    blocks = param_shapes(dataclasses.replace(config, weights="plain"))["blocks"]
     weights = sum(x.size for name, x in blocks.items() if not name.endswith("norm_D"))
     attention = 2 * length * config.d_model * config.n_layers  # queries with keys, and with values
     return 2 * (rows * length * (weights + attention) + logits * config.d_model)
@@ -110,7 +112,10 @@ def forward_flops(config: ModelConfig, rows: int, length: int, logits: int | Non
 
 def init_params(key: jax.Array, config: ModelConfig) -> dict[str, Any]:
     """Random params, float32: truncated normal at 3 deviations, std 1/sqrt(width), outputs of
-    layer i further divided by sqrt(2(i+1)), norms 1 (the "mitchell" scheme of OLMo and LLaDA)."""
+    layer i further divided by sqrt(2(i+1)), norms 1 (the "mitchell" scheme of OLMo and LLaDA). Raises
+    ValueError for weights in 8 bits, which aren't trained."""
+    if config.weights != "plain":
+        raise ValueError(f"weights are {config.weights!r}; only 'plain' ones are trained")
     row = jnp.zeros((1, 1), jnp.int32)  # Flax makes params on the way through the model
     # No mesh could split this row. The code of one layer is compiled in a third of the time of four.
     config = dataclasses.replace(config, attention="plain", unroll=1)
@@ -119,13 +124,25 @@ def init_params(key: jax.Array, config: ModelConfig) -> dict[str, Any]:
 
 def param_shapes(config: ModelConfig) -> dict[str, Any]:
     """The params tree as ShapeDtypeStructs; nothing is computed."""
-    return jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    plain = dataclasses.replace(config, weights="plain")
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), plain))
+    return shapes if config.weights == "plain" else shapes | {"blocks": int8.shapes(shapes["blocks"])}
+
+
+def held_shapes(config: ModelConfig) -> dict[str, Any]:
+    """The same as a model that only computes holds it: in `config.dtype`, but for what is in 8 bits."""
+
+    def hold(x):
+        kept = isinstance(x, dict)
+        return x if kept else jax.ShapeDtypeStruct(x.shape, config.dtype)
+
+    return jax.tree.map(hold, param_shapes(config), is_leaf=lambda x: isinstance(x, dict) and "int8" in x)
 
 
 def param_axes(config: ModelConfig) -> dict[str, Any]:
     """The params tree with the logical axis names of each array in its place."""
     blocks = {name: ("layers", *axes) for name, axes in _BLOCK_AXES.items()}
-    return {"blocks": blocks, **_OUTER_AXES}
+    return {"blocks": int8.axes(blocks) if config.weights == "int8" else blocks, **_OUTER_AXES}
 
 
 def hidden_states(
@@ -233,53 +250,6 @@ def rms_norm(x_D: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     return norm_D.astype(x_D.dtype) * scale_D.astype(x_D.dtype)
 
 
-def rope_table(length: int, d_head: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of RoPE's angles at the positions 0..length-1, each [L, K] float32, both halves of K
-    the same.
-
-    One table serves all layers. It is a constant of the program: XLA would compute the angles anew at each
-    place where it reads them.
-    """
-    half = d_head // 2
-    freq_K = np.float32(theta) ** (-np.tile(np.arange(half, dtype=np.float32), 2) / np.float32(half))
-    angle_LK = np.arange(length, dtype=np.float32)[:, None] * freq_K[None]
-    return np.cos(angle_LK), np.sin(angle_LK)
-
-
-@jax.custom_vjp
-def rope(x_BHLK: jax.Array, cos_B1LK: jax.Array, sin_B1LK: jax.Array) -> jax.Array:
-    """Rotates the two halves of each head (not interleaved pairs) by position, in float32."""
-    turned_BHLK = _turn(x_BHLK).astype(jnp.float32)
-    rotated_BHLK = x_BHLK.astype(jnp.float32) * cos_B1LK + turned_BHLK * sin_B1LK
-    return rotated_BHLK.astype(x_BHLK.dtype)
-
-
-def _rope_fwd(x_BHLK, cos_B1LK, sin_B1LK):
-    return rope(x_BHLK, cos_B1LK, sin_B1LK), (cos_B1LK, sin_B1LK)
-
-
-def _rope_bwd(saved, grad_BHLK):
-    cos_B1LK, sin_B1LK = saved
-    return rope(grad_BHLK, cos_B1LK, -sin_B1LK), None, None  # back by the same angle
-
-
-rope.defvjp(_rope_fwd, _rope_bwd)
-
-
-def _turn(x_BHLK):
-    """(a, b) -> (-b, a), the halves of each head."""
-    K = x_BHLK.shape[-1]
-    if sharding.platform() != "tpu":
-        a_BHLk, b_BHLk = jnp.split(x_BHLK, 2, axis=-1)
-        return jnp.concatenate((-b_BHLk, a_BHLk), axis=-1)
-    # Moving halves of a vector register costs more than a product with a signed permutation, which
-    # is exact in any dtype.
-    eye_kk = np.eye(K // 2)
-    turn_KK = np.block([[0 * eye_kk, eye_kk], [-eye_kk, 0 * eye_kk]])
-    precision = jax.lax.Precision.HIGHEST if x_BHLK.dtype == jnp.float32 else None
-    return jnp.einsum("BHLK,KJ->BHLJ", x_BHLK, turn_KK.astype(x_BHLK.dtype), precision=precision)
-
-
 _BLOCK_AXES = {
     "attn_norm_D": (None,),
     "q_DHK": ("embed", "heads", "head_dim"),
@@ -302,7 +272,7 @@ def _use(w: jax.Array, name: str, config: ModelConfig, heads_merged: bool = Fals
     With `heads_merged` the axes of the heads and their width become one, before the gather: nothing
     that is whole has to be moved for it.
     """
-    axes, w = (_BLOCK_AXES | _OUTER_AXES)[name], w.astype(config.dtype)
+    axes, w = (_BLOCK_AXES | _OUTER_AXES)[name], int8.value(w, config.dtype)
     if heads_merged:
         at = axes.index("head_dim")
         axes = axes[:at] + axes[at + 1 :]

@@ -53,6 +53,7 @@ def parser() -> Parser:
     )  # fmt: skip
     group.add_argument("--image-tokenizer", metavar="FOLDER", help="if the model's folder has none")
     group.add_argument("--step", type=int, metavar="N", help="an older checkpoint of a workdir")
+    group.add_argument("--int8", action="store_true", help="hold the matrices of the layers in 8 bits")
     group.add_argument(
         "--image-size", type=image_size, metavar="ROWSxCOLUMNS",
         help="in pixels, or one number for both (default: as the folder says, else 512)",
@@ -133,6 +134,7 @@ def main(argv: list[str]) -> None:
         image_size=args.image_size,
         max_text=args.max_text,
         step=args.step,
+        weights="int8" if args.int8 else "plain",
     )
     names, texts, drawings = args.inputs, [], []
     rule = {name: getattr(args, name) for name in ("decode", "steps", "guidance", "temperature")} | {

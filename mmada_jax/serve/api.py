@@ -59,6 +59,7 @@ class MMaDA(Model):
         image_size: int | tuple[int, int] | None = None,
         max_text: int | None = None,
         step: int | None = None,
+        weights: Literal["plain", "int8"] = "plain",
     ) -> "MMaDA":
         """Loads a training workdir (its newest step, or `step`), a checkpoint, or a Hugging Face folder.
 
@@ -68,13 +69,15 @@ class MMaDA(Model):
         trained with; without one there is text alone. `image_size` (rows and columns in pixels, or one
         number for both) and `max_text` (tokens of the text slot) must be the ones that the model was
         trained with. By default they are read from `path`; where it doesn't say, they are 512 x 512 and
-        512, as in the published models.
+        512, as in the published models. With `weights` "int8" the matrices of the layers are held in 8
+        bits, half of bfloat16, and answers are nearly the same (docs/decoding.md).
 
         Raises FileNotFoundError if there is no model, ValueError if it isn't one or doesn't fit.
         """
         source = open_folder(path, step=step)
         images = image_tokenizer_of(source, image_tokenizer)
-        model = open_model(source, mesh, dtype, images=images, image_size=image_size, max_text=max_text)
+        told = {"image_size": image_size, "max_text": max_text, "weights": weights}
+        model = open_model(source, mesh, dtype, images=images, **told)
         return cls(model.place(source.params, dtype), **vars(model))
 
     def __repr__(self) -> str:

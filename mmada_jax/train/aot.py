@@ -41,7 +41,7 @@ from mmada_jax.train.rl.update import (
     policy_of,
     policy_places,
 )
-from mmada_jax.train.runs import ModelRun, Plan, check_rows, foresee, relative
+from mmada_jax.train.runs import ModelRun, Plan, check_rows, foresee, held_base, relative
 from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 from mmada_jax.weights.state import state_shardings
 
@@ -79,7 +79,8 @@ def devices(topology: chips.Topology) -> list[Any]:
 def lower_train(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
     """The training step of `run`, not yet compiled; the shape of the batch is all it needs of data."""
     L = plan.shape.length
-    objective = supervised.model_objective(run, plan.model, plan.vocab)
+    model = held_base(plan.model, run.base_dtype) if run.lora.rank else plan.model
+    objective = supervised.model_objective(run, model, plan.vocab)
     optimizer = optim.make(run.optim, run.steps)
     check_rows(run, mesh)
     with jax.set_mesh(mesh):
@@ -96,10 +97,8 @@ def _frozen(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh) -> tuple[list[An
     """What a run with adapters doesn't train, as shapes, and its shardings; empty for other runs."""
     if not run.lora.rank:
         return [], []
-    shapes = transformer.param_shapes(plan.model)
-    dtype = jax.numpy.dtype(run.base_dtype)
-    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-    return [base], [sharding.tree_shardings(mesh, transformer.param_axes(plan.model), shapes)]
+    base = base_shapes(run, plan.model)
+    return [base], [decode.param_shardings(mesh, held_base(plan.model, run.base_dtype))]
 
 
 BLOCK = 32  # tokens of a block of text
@@ -140,10 +139,9 @@ def lower_text(run: ModelRun, plan: Plan, mesh: jax.sharding.Mesh, is_cached: bo
 def _bf16(plan: Plan, mesh: jax.sharding.Mesh) -> tuple[Any, transformer.ModelConfig]:
     """The params of a model that decodes, as shapes on the mesh, and its architecture."""
     model = dataclasses.replace(plan.model, remat="none")
-    shapes = transformer.param_shapes(model)
-    places = decode.param_shardings(mesh, model)
+    shapes, places = transformer.held_shapes(model), decode.param_shardings(mesh, model)
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, model.dtype, sharding=place), shapes, places
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     ), model
 
 
@@ -172,7 +170,7 @@ def lower_rl(
         rows = [jax.ShapeDtypeStruct((R, at.row), kind) for kind in (np.int32, bool)]
         responses = run.objective.responses
         places, frozen = policy_places(run, model, mesh, shardings.params)
-        base = base_shapes(run, model)
+        base = base_shapes(run, model.config)
         policy = jax.eval_shape(functools.partial(policy_of, run), shapes.params, base)
         generate = make_generate(mesh, model.config, model.vocab, at, places, responses)
         guided = at.rule.guidance and task.layout == "t2i"

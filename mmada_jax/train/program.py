@@ -41,7 +41,7 @@ class Program:
     `load` gives those rows of a step that lie on the devices of this process. `encode` takes rows placed
     on the devices and gives the batch that the objective prepares. `images` is the image tokenizer of a
     model's run. `start` are the params to begin with, as Lazy arrays, None for random ones. `frozen` are
-    params that aren't trained, Lazy arrays with the logical axes `frozen_axes`, held in `frozen_dtype`.
+    params that aren't trained, Lazy arrays with the logical axes `frozen_axes`, and are held as they are.
     `average` is that of `optim.averaged`, 0 for none. `evaluate` takes what is trained and what isn't, in
     a list, the step and the metrics; it gives values and shows samples in the metrics. `remark` takes a
     row of metrics and says what is wrong with it, if anything is. `data` describes the data; a resumed run
@@ -59,7 +59,6 @@ class Program:
     start: Any = None
     frozen: Any = None
     frozen_axes: Any = None
-    frozen_dtype: str = "float32"
     average: float = 0.0
     evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
     remark: Callable[[Mapping[str, float]], str | None] = lambda values: None

@@ -127,7 +127,7 @@ class ModelRun(Run):
     preset: str = "digits"
     init: str = ""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    base_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    base_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     model: Annotated[dict[str, Any], FieldsOf(transformer.ModelConfig)] = dataclasses.field(
         default_factory=dict
     )
@@ -248,6 +248,11 @@ def plan(
         )
     adapter = describe_adapter(run.lora, begin, workdir)
     return Plan(tokenizer, vocab, model, vq_config, grid, run.max_text, begin, adapter)
+
+
+def held_base(config: transformer.ModelConfig, base_dtype: str) -> transformer.ModelConfig:
+    """The architecture of the frozen base of adapters: its matrices in 8 bits, if `base_dtype` says so."""
+    return dataclasses.replace(config, weights="int8" if base_dtype == "int8" else "plain")
 
 
 def describe_adapter(of: LoraConfig, base: ModelFolder, workdir: pathlib.Path) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from mmada_jax.train.runs import (
     codec_of,
     describe,
     grid_of,
+    held_base,
     image_tokenizer_path,
     parse,
     plan,
@@ -62,6 +63,7 @@ from mmada_jax.weights.folder import (
     keep_image_tokenizer,
     open_image_tokenizer,
 )
+from mmada_jax.weights.quantized import held_in, in_8_bits
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
 from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, refuse_busy
 
@@ -288,7 +290,7 @@ def place_frozen(program: Program, mesh: jax.sharding.Mesh) -> tuple[list[Any], 
     if program.frozen is None:
         return [], []
     places = sharding.tree_shardings(mesh, program.frozen_axes, program.frozen)
-    return [sharding.put_params(program.frozen, places, jnp.dtype(program.frozen_dtype))], [places]
+    return [sharding.put_params(program.frozen, places)], [places]
 
 
 class MaskedRows(NamedTuple):
@@ -354,8 +356,14 @@ def model_program(
         rows = open_rows(run, workdir, what, "held_out", run.eval_rows, images)
         say_left_out(rows, "held_out")
         evaluate = evaluation(run, what, vision, encode, rows)
+    model, parts = what.model, {"start": what.start and what.start.params}
+    if run.lora.rank:
+        model, plain = held_base(what.model, run.base_dtype), run.base_dtype != "int8"
+        hold = held_in if plain else in_8_bits
+        frozen = hold(what.start.params, run.base_dtype if plain else "bfloat16")
+        parts = {"frozen": frozen, "frozen_axes": transformer.param_axes(model)}
     return Program(
-        objective=model_objective(run, what.model, what.vocab),
+        objective=model_objective(run, model, what.vocab),
         load=data.load,
         encode=encode,
         tokens_per_step=run.batch_size * what.shape.length,
@@ -363,9 +371,7 @@ def model_program(
         tokenizer=what.tokenizer,
         images=images,
         accumulate=run.accumulate,
-        **{"frozen" if run.lora.rank else "start": what.start and what.start.params},
-        frozen_axes=transformer.param_axes(what.model),
-        frozen_dtype=run.base_dtype,
+        **parts,
         evaluate=evaluate,
         data=data.description,
     )
@@ -388,13 +394,18 @@ def evaluation(
         what.model, what.vocab, what.tokenizer, vision.params, vision.config, what.max_text, what.grid, mesh
     )
 
+    @functools.cache
+    def merge():
+        model = held_base(what.model, run.base_dtype)
+        base, merged = (
+            sharding.tree_shardings(mesh, transformer.param_axes(of), transformer.param_shapes(of))
+            for of in (model, what.model)
+        )
+        join = functools.partial(lora.merge, lora=run.lora)
+        return sharding.jit(mesh, join, (base, sharding.replicated(mesh)), merged)
+
     def whole(params, base=None):
-        if base is None:
-            return params
-        places = sharding.tree_shardings(mesh, transformer.param_axes(what.model), base)
-        merge = functools.partial(lora.merge, lora=run.lora)
-        everywhere = jax.tree.map(lambda _: sharding.replicated(mesh), params)
-        return sharding.jit(mesh, merge, (places, everywhere), places)(base, params)
+        return params if base is None else merge()(base, params)
 
     @functools.cache
     def batches():

@@ -77,7 +77,7 @@ def resume(
     in flight."""
     mu = run.objective.mu
     reference = jax.eval_shape(functools.partial(frozen_reference, run=run), shapes.params)
-    base = base_shapes(run, model)
+    base = base_shapes(run, model.config)
     policy = jax.eval_shape(functools.partial(policy_of, run), shapes.params, base)
 
     def next_inputs(step):

@@ -85,7 +85,7 @@ class RLRun(Ranged):
     ] = dataclasses.field(default_factory=dict)
     reference_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    base_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    base_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     ahead: Annotated[int, Range(0, 1)] = 0
     seed: Seed = 0
     save_every: Positive = 10  # iterations between checkpoints

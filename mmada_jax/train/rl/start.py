@@ -162,11 +162,14 @@ def load_policy(
     if resumed and (workdir / IMAGE_TOKENIZER).is_dir():
         vision = workdir / IMAGE_TOKENIZER if reads else None
     images = image_tokenizer_of(source, vision)
-    model = open_model(source, mesh, "float32", images=images)
+    weights = "int8" if run.lora.rank and run.base_dtype == "int8" else "plain"
+    model = open_model(source, mesh, "float32", images=images, weights=weights)
+    dtype = "float32"
     if run.lora.rank:
         lora.check(model.config, run.lora)
+        dtype = "bfloat16" if run.base_dtype == "int8" else run.base_dtype
     if reads:
-        params = model.place(source.params, run.base_dtype if run.lora.rank else "float32")
+        params = model.place(source.params, dtype)
         if not all_finite(params):
             raise ValueError(f"config.init: the params in {run.init} are not finite; name others")
     config = dataclasses.replace(model.config, **run.model)

@@ -6,6 +6,7 @@ the model. Nothing here knows prompts or rewards, only numbers.
 P prompts, G responses to each, R = P G rows of a rollout, S rows of an update, L positions, D width, V ids.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from mmada_jax.train.program import Objective
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.rollout import ResponseSpan
 from mmada_jax.train.rl.run import RLRun, Task
+from mmada_jax.train.runs import ModelRun, held_base
 
 
 class Scored(NamedTuple):
@@ -62,14 +64,13 @@ def policy_of(run: RLRun, params: Any, base: Any) -> Any:
     return lora.beside(base, params, run.lora) if run.lora.rank else params
 
 
-def base_shapes(run: RLRun, model: Model) -> Any:
+def base_shapes(run: RLRun | ModelRun, config: transformer.ModelConfig) -> Any:
     """The shapes of the base of adapters; None where all is trained."""
     if not run.lora.rank:
         return None
-    dtype = jnp.dtype(run.base_dtype)
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), transformer.param_shapes(model.config)
-    )
+    dtype = "bfloat16" if run.base_dtype == "int8" else run.base_dtype
+    held = held_base(config, run.base_dtype)
+    return transformer.held_shapes(dataclasses.replace(held, dtype=dtype))
 
 
 def policy_places(run: RLRun, model: Model, mesh: jax.sharding.Mesh, trained: Any) -> tuple[Any, list[Any]]:
