@@ -129,7 +129,8 @@ def make_older(workdir):
     about = json.loads((workdir / MODEL).read_text())
     architecture = about["config"] | {"dtype": about["computed"].pop("dtype")}
     described = {"architecture": architecture} | {key: about[key] for key in ("computed", "generation")}
-    (workdir / CONFIG).write_text(json.dumps(read_config(workdir) | described))
+    values = {key: x for key, x in read_config(workdir).items() if key not in ("lora", "base_dtype")}
+    (workdir / CONFIG).write_text(json.dumps(values | described))
     for name in (MODEL, FILES):
         (workdir / name).unlink()
     record_files(workdir)

@@ -55,7 +55,7 @@ def test_only_adapters_are_trained_saved_and_resumed_to_the_bit(config, trained,
     row = metrics.read(tmp_path / "run" / "metrics.jsonl")[-1]
     assert np.isfinite([value for name, value in row.items() if name.startswith("held_out")]).all()
     about = json.loads((tmp_path / "run" / MODEL).read_text())["adapter"]
-    assert (about["rank"], about["alpha"], len(about["targets"])) == (RANK, 6.0, 7)
+    assert (about["rank"], about["alpha"], about["targets"].count("+")) == (RANK, 6.0, 6)
     # What is opened is the base with the adapters in it.
     source, base = open_folder(trained), open_folder(model_workdir)
     want = lora.merge(in_memory(base.params), ours, lora.LoraConfig(RANK, 6.0))
@@ -122,9 +122,9 @@ def test_another_base_is_refused_and_a_lost_one_is_named(config, trained, tmp_pa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init": ""}, "lora.rank is 3 and config.init is empty|there is no text tokenizer"),
+        ({"init": "", "text_vocab": 400}, "lora.rank is 3 and config.init is empty"),
         ({"lora": {"rank": 4096}}, "lora.rank is 4096, q_proj has [0-9]+ rows or columns; choose at most"),
-        ({"lora": {"rank": 2, "targets": ["head"]}}, "head"),
+        ({"lora": {"rank": 2, "targets": "head"}}, "head"),
         ({"lora": {"rank": -1}}, "lora.rank is -1"),
     ],
 )
@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(config, tmp_pa
 
 
 def test_a_run_keeps_its_adapters(config, trained):
-    with pytest.raises(ValueError, match=r"lora.rank.*3.*4|lora"):
+    with pytest.raises(ValueError, match=r"lora.rank is 3 there and 4 now"):
         train(config | {"lora": {"rank": 4, "alpha": 6.0}, "steps": 6}, trained)
 
 
@@ -188,7 +188,7 @@ def test_logits_are_those_of_peft(trained, exchanged, transformers):  # noqa: F8
                 weight.normal_(0, 0.1)
     made.save_pretrained(exchanged / "theirs")
     found = read_peft(exchanged / "theirs", source.config)
-    assert found.lora == lora.LoraConfig(4, 4.0, ("q_proj", "up_proj"))
+    assert found.lora == lora.LoraConfig(4, 4.0, "q_proj+up_proj")
     params = lora.merge(base_of(source), found.arrays, found.lora)
     h_BLD = transformer.hidden_states(params, source.config, ids, ids >= 0)
     theirs = made(torch.tensor(ids, dtype=torch.long)).logits.detach().numpy()

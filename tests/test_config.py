@@ -168,6 +168,7 @@ def test_numbers_that_a_run_can_not_mean(values, message):
 
 NEEDED = {
     "train.runs.Run": {"program": "model", "steps": 1, "batch_size": 1},
+    "train.own.OwnRun": {"program": "own", "data": "x"},
     "train.runs.VQRun": {"program": "vq", "steps": 1, "batch_size": 1},
     "train.runs.ModelRun": {"program": "model", "steps": 1, "batch_size": 1},
     "train.rl.prompts.PromptsConfig": {"path": "x"},

@@ -103,8 +103,9 @@ def test_every_field_can_be_typed(cls, base):
         if path.startswith("tasks.new."):
             path = path.replace("tasks.new.", "tasks.drawing.")
         text, value = example(kind)
-        if path.endswith(("remat", "schedule")):
-            text = value = "full" if path.endswith("remat") else "pow2"
+        words = {"remat": "full", "schedule": "pow2", "targets": "q_proj+ff_out"}
+        if path.endswith(tuple(words)):
+            text = value = words[path.split(".")[-1]]
         values = ConfigDict(base)
         with values.ignore_type():
             group, _, name = path.rpartition(".")

@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import re
+import types
 
 import numpy as np
 import pytest
@@ -12,9 +13,12 @@ from PIL import Image
 from configs import own as config_file
 from launch import bench
 from mmada_jax.config import to_dict
+from mmada_jax.data import sources
+from mmada_jax.measure import own as measured
 from mmada_jax.programs.train import main
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import own, runs
+from mmada_jax.train.rows import open_pictures
 from tests.rl_toys import one_device  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -113,6 +117,60 @@ def test_questions_about_pictures_and_the_held_out_ones(tmp_path):
     )
     model, _, _ = configured(tmp_path / "train" / "images")
     assert set(model["data"]) == {"t2i", "mmu"} and model["data"]["t2i"]["own"]["image"] == "file_name"
+
+
+def test_mixed_data_trains_what_enough_of_it_is_for(tmp_path):
+    write_pictures(tmp_path, 10, (16, 16))
+    pictures = [{"image": f"{n:03}.png", "text": f"picture {n}"} for n in range(10)]
+    write_lines(tmp_path / "half.jsonl", pictures + [{"text": f"once upon a time {n}"} for n in range(10)])
+    model, codec, _ = configured(tmp_path / "half.jsonl")
+    assert set(model["data"]) == {"t2i", "mmu", "lm"}
+    # Texts are no pictures that can't be read.
+    rows = pictures_program(codec, tmp_path).load(0)
+    assert set(rows.skipped) == {"data.own: no picture"}
+    write_lines(tmp_path / "few.jsonl", pictures + [{"text": "once upon a time"}])
+    assert set(configured(tmp_path / "few.jsonl")[0]["data"]) == {"t2i", "mmu"}
+
+
+def pictures_program(codec, workdir):
+    run = runs.parse(codec)
+    return open_pictures(run, workdir, "data", 16, (16, 16, 3))
+
+
+def test_texts_that_are_too_long_are_told_or_refused(tmp_path):
+    write_pictures(tmp_path, 10, (16, 16))
+
+    def told(n_long):
+        texts = ["word " * 300 if n < n_long else f"picture {n}" for n in range(10)]
+        write_lines(
+            tmp_path / "a.jsonl", [{"image": f"{n:03}.png", "text": t} for n, t in enumerate(texts)]
+        )
+        return configured(tmp_path / "a.jsonl", text_vocab=300)[2]
+
+    assert "texts of up to 128 tokens (20% are longer)" in told(2)
+    with pytest.raises(
+        ValueError, match=r"most texts of .* are too long for a model of size tiny: a median"
+    ):
+        told(8)
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", 'a "b"', "a\\b", "tab\there", "[x]"])
+def test_folders_may_have_any_name(tmp_path, name):
+    write_pictures(tmp_path / name / "class", 2)
+    assert "2 records" in configured(tmp_path / name)[2]
+    with pytest.raises(ValueError, match="has braces, which name several files; rename it"):
+        write_pictures(tmp_path / "{a}" / "class", 2)
+        configured(tmp_path / "{a}")
+
+
+def test_cases_are_of_all_classes(tmp_path):
+    for name in "abcdefgh":
+        write_pictures(tmp_path / name, 10, (8, 8))
+    source = sources.open_source(sources.SourceConfig(str(tmp_path), "imagefolder"))
+    model = types.SimpleNamespace(image_size=(8, 8), vq_config=types.SimpleNamespace(pixel_channels=1))
+    some = measured.some(source, model, 40)
+    assert some.pixels_BIJC.shape == (40, 8, 8, 1) and len(set(some.names[:16])) > 4
+    assert len(measured.some(source, model, 1000).names) == 80
 
 
 def test_texts_alone_need_no_image_tokenizer_of_their_own(tmp_path):

@@ -198,6 +198,16 @@ def test_a_folder_of_pictures_has_captions_beside_them_or_its_own_name(tmp_path)
         texts_of(folder)
 
 
+def test_blank_captions_are_none(tmp_path):
+    write_images(tmp_path / "cats" / "tabby", 2)
+    first, second = sorted((tmp_path / "cats" / "tabby").iterdir())
+    first.with_suffix(".txt").write_text("")
+    second.with_suffix(".txt").write_text(" \n")
+    assert set(texts_of(tmp_path / "cats")[0].values()) == {"tabby"}
+    first.rename(tmp_path / "cats" / first.name)
+    assert set(texts_of(tmp_path / "cats" / "tabby")[0].values()) == {"tabby"}
+
+
 def test_a_caption_is_more_than_the_name_of_a_class(tmp_path):
     write_images(tmp_path / "cats" / "tabby", 2)
     first, second = sorted((tmp_path / "cats" / "tabby").iterdir())

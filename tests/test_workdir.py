@@ -258,6 +258,26 @@ def test_resuming_an_older_workdir_describes_its_model(smoke_config, image_token
     same_source(open_folder(tmp_path / "older"), open_folder(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("kind", ["model", "image tokenizer"])
+def test_a_configuration_from_before_there_was_a_field_is_the_same_run(
+    kind, smoke_config, model_workdir, image_tokenizer, tmp_path
+):
+    origin = model_workdir if kind == "model" else image_tokenizer
+    shutil.copytree(origin, tmp_path / "run")
+    values = json.loads((tmp_path / "run" / CONFIG).read_text())
+    new = ("lora", "base_dtype", "average", "adversarial", "adversarial_start", "data_root", "held_out")
+    new += ("model", "image_size", "init", "data") if kind == "image tokenizer" else ()
+    older = {name: value for name, value in values.items() if name not in new}
+    assert len(older) < len(values)
+    (tmp_path / "run" / CONFIG).write_text(json.dumps(older))
+    record_files(tmp_path / "run")
+    run = runs.parse(values)
+    supervised.check_same(run, tmp_path / "run")
+    change = {"lora": {"rank": 2}} if kind == "model" else {"average": 0.5}
+    with pytest.raises(ValueError, match="holds another model"):
+        supervised.check_same(runs.parse(values | change), tmp_path / "run")
+
+
 def test_a_start_verifies_the_image_tokenizer_once(smoke_config, image_tokenizer, tmp_path, monkeypatch):
     config = smoke_config | {"image_tokenizer": str(image_tokenizer), "steps": 1}
     train(config | {"eval_every": 0}, tmp_path)

@@ -18,21 +18,21 @@ from mmada_jax.data import sources
 from mmada_jax.measure import own
 from mmada_jax.measure.digits import Count
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.train.own import source_of
+from mmada_jax.train.own import look, resize_of, source_of
 
 
 def measure(args: argparse.Namespace) -> dict:
     """The counts by metric; writes the sheet of drawings. Raises ValueError where the judge needs TRAIN."""
     began = time.perf_counter()
     test = sources.open_source(sources.SourceConfig(**source_of(args.test)))
-    model = MMaDA.load(args.model)
+    model, how = MMaDA.load(args.model), resize_of(look(test).sides)
     if test[0].turns:
-        counts = own.answer_questions(model, test, args.n, args.seed)
+        counts = own.answer_questions(model, test, args.n, args.seed, how)
     elif not args.train:
         raise ValueError("drawings are judged by what a judge has learned: --train names its pictures")
     else:
         train = sources.open_source(sources.SourceConfig(**source_of(args.train)))
-        counts, sheet = own.measure(model, train, test, args.n, args.each, args.seed)
+        counts, sheet = own.measure(model, train, test, args.n, args.each, args.seed, how)
         if args.sheet:
             sheet.resize((2 * sheet.width, 2 * sheet.height), 0).save(args.sheet)
     return {

@@ -350,8 +350,10 @@ class Pipeline(Turns):
                     f"{self.shape.n_image}"
                 )
             return self.vocab.image_ids(record.codes), None
+        if record.image is None and self.encodes:
+            raise records.LeftOut("no picture", f"record {record.key!r} has no image")
         if record.image is None or not self.encodes:
-            raise ValueError(f"record {record.key!r} has no image{'' if self.encodes else ' codes'}")
+            raise ValueError(f"record {record.key!r} has no image codes")
         pixels = record.image
         if isinstance(pixels, bytes):
             I, J, C = self.shape.pixels
@@ -377,7 +379,7 @@ class Pictures(Turns):
         self, task: str, config: sources.SourceConfig, record: Record, rng: np.random.Generator
     ) -> np.ndarray:
         if record.image is None:
-            raise ValueError(f"record {record.key!r} has no picture")
+            raise records.LeftOut("no picture", f"record {record.key!r} has no picture")
         return images.to_pixels(record.image, self.pixels[:2], self.pixels[2], config.resize)
 
     def _where(self, task: str, name: str) -> str:

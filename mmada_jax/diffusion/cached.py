@@ -15,7 +15,8 @@ window the first pass computes the whole row (Fast-dLLM).
 A step of a picture computes the codes that were just revealed and those whose logits say least, wherever
 they lie, and reads the rest (`least_certain`).
 
-What a row computes never depends on its company, nor on the padding behind it.
+What a row computes never depends on its company, nor on the padding behind it, but for rounding where
+rows share a pass.
 """
 
 import functools

@@ -26,10 +26,9 @@ class Named(NamedTuple):
 
 
 def some(source: sources.Source, model: MMaDA, n: int, seed: int = 0, how: images.Resize = "crop") -> Named:
-    """`n` pictures of a source, drawn without replacement, or all of them if there are fewer, at the size
-    of the model. Raises ValueError for a record that can't be read."""
-    chosen = np.random.default_rng([seed, 5]).permutation(len(source))[:n]
-    taken = [source[int(index)] for index in np.sort(chosen)]
+    """`n` pictures of a source in a random order, or all of them if there are fewer, at the size of the
+    model; `how` they were resized in training. Raises ValueError for a record that can't be read."""
+    taken = [source[int(index)] for index in np.random.default_rng([seed, 5]).permutation(len(source))[:n]]
     size, channels = model.image_size, model.vq_config.pixel_channels
     pixels = [images.to_pixels(record.image, size, channels, how) for record in taken]
     return Named(np.stack(pixels), [record.texts[0] for record in taken])
@@ -89,11 +88,17 @@ def sheet(rows: Sequence[np.ndarray]) -> Image.Image:
 
 
 def measure(
-    model: MMaDA, train: sources.Source, test: sources.Source, n: int, each: int, seed: int = 0
+    model: MMaDA,
+    train: sources.Source,
+    test: sources.Source,
+    n: int,
+    each: int,
+    seed: int = 0,
+    how: images.Resize = "crop",
 ) -> tuple[Mapping[str, Count], Image.Image]:
     """All of it on `n` test pictures and `each` drawings of every name, with a judge fitted on 10,000
     training pictures; and a sheet with eight drawings of each name."""
-    known, cases = some(train, model, 10_000, seed), some(test, model, n, seed)
+    known, cases = (some(of, model, most, seed, how) for of, most in ((train, 10_000), (test, n)))
     names, judge = sorted(set(known.names)), Judge(known)
     counts: dict[str, Any] = name_pictures(model, cases, judge)
     counts["drawn"], drawn_BIJC = draw_names(model, names, each, judge, seed)
@@ -103,7 +108,9 @@ def measure(
     return counts | redrawn, sheet([of_name[:8] for of_name in by_name])
 
 
-def answer_questions(model: MMaDA, source: sources.Source, n: int, seed: int = 0) -> dict[str, Count]:
+def answer_questions(
+    model: MMaDA, source: sources.Source, n: int, seed: int = 0, how: images.Resize = "crop"
+) -> dict[str, Count]:
     """How many of the first questions of `n` conversations about pictures are answered letter by letter as
     they are there, by question; "all" are all of them. Questions that are asked fewer than ten times are
     counted there alone. Raises ValueError for a record without a picture or without an answer."""
@@ -113,7 +120,8 @@ def answer_questions(model: MMaDA, source: sources.Source, n: int, seed: int = 0
         record = source[int(index)]
         if record.image is None or len(record.turns) < 2:
             raise ValueError(f"record {record.key!r} isn't a question about a picture with its answer")
-        pictures.append(record.image)
+        pixels = images.to_pixels(record.image, model.image_size, model.vq_config.pixel_channels, how)
+        pictures.append(pixels)
         questions.append(record.turns[0]["content"])
         wanted.append(record.turns[1]["content"])
     most = 1 + max(len(model.tokenizer.encode(answer)) for answer in set(wanted))

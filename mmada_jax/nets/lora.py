@@ -8,7 +8,7 @@ side; R the rank. Adapters are a plain nested dict, {name of the matrix: {"a_NIR
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,25 @@ MATRICES = {
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Ranged):
-    """Adapters of `rank` R beside the matrices that `targets` names, in all layers; 0 is none. `alpha`
-    over `rank` is the factor of A B."""
+    """Adapters of `rank` R beside the matrices that `targets` names, joined by +, in all layers; 0 is none.
+    `alpha` over `rank` is the factor of A B."""
 
     rank: Count = 0
     alpha: Annotated[float, Range(0, 1e6, above=True), OnlyWith("rank")] = 16.0
-    targets: Annotated[tuple[Literal[tuple(MATRICES)], ...], OnlyWith("rank")] = tuple(MATRICES)
+    targets: Annotated[str, OnlyWith("rank")] = "+".join(MATRICES)
 
     def __post_init__(self):
         super().__post_init__()
-        unknown = set(self.targets) - set(MATRICES)
-        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
-            raise ValueError(f"targets are {self.targets}; name some of {', '.join(MATRICES)}, each once")
+        if set(self.matrices) - set(MATRICES) or len(set(self.matrices)) < len(self.matrices):
+            known = ", ".join(MATRICES)
+            raise ValueError(
+                f"targets are {self.targets!r}; it must be some of {known}, each once, joined by +"
+            )
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The adapted matrices by their names in LLaDA's checkpoints."""
+        return tuple(self.targets.split("+"))
 
     @property
     def scale(self) -> float:
@@ -47,7 +54,7 @@ class LoraConfig(Ranged):
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapted matrices in params."""
-        return tuple(MATRICES[target][0] for target in self.targets)
+        return tuple(MATRICES[target][0] for target in self.matrices)
 
 
 def sizes(config: transformer.ModelConfig, name: str) -> tuple[int, int]:
@@ -60,7 +67,7 @@ def sizes(config: transformer.ModelConfig, name: str) -> tuple[int, int]:
 
 def check(config: transformer.ModelConfig, lora: LoraConfig) -> None:
     """Raises ValueError for a rank that is more than a matrix can have."""
-    for target, name in zip(lora.targets, lora.names, strict=True):
+    for target, name in zip(lora.matrices, lora.names, strict=True):
         most = min(sizes(config, name))
         if lora.rank > most:
             raise ValueError(

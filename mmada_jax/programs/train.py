@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     from mmada_jax.train.supervised import check_run, train
 
     tokenizer = None
-    if args.config.program == "own":
+    if args.config.get("program") == "own":
         from mmada_jax.train import own
 
         model, tokenizer, told = own.configurations(args.config)

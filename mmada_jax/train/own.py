@@ -7,6 +7,7 @@ The result are configurations as `train.runs` has them; nothing here trains, and
 import dataclasses
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,8 +20,9 @@ from mmada_jax.nets import vq
 from mmada_jax.ranges import Count, Positive, Range, Ranged, Seed
 from mmada_jax.tokens.tokenizer import TextTokenizer
 
-# Records that are looked at, and the share of them that a task needs at least.
-LOOKED_AT, LEAST_SHARE = 512, 0.01
+# Records that are looked at, and the share of them that a task needs at least. A row of a task is tried with
+# one record after the other until one is for it, which must not take long.
+LOOKED_AT, LEAST_SHARE = 512, 0.2
 # The longer side over the shorter one from which pictures are padded, not cropped.
 LONG = 1.3
 NAME = "own"  # of the one source
@@ -111,25 +113,36 @@ def configurations(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     seen = look(opened)
     side, codec, image_tokenizer, n_image = 0, "digits", None, 32
     if seen.sides:
-        rows, columns = np.median(seen.sides, axis=0)
-        # Long pictures would lose what lies at their ends.
-        source |= {"resize": "pad" if max(rows, columns) > LONG * min(rows, columns) else "crop"}
-        side = run.image_size or int(min(rows, columns, size.side))
+        source |= {"resize": resize_of(seen.sides)}
+        side = run.image_size or int(min(*np.median(seen.sides, axis=0), size.side))
         codec = "small" if side <= 64 else "medium" if side <= 128 else "magvitv2"
         down = vq.PRESETS[codec].downsampling
         side = side if run.image_size else max(2 * down, side - side % down)
         n_image = (side // down) ** 2
         image_tokenizer = _image_tokenizer(run, size, source, codec, side, seen.grey)
     data = {task: {NAME: source} for task in seen.tasks}
-    need, tokenizer = _text_lengths(run, size, data, opened)
+    lengths, tokenizer = _text_lengths(run, size, data, opened)
     # Rows of conversations alone reach over the place of the image too.
-    longest = max([n for task, n in need.items() if task in ("t2i", "mmu")] or [16])
-    if "lm_chat" in need:
-        longest = max(longest, need["lm_chat"] - n_image - 3)
+    of_slot = {task: n - (n_image + 3) * (task == "lm_chat") for task, n in lengths.items()}
+    longest = max((int(n.max()) for n in of_slot.values()), default=16)
     max_text = min(size.max_text, max(16, -(-longest // 8) * 8))
+    for task, n in of_slot.items():
+        if np.mean(n > max_text) > 0.5:
+            raise ValueError(
+                f"config.data: most texts of {run.data} are too long for a model of size {run.size}: a "
+                f"median of {int(np.median(n))} tokens, it takes {max_text} ({task}); take a larger "
+                "config.size, or shorten them"
+            )
+    too_long = max((float(np.mean(n > max_text)) for n in of_slot.values()), default=0.0)
     model = _model(run, size, data, side, max_text, max_text + n_image + 3)
     model |= {"text_tokenizer": tokenizer} if run.text_tokenizer else {"text_vocab": tokenizer}
-    return model, image_tokenizer, _told(run, opened, seen, side, n_image, model)
+    return model, image_tokenizer, _told(run, opened, seen, side, n_image, model, too_long)
+
+
+def resize_of(sides: Sequence[tuple[int, int]]) -> images.Resize:
+    """How pictures of such sides become squares: long ones would lose what lies at their ends."""
+    rows, columns = np.median(sides, axis=0) if len(sides) else (1, 1)
+    return "pad" if max(rows, columns) > LONG * min(rows, columns) else "crop"
 
 
 def source_of(path: str, format: str = "") -> dict[str, Any]:
@@ -143,8 +156,9 @@ def source_of(path: str, format: str = "") -> dict[str, Any]:
         raise FileNotFoundError(
             f"config.data: {where} doesn't exist; the nearest folder that does is {parent}"
         )
-    quoted = "'" + str(where).replace("'", "'\"'\"'") + "'" if set(str(where)) & set(" '\"") else str(where)
-    source = {"path": quoted}
+    if set("{}") & set(str(where)):
+        raise ValueError(f"config.data: {where} has braces, which name several files; rename it")
+    source = {"path": shlex.quote(str(where))}
     if format:
         return source | {"format": format}
     if where.is_file():
@@ -204,8 +218,8 @@ def _is_grey(picture):
 
 
 def _text_lengths(run, size, data, opened):
-    """The tokens that the longest text of each task takes in a row, of the records that were looked at; and
-    the tokenizer: its path, or the number of ids of the one that will be trained."""
+    """The tokens that texts take in a row, of the records that were looked at, by task; and the tokenizer:
+    its path, or the number of ids of the one that will be trained."""
     configs = {task: {NAME: sources.SourceConfig(**of_task[NAME])} for task, of_task in data.items()}
     if run.text_tokenizer:
         path = pathlib.Path(run.text_tokenizer).expanduser().absolute()
@@ -216,22 +230,23 @@ def _text_lengths(run, size, data, opened):
         opened_of = {task: {NAME: opened} for task in data}
         prompts = records.THINK_PROMPT, records.THINK_DRAW_PROMPT
         tokenizer = TextTokenizer.train(sample_texts(configs, opened_of, *prompts), told)
-    need, rng = {}, np.random.default_rng(0)
+    found, rng = {}, np.random.default_rng(0)
+    asked = [len(tokenizer.encode(text)) for text in records.INSTRUCTIONS]
     for task, of_task in configs.items():
         if task == "lm":  # cut to the length of the rows
             continue
-        lengths = [0]
+        lengths = []
         for index in np.unique(np.linspace(0, len(opened) - 1, LOOKED_AT).astype(int)):
             try:
-                text = text_of(task, of_task[NAME], opened[int(index)], rng, "", "")
+                record = opened[int(index)]
+                text = text_of(task, of_task[NAME], record, rng, "", "")
             except ValueError:
                 continue
-            lengths.append(len(tokenizer.encode(text)))
-        need[task] = max(lengths) + 2  # the task, the end
-    if "mmu" in need:  # whichever instruction is drawn
-        asked = [len(tokenizer.encode(text)) for text in records.INSTRUCTIONS]
-        need["mmu"] += max(asked) - min(asked)
-    return need, told
+            # Whichever instruction is drawn for a caption; and the task and the end.
+            spare = max(asked) - min(asked) if task == "mmu" and not record.turns else 0
+            lengths.append(len(tokenizer.encode(text)) + spare + 2)
+        found[task] = np.array(lengths or [0])
+    return found, told
 
 
 def _image_tokenizer(run, size, source, codec, side, grey):
@@ -276,7 +291,7 @@ def _model(run, size, data, side, max_text, length):
     return config
 
 
-def _told(run, opened, seen, side, n_image, model):
+def _told(run, opened, seen, side, n_image, model, too_long):
     """What is said at the start."""
     left_out = ", ".join(f"{reason} {n:,}" for reason, n in getattr(opened, "ignored", {}).items())
     line = f"{run.data}: {len(opened):,} records" + (f" (left out: {left_out})" if left_out else "")
@@ -288,4 +303,6 @@ def _told(run, opened, seen, side, n_image, model):
             f"{n_image} codes"
         )
     tasks = ", ".join(seen.tasks)
-    return f"{line}; tasks {tasks}; texts of up to {model['max_text']} tokens; {model['steps']:,} steps"
+    texts = f"texts of up to {model['max_text']} tokens"
+    texts += f" ({too_long:.0%} are longer)" if too_long else ""
+    return f"{line}; tasks {tasks}; {texts}; {model['steps']:,} steps"

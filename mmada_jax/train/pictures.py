@@ -152,10 +152,15 @@ def compare(pixels_BIJC: np.ndarray, rebuilt_BIJC: np.ndarray) -> dict[str, floa
     psnr_B = 10 * np.log10(4 / np.maximum(error_B, 1e-10))
     side = min(11, *pixels_BIJC.shape[1:3])
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        of_two = functools.partial(dm_pix.ssim, max_val=2.0, filter_size=side - (side % 2 == 0))
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        ssim_B = jax.jit(of_two, in_shardings=here, out_shardings=here)(pixels_BIJC, rebuilt_BIJC)
+        ssim_B = _ssim(side - (side % 2 == 0))(pixels_BIJC, rebuilt_BIJC)
     return {"psnr": float(np.mean(psnr_B)), "ssim": float(np.mean(ssim_B))}
+
+
+@functools.cache
+def _ssim(window):
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    of_two = functools.partial(dm_pix.ssim, max_val=2.0, filter_size=window)
+    return jax.jit(of_two, in_shardings=here, out_shardings=here)
 
 
 def usage(codes: np.ndarray, size: int) -> dict[str, float]:

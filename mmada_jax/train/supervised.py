@@ -75,7 +75,7 @@ FIXED = (
 )  # fmt: skip
 # The values that they had before there were fields for them.
 ABSENT = {"lora": config_lib.to_dict(lora.LoraConfig())}
-ABSENT_VQ = {"average": 0.0, "adversarial": 0.0, "model": {}, "image_size": 0}
+ABSENT_VQ = {"average": 0.0, "adversarial": 0.0, "model": {}, "image_size": 0, "init": ""}
 # Fields within these that only decide how the model is computed. A resumed run may change them.
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
 
@@ -229,7 +229,9 @@ def check_run(
 def check_same(run: VQRun | ModelRun, workdir: pathlib.Path) -> None:
     """Raises ValueError if the workdir holds another run."""
     kept = ("image_tokenizer",) if has_step(workdir) and (workdir / IMAGE_TOKENIZER).is_dir() else ()
-    absent = ABSENT_VQ if isinstance(run, VQRun) else ABSENT
+    # The architecture of an image tokenizer may be that of what it starts from.
+    of_codec = isinstance(run, VQRun)
+    kept, absent = (("init",), ABSENT_VQ) if of_codec else (kept, ABSENT)
     check_workdir(workdir, config_lib.to_dict(run), (*FIXED, *kept), FREE, absent)
 
 

@@ -39,13 +39,13 @@ class Adapter(NamedTuple):
 def describe(lora: LoraConfig, base: pathlib.Path, sha256: str, workdir: pathlib.Path) -> dict[str, Any]:
     """What the model.json of a workdir says of its adapters: their fields, the path of their base as seen
     from the workdir, and the hash of its weights."""
-    fields = {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    fields = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
     return fields | {"base": os.path.relpath(base, workdir), "base_sha256": sha256}
 
 
 def read_lora(about: Mapping[str, Any]) -> LoraConfig:
     """The fields of adapters that `describe` has written."""
-    return LoraConfig(about["rank"], about["alpha"], tuple(about["targets"]))
+    return LoraConfig(about["rank"], about["alpha"], about["targets"])
 
 
 def check_base(sha256: str, about: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -64,15 +64,22 @@ def merged(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     these are read. The sums are formed in float32."""
     blocks = dict(params["blocks"])
     for name, of in adapter.arrays.items():
-        blocks[name] = _with_delta(blocks[name], of, np.float32(adapter.lora.scale))
+        blocks[name] = _with_delta(name, blocks[name], of, np.float32(adapter.lora.scale))
     return {**params, "blocks": blocks}
 
 
-def _with_delta(base, of, scale):
+def _with_delta(name, base, of, scale):
+    inputs = 1 + dict(MATRICES.values())[name]  # axes of the layers and of the inputs
+    R = of["a_NIR"].shape[2]
+
     def read(index):
         w = np.asarray(base[index])
-        a_NIR, b_NRO = (np.asarray(of[name][index[0]], np.float32) for name in ("a_NIR", "b_NRO"))
-        delta = np.matmul(a_NIR, b_NRO).reshape(len(a_NIR), *base.shape[1:])[(slice(None), *index[1:])]
+        # Both factors are cut before the product: a piece of a matrix is small, the matrix needn't be.
+        a_NIR, b_NRO = (np.asarray(of[part][index[0]], np.float32) for part in ("a_NIR", "b_NRO"))
+        n = len(a_NIR)
+        a = a_NIR.reshape(n, *base.shape[1:inputs], R)[(slice(None), *index[1:inputs])]
+        b = b_NRO.reshape(n, R, *base.shape[inputs:])[(slice(None), slice(None), *index[inputs:])]
+        delta = np.matmul(a.reshape(n, -1, R), b.reshape(n, R, -1)).reshape(w.shape)
         return (w.astype(np.float32) + scale * delta).astype(w.dtype)
 
     return lazy.Lazy(base.shape, base.dtype, read)
@@ -86,13 +93,13 @@ def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
     from safetensors.numpy import save_file
 
     lora, tensors = adapter.lora, {}
-    for target, name in zip(lora.targets, lora.names, strict=True):
+    for target, name in zip(lora.matrices, lora.names, strict=True):
         of = {key: np.asarray(x, np.float32) for key, x in adapter.arrays[name].items()}
         for layer, (a_IR, b_RO) in enumerate(zip(of["a_NIR"], of["b_NRO"], strict=True)):
             for part, x in (("A", a_IR), ("B", b_RO)):  # theirs are [out, in]
                 tensors[_key(layer, target, part)] = np.ascontiguousarray(x.T)
     # Their list of names would also match the head, which is called ff_out too.
-    pattern = rf".*\.blocks\.\d+\.({'|'.join(lora.targets)})"
+    pattern = rf".*\.blocks\.\d+\.({'|'.join(lora.matrices)})"
     config = {
         "peft_type": "LORA", "base_model_name_or_path": base, "r": lora.rank, "lora_alpha": lora.alpha,
         "target_modules": pattern, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
@@ -120,13 +127,13 @@ def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
     ]
     lazy.refuse(wrong, f"{folder / CONFIG} describes adapters that can't be read")
     tensors, R = load_file(folder / WEIGHTS), about["r"]
-    targets = tuple(target for target in MATRICES if _key(0, target, "A") in tensors)
+    targets = "+".join(target for target in MATRICES if _key(0, target, "A") in tensors)
     lora = LoraConfig(
-        R, about["lora_alpha"] * (R**0.5 if about.get("use_rslora") else 1), targets or tuple(MATRICES)
+        R, about["lora_alpha"] * (R**0.5 if about.get("use_rslora") else 1), targets or "+".join(MATRICES)
     )
     shapes = {
         _key(layer, target, part): (R, size) if part == "A" else (size, R)
-        for target, name in zip(lora.targets, lora.names, strict=True)
+        for target, name in zip(lora.matrices, lora.names, strict=True)
         for part, size in zip("AB", nets.sizes(config, name), strict=True)
         for layer in range(config.n_layers)
     }
@@ -144,7 +151,7 @@ def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
             "a_NIR": np.stack([tensors[_key(layer, target, "A")].T for layer in layers]),
             "b_NRO": np.stack([tensors[_key(layer, target, "B")].T for layer in layers]),
         }
-        for target, name in zip(lora.targets, lora.names, strict=True)
+        for target, name in zip(lora.matrices, lora.names, strict=True)
     }
     return Adapter(lora, arrays)
 

@@ -102,9 +102,10 @@ def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") ->
     source = open_folder(src)
     if source.adapter is None:
         raise ValueError(f"{src} holds no adapters but a whole model; to-torch exports that")
-    with _target(dst, source, None) as (folder, count):
+    alone = dataclasses.replace(source, params=source.adapter.arrays)
+    with _target(dst, alone, None) as (folder, count):
         adapters.write_peft(folder, source.adapter, base)
-        count(source.nbytes)
+        count(alone.nbytes)
 
 
 def _write_checkpoint(folder: pathlib.Path, source: ModelFolder, count: Callable[[int], Any]) -> None:

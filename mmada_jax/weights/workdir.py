@@ -200,7 +200,8 @@ def check_workdir(
                 f"{workdir} has checkpoints but no {CONFIG}; put it back, or choose an empty workdir"
             )
         return
-    old, new = dict(absent or {}) | read_config(workdir), json.loads(json.dumps(config))
+    lists = lambda values: json.loads(json.dumps(values))  # noqa: E731  # of tuples, as the file has them
+    old, new = lists(dict(absent or {})) | read_config(workdir), lists(config)
     different = [
         f"{key} is {a!r} there and {b!r} now"
         for group in fixed

@@ -61,10 +61,8 @@ class ImageFolder(Records):
 
     def _read(self, index: int) -> Record:
         number, name, caption = self._files[index]
-        text = self._texts[number]
-        if caption:
-            text = files.read_text(below(self._folder, caption), MAX_TEXT).strip()
-        row = {"image": name, "text": text}
+        said = files.read_text(below(self._folder, caption), MAX_TEXT).strip() if caption else ""
+        row = {"image": name, "text": said or self._texts[number]}
         return make_record(name, row, Columns(image=("image",), text=("text",)), self._folder)
 
 
@@ -79,10 +77,11 @@ def _images_below(
     entries = sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name)
     stems = {entry.name.rpartition(".")[0] for entry in entries if _is_image(entry.name)}
     captions = {e.name[:-4]: e.name for e in entries if _suffix(e.name) == "txt" and e.name[:-4] in stems}
+    beside = set(captions.values())
     prefix = f"{name}/" if name else ""
     for entry in entries:
         path = f"{prefix}{entry.name}"
-        if entry.name in captions.values():
+        if entry.name in beside:
             continue
         if entry.name[0] == ".":
             ignored["hidden file"] += _is_image(entry.name)
@@ -99,6 +98,8 @@ def _images_below(
             ignored["format of images that isn't read"] += 1
         else:
             caption = captions.get(entry.name.rpartition(".")[0])
+            if caption and not os.path.getsize(os.path.join(folder, prefix + caption)):
+                caption = None  # an empty file says nothing
             yield path, entry.stat().st_size, prefix + caption if caption else ""
 
 
