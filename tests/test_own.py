@@ -128,7 +128,7 @@ def test_mixed_data_trains_what_enough_of_it_is_for(tmp_path):
     # Texts are no pictures that can't be read.
     rows = pictures_program(codec, tmp_path).load(0)
     assert set(rows.skipped) == {"data.own: no picture"}
-    write_lines(tmp_path / "few.jsonl", pictures + [{"text": "once upon a time"}])
+    write_lines(tmp_path / "few.jsonl", [*pictures, {"text": "once upon a time"}])
     assert set(configured(tmp_path / "few.jsonl")[0]["data"]) == {"t2i", "mmu"}
 
 
@@ -142,9 +142,8 @@ def test_texts_that_are_too_long_are_told_or_refused(tmp_path):
 
     def told(n_long):
         texts = ["word " * 300 if n < n_long else f"picture {n}" for n in range(10)]
-        write_lines(
-            tmp_path / "a.jsonl", [{"image": f"{n:03}.png", "text": t} for n, t in enumerate(texts)]
-        )
+        rows = [{"image": f"{n:03}.png", "text": text} for n, text in enumerate(texts)]
+        write_lines(tmp_path / "a.jsonl", rows)
         return configured(tmp_path / "a.jsonl", text_vocab=300)[2]
 
     assert "texts of up to 128 tokens (20% are longer)" in told(2)
@@ -158,8 +157,8 @@ def test_texts_that_are_too_long_are_told_or_refused(tmp_path):
 def test_folders_may_have_any_name(tmp_path, name):
     write_pictures(tmp_path / name / "class", 2)
     assert "2 records" in configured(tmp_path / name)[2]
+    write_pictures(tmp_path / "{a}" / "class", 2)
     with pytest.raises(ValueError, match="has braces, which name several files; rename it"):
-        write_pictures(tmp_path / "{a}" / "class", 2)
         configured(tmp_path / "{a}")
 
 

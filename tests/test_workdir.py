@@ -31,6 +31,7 @@ from mmada_jax.weights.folder import (
 from mmada_jax.weights.inspect import inspect
 from mmada_jax.weights.manifest import MANIFEST
 from mmada_jax.weights.workdir import (
+    CONFIG,
     FILES,
     MODEL,
     NAMES,

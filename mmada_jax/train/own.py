@@ -20,8 +20,8 @@ from mmada_jax.nets import vq
 from mmada_jax.ranges import Count, Positive, Range, Ranged, Seed
 from mmada_jax.tokens.tokenizer import TextTokenizer
 
-# Records that are looked at, and the share of them that a task needs at least. A row of a task is tried with
-# one record after the other until one is for it, which must not take long.
+# Records that are looked at, and the share of them that a task needs at least. A row of a task is tried
+# with one record after the other until one is for it, which must not take long.
 LOOKED_AT, LEAST_SHARE = 512, 0.2
 # The longer side over the shorter one from which pictures are padded, not cropped.
 LONG = 1.3
