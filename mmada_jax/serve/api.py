@@ -70,7 +70,7 @@ class MMaDA(Model):
         number for both) and `max_text` (tokens of the text slot) must be the ones that the model was
         trained with. By default they are read from `path`; where it doesn't say, they are 512 x 512 and
         512, as in the published models. With `weights` "int8" the matrices of the layers are held in 8
-        bits, half of bfloat16, and answers are nearly the same (docs/decoding.md).
+        bits, half of bfloat16, and answers are nearly the same (docs/adapters.md).
 
         Raises FileNotFoundError if there is no model, ValueError if it isn't one or doesn't fit.
         """
