@@ -24,7 +24,8 @@ FLOORS = {
     "serve": "tickets engine api",
     "measure": "held_out digits totals own report",
     "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
-    "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.workers rl.rewards.functions "
+    "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.score_file rl.rewards.workers "
+    "rl.rewards.own rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
     "rl.diagnose aot",
     "programs": "process configured train rl sweep sample prepare convert aot command",

@@ -7,7 +7,7 @@
 --diagnose trains nothing and writes nothing: it measures, at the model in config.init, how well the
 gradient under each masking repeats itself from batch to batch, and how well it agrees with the gradient
 over every reveal of every rollout. It takes one process. Where several train, they find each other as
-those of `mmada train` do.
+those of `mmada train` do. --allow_code runs a file of yours, with your rights, in processes of its own.
 """
 
 import functools
@@ -22,6 +22,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--maskings", help="what --diagnose compares, with commas (default: all)")
     parser.add_argument("--batches", type=int, default=6, metavar="N",
                         help="rollouts of each task for --diagnose (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--allow_code", default="", metavar="FILE.py", help="a file of yours with the rewards own:NAME"
+    )
     add_processes(parser)
     args = parse(parser, argv)
 
@@ -34,10 +37,11 @@ def main(argv: list[str]) -> None:
     program = "mmada rl --diagnose" if args.diagnose else "mmada rl"
     connect(args, program, functools.partial(from_dict, RLRun))
     if not args.diagnose:
-        train(args.config, args.workdir)
+        train(args.config, args.workdir, args.allow_code)
         return
     compared = args.maskings.split(",") if args.maskings else list(MASKINGS)
-    for task, rows in diagnose(args.config, args.workdir, compared, args.batches).items():
+    diagnosed = diagnose(args.config, args.workdir, compared, args.batches, args.allow_code)
+    for task, rows in diagnosed.items():
         print(f"{task}: {args.batches} rollouts")
         print(f"  {'masking':10} {'batch to batch':>15} {'to every reveal':>16} {'norm':>8}")
         for masking, found in rows.items():

@@ -27,7 +27,11 @@ from mmada_jax.train.rl.update import Chosen, UpdateBatch, choose, make_objectiv
 
 
 def diagnose(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, maskings: Sequence[str], batches: int
+    config: Mapping[str, Any],
+    workdir: str | pathlib.Path,
+    maskings: Sequence[str],
+    batches: int,
+    allow_code: str = "",
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Task -> masking -> measures of its gradient at the model in `config.init`, which isn't changed.
 
@@ -38,7 +42,7 @@ def diagnose(
 
     The gradient of a rollout is the mean over the masks of `mu` inner updates, at the same params. Memory
     holds one gradient for each of `batches` rollouts and each masking. Raises ValueError for unknown
-    maskings, less than two batches, and in more than one process.
+    maskings, less than two batches, and in more than one process. `allow_code` is that of `open_run`.
     """
     if jax.process_count() > 1:
         raise ValueError(f"{jax.process_count()} processes; gradients are compared in one, start one alone")
@@ -48,7 +52,7 @@ def diagnose(
             f"maskings {', '.join(sorted(unknown)) or 'are known'}, batches {batches}; known are "
             f"{', '.join(unigrpo.MASKINGS)}, and two batches are needed"
         )
-    run, mesh, prompts, rewards = open_run(config, workdir)
+    run, mesh, prompts, rewards = open_run(config, workdir, allow_code)
     # What is compared are the gradients of the model itself.
     run = dataclasses.replace(run, lora=LoraConfig())
     for masking in maskings:  # raises for a mu that doesn't fit

@@ -40,18 +40,18 @@ from mmada_jax.weights.state import TrainState, init_state, start_state
 from mmada_jax.weights.workdir import refuse_busy
 
 
-def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
+def train(config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: str = "") -> TrainState:
     """Trains until `config.iterations`, from the newest checkpoint of the workdir if there is one.
 
     Raises ValueError or OSError for whatever doesn't fit, before any compute. SIGTERM and Ctrl-C save
     when the iteration is complete and return. Where there are several processes, all call this; the
-    first one computes the rewards, writes and prints.
+    first one computes the rewards, writes and prints. `allow_code` is that of `open_run`.
     """
     # ---- Configuration --------------------------------------------------------------------------
     began = time.perf_counter()
     workdir = pathlib.Path(workdir)
     with together("reinforcement learning") as same:
-        run, mesh, prompts, rewards = open_run(config, workdir)
+        run, mesh, prompts, rewards = open_run(config, workdir, allow_code)
         refuse_busy(workdir)
         same |= same_in_all(run, workdir)
     connect_axes(mesh)

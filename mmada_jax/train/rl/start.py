@@ -45,9 +45,10 @@ FREE_FIELDS = tuple(
 
 
 def open_run(
-    config: Mapping[str, Any], workdir: str | pathlib.Path
+    config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: str = ""
 ) -> tuple[RLRun, jax.sharding.Mesh, dict[str, Sequence[Prompt]], dict[str, Combined]]:
-    """The run, its mesh, and the prompts and the rewards of each task by its name.
+    """The run, its mesh, and the prompts and the rewards of each task by its name. `allow_code` is a file
+    of the user's, whose functions are the rewards own:NAME.
 
     Raises ValueError, OSError or ImportError, naming the task, for whatever is wrong with them.
     """
@@ -58,7 +59,11 @@ def open_run(
     prompts, rewards = {}, {}
     for name, task in run.tasks.items():
         try:
-            rewards[name] = Combined(task.rewards, _reward_settings(task, workdir), task.reward_limit)
+            settings = _reward_settings(task, workdir)
+            for reward in task.rewards if allow_code else ():
+                if reward.startswith("own:"):
+                    settings[reward] = settings.get(reward, {}) | {"file": allow_code}
+            rewards[name] = Combined(task.rewards, settings, task.reward_limit)
             prompts[name] = open_prompts(task.data, relative(run.data_root, workdir))
         except (ValueError, OSError, ImportError) as error:
             # One of the three: subclasses such as UnicodeDecodeError can't be made of a text.

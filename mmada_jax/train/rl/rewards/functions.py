@@ -25,6 +25,7 @@ from mmada_jax.data import digits
 from mmada_jax.nets import clip
 from mmada_jax.train.rl.rewards import answers as answers_lib
 from mmada_jax.train.rl.rewards.extract import answer_of
+from mmada_jax.train.rl.rewards.own import OwnReward
 from mmada_jax.train.rl.rewards.workers import Unscored, Workers
 from mmada_jax.weights import clip_keys
 
@@ -54,7 +55,7 @@ class Combined:
             raise ValueError(f"no reward is named; known: {', '.join(sorted(REWARDS))}")
         known = sorted(REWARDS)
         for name in [*weights, *settings]:
-            if name not in known and not name.startswith("reasoning_gym:"):
+            if name not in known and not name.startswith(("reasoning_gym:", "own:")):
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else ";"
                 raise ValueError(f"unknown reward {name!r}{hint} Known: {', '.join(known)}")
@@ -398,6 +399,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "clip": ClipScore,
     "digit": digit_probability,
     "reasoning_gym": ReasoningGym,
+    "own": OwnReward,
 }
 NEEDS = {
     "correct": "answers", "exact": "answers", "reasoning_gym": "answers",

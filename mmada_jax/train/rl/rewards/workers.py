@@ -39,12 +39,19 @@ class Unscored(Exception):
 
 
 class Workers:
-    """Up to `workers` processes that run verifier.py. A process starts when it is first needed, and another
-    one takes its place once a call has taken longer than `limit` seconds and ended it. Calls may come from
-    any thread."""
+    """Up to `workers` processes that run `program`, and there load what `loads` names, at first: a library.
+    A process starts when it is first needed, and another one takes its place once a call has taken longer
+    than `limit` seconds and ended it. Calls may come from any thread."""
 
-    def __init__(self, library: str, limit: float, workers: int):
-        self._library, self._limit, self._workers = library, limit, workers
+    def __init__(
+        self,
+        loads: str | tuple[str, ...],
+        limit: float,
+        workers: int,
+        program: str = verifier.__file__,
+    ):
+        self.loads = (loads,) if isinstance(loads, str) else loads
+        self._limit, self._workers, self._program = limit, workers, program
         self._children: list[subprocess.Popen] = []
         self._free: queue.LifoQueue = queue.LifoQueue()
         for _ in range(workers):
@@ -100,7 +107,7 @@ class Workers:
     def _start(self) -> subprocess.Popen:
         child = subprocess.Popen(
             # By its path, and without its folder in sys.path, so that nothing of this project is imported.
-            [sys.executable, "-P", verifier.__file__],
+            [sys.executable, "-P", self._program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -110,11 +117,11 @@ class Workers:
         )
         self._children.append(child)
         try:
-            _call(child, _START, "load", self._library)
+            _call(child, _START, "load", *self.loads)
         except (RuntimeError, TimeoutError) as error:
             self._forget(child)
-            if "ModuleNotFoundError" in str(error):
-                package, extra = self._library.replace("_", "-"), _EXTRA[self._library]
+            if "ModuleNotFoundError" in str(error) and self.loads[0] in _EXTRA:
+                package, extra = self.loads[0].replace("_", "-"), _EXTRA[self.loads[0]]
                 raise ImportError(
                     f"this reward needs {package}: pip install 'mmada_jax[{extra}]'"
                 ) from None
@@ -136,7 +143,7 @@ def _call(child: subprocess.Popen, limit: float, *request: Any) -> Any:
     if not line:
         if child.wait() == -signal.SIGALRM:
             raise TimeoutError(f"{request[0]} took longer than {limit:g} s")
-        raise RuntimeError(f"the verifier's process ended with status {child.returncode}")
+        raise RuntimeError(f"the process that scores ended with status {child.returncode}")
     reply = json.loads(line)
     if "error" in reply:
         raise RuntimeError(reply["error"])
