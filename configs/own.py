@@ -29,4 +29,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "text_tokenizer": "",
         "batch_size": 32,
         "seed": 0,
+        "max_skipped": 0.5,
+        "data_may_change": False,
     })  # fmt: skip

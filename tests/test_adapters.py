@@ -152,12 +152,19 @@ def exchanged_folders(trained, model_workdir, tmp_path_factory):
     return folder
 
 
-def test_what_peft_has_comes_back(trained, exchanged, tmp_path):
+def test_what_peft_has_comes_back(trained, exchanged, tmp_path, capsys):
     source = open_folder(trained)
     found = read_peft(exchanged / "adapter", source.config)
     assert found.lora == source.adapter.lora
     jax.tree.map(np.testing.assert_array_equal, found.arrays, in_memory(source.adapter.arrays))
     from_torch(exchanged / "base", tmp_path / "merged", adapter=exchanged / "adapter")
+    assert "trained beside other weights" not in capsys.readouterr().err
+    (exchanged / "adapter" / "base.json").write_text(json.dumps({"sha256": "0" * 64}))
+    from_torch(exchanged / "base", tmp_path / "again", adapter=exchanged / "adapter")
+    assert (
+        "warning: the adapters were trained beside other weights than those in" in capsys.readouterr().err
+    )
+    (exchanged / "adapter" / "base.json").write_text(json.dumps({"sha256": source.adapter.base_sha256}))
     merged, want = (in_memory(open_folder(path).params) for path in (tmp_path / "merged", trained))
     jax.tree.map(np.testing.assert_array_equal, merged, want)
 

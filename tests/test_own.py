@@ -95,7 +95,7 @@ def test_captions_beside_pictures_and_long_pictures(tmp_path):
     for number in range(4):
         (tmp_path / "photos" / f"{number:03}.txt").write_text("a very long story " * (number + 1))
     model, codec, told = configured(tmp_path / "photos")
-    assert "4 records (left out: no caption 2), coloured pictures" in told
+    assert "4 records (left out: no caption 2), coloured pictures" in told and "every picture" not in told
     assert codec["data"]["own"]["resize"] == model["data"]["t2i"]["own"]["resize"] == "pad"
     assert codec["image_size"] == 32 and "model" not in codec
     longest = configured(tmp_path / "photos", image_size=64, size="small")[0]
@@ -176,6 +176,7 @@ def test_texts_alone_need_no_image_tokenizer_of_their_own(tmp_path):
     write_lines(tmp_path / "talks.jsonl", [{"messages": exchange("2 + 2", "4")}] * 5)
     model, codec, told = configured(tmp_path / "talks.jsonl")
     assert codec is None and set(model["data"]) == {"lm_chat"} and "tasks lm_chat" in told
+    assert "the image tokenizer of the digits stands in" in told
     write_lines(tmp_path / "texts" / "a.jsonl", [{"text": "once upon a time"}] * 5)
     assert set(configured(tmp_path / "texts")[0]["data"]) == {"lm"}
 
@@ -185,6 +186,7 @@ def test_texts_alone_need_no_image_tokenizer_of_their_own(tmp_path):
     [
         (None, {}, "config.data is empty; name a folder or a file: --config.data=PATH"),
         ("nothing", {}, "config.data: .*nothing doesn't exist; the nearest folder that does is"),
+        ("pictures/", {"held_out": "no"}, "config.held_out: .*no doesn't exist; the nearest folder"),
         ("file.doc", {}, "file.doc ends with '.doc'; known are .jsonl, .json, .parquet, .tar, and folders"),
         ("empty/", {}, "config.data: .*empty has no record that can be used"),
         ("broken/", {}, "config.data: none of the records that were tried can be used; the first: .*a.png"),
@@ -214,7 +216,9 @@ def test_three_pictures_of_one_class_are_trained_and_drawn(tmp_path, monkeypatch
     words = ["--config", str(runs.pathlib.Path(config_file.__file__)), "--config.data=one_thing"]
     words += ["--config.steps=2", "--config.image_steps=2", "--config.batch_size=4", "--workdir", "run"]
     main(words)
-    assert "one_thing: 3 records, coloured pictures of 16x16" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "one_thing: 3 records, coloured pictures of 16x16" in told
+    assert "'one thing' for every picture" in told
     model = MMaDA.load(tmp_path / "run")
     drawn = model.draw("one thing", steps=2)
     assert drawn.image.size == (16, 16)

@@ -43,6 +43,6 @@ def measure(args: argparse.Namespace) -> dict:
 
 def as_text(report: dict) -> str:
     """A line for each metric."""
-    width = max(map(len, report["counts"])) + 2
+    width = max(map(len, (*report["counts"], "seconds"))) + 2
     lines = [f"{name:{width}}{Count(**count)}" for name, count in report["counts"].items()]
     return "\n".join([*lines, f"{'seconds':{width}}{report['seconds']}"])

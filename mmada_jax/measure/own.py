@@ -119,7 +119,9 @@ def answer_questions(
     for index in chosen:
         record = source[int(index)]
         if record.image is None or len(record.turns) < 2:
-            raise ValueError(f"record {record.key!r} isn't a question about a picture with its answer")
+            raise ValueError(
+                f"record {record.key!r} isn't a question about a picture with its answer; name such records"
+            )
         pixels = images.to_pixels(record.image, model.image_size, model.vq_config.pixel_channels, how)
         pictures.append(pixels)
         questions.append(record.turns[0]["content"])

@@ -95,7 +95,7 @@ def parser() -> Parser:
         type=int,
         nargs=4,
         metavar=("TOP", "LEFT", "BOTTOM", "RIGHT"),
-        help="in pixels",
+        help="in pixels of the picture; of an enlarged drawing, in those of the model",
     )
     directions = ("left", "right", "up", "down")
     add("--direction", ("extend",), choices=directions, help="where to (default: right)")

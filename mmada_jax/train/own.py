@@ -17,7 +17,7 @@ from mmada_jax import config as config_lib
 from mmada_jax.data import images, records, sources
 from mmada_jax.data.texts import sample_texts, text_of
 from mmada_jax.nets import vq
-from mmada_jax.ranges import Count, Positive, Range, Ranged, Seed
+from mmada_jax.ranges import Count, Positive, Range, Ranged, Seed, Share
 from mmada_jax.tokens.tokenizer import TextTokenizer
 
 # Records that are looked at, and the share of them that a task needs at least. A row of a task is tried
@@ -75,6 +75,8 @@ class OwnRun(Ranged):
     text_tokenizer: str = ""
     batch_size: Positive = 32
     seed: Seed = 0
+    max_skipped: Share = 0.5  # share of records that may be unreadable
+    data_may_change: bool = False  # whether a resumed run may have other data than before
 
 
 class Look(NamedTuple):
@@ -84,6 +86,7 @@ class Look(NamedTuple):
     sides: Sequence[tuple[int, int]]
     grey: bool
     counts: Mapping[str, int]  # "caption" and "dialogue" with a picture; "turns" and "text" without
+    captions: frozenset[str] = frozenset()  # all different ones
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -145,19 +148,18 @@ def resize_of(sides: Sequence[tuple[int, int]]) -> images.Resize:
     return "pad" if max(rows, columns) > LONG * min(rows, columns) else "crop"
 
 
-def source_of(path: str, format: str = "") -> dict[str, Any]:
+def source_of(path: str, format: str = "", key: str = "config.data") -> dict[str, Any]:
     """The fields of a source of the data at a path; the format is told by the files if it isn't given.
-    Raises FileNotFoundError if there is nothing, ValueError if no format is known by such files."""
+    Errors begin with `key`. Raises FileNotFoundError if there is nothing, ValueError if no format is known
+    by such files."""
     if not path:
-        raise ValueError("config.data is empty; name a folder or a file: --config.data=PATH")
+        raise ValueError(f"{key} is empty; name a folder or a file: --{key}=PATH")
     where = pathlib.Path(path).expanduser().absolute()
     if not where.exists():
         parent = next(p for p in where.parents if p.exists())
-        raise FileNotFoundError(
-            f"config.data: {where} doesn't exist; the nearest folder that does is {parent}"
-        )
+        raise FileNotFoundError(f"{key}: {where} doesn't exist; the nearest folder that does is {parent}")
     if set("{}") & set(str(where)):
-        raise ValueError(f"config.data: {where} has braces, which name several files; rename it")
+        raise ValueError(f"{key}: {where} has braces, which name several files; rename it")
     source = {"path": shlex.quote(str(where))}
     if format:
         return source | {"format": format}
@@ -165,7 +167,7 @@ def source_of(path: str, format: str = "") -> dict[str, Any]:
         kinds = {".jsonl": "jsonl", ".json": "llava", ".parquet": "parquet", ".tar": "webdataset"}
         if where.suffix not in kinds:
             raise ValueError(
-                f"config.data: {where} ends with {where.suffix or 'no suffix'!r}; known are "
+                f"{key}: {where} ends with {where.suffix or 'no suffix'!r}; known are "
                 f"{', '.join(kinds)}, and folders; or say config.format"
             )
         return source | {"format": kinds[where.suffix]}
@@ -187,7 +189,7 @@ def source_of(path: str, format: str = "") -> dict[str, Any]:
 def look(opened: sources.Source) -> Look:
     """What some records of a source hold, at equal distances. Those that can't be read are passed over:
     training counts them. Raises ValueError if none has a use."""
-    sides, grey = [], True
+    sides, grey, captions = [], True, set()
     counts, first = dict.fromkeys(("caption", "dialogue", "turns", "text"), 0), None
     for index in np.unique(np.linspace(0, len(opened) - 1, LOOKED_AT).astype(int)):
         key = int(index)
@@ -206,10 +208,11 @@ def look(opened: sources.Source) -> Look:
             counts["dialogue" if has_picture else "turns"] += 1
         elif record.texts:
             counts["caption" if has_picture else "text"] += 1
+            captions |= {*record.texts} if has_picture else set()
     if not any(counts.values()):
         why = first or "they have no texts"
         raise ValueError(f"config.data: none of the records that were tried can be used; the first: {why}")
-    return Look(sides, grey and bool(sides), counts)
+    return Look(sides, grey and bool(sides), counts, frozenset(captions))
 
 
 def _is_grey(picture):
@@ -249,18 +252,22 @@ def _text_lengths(run, size, data, opened):
     return found, told
 
 
+def _shared(run):
+    return {"max_skipped": run.max_skipped, "data_may_change": run.data_may_change}
+
+
 def _image_tokenizer(run, size, source, codec, side, grey):
     steps = run.image_steps or size.image_steps
     config = {
         "program": "vq", "preset": codec, "image_size": side, "seed": run.seed, "steps": steps,
-        "batch_size": run.batch_size, "save_every": max(1, steps // 4), "max_skipped": 0.5,
+        "batch_size": run.batch_size, "save_every": max(1, steps // 4), **_shared(run),
         "data": {NAME: source},
         "optim": {"lr": 3e-3, "warmup": 20, "floor": 0.01, "b2": 0.99, "weight_decay": 0.0},
     }  # fmt: skip
     if grey:
         config["model"] = {"pixel_channels": 1}
     if run.held_out:
-        config["held_out"] = {NAME: source | source_of(run.held_out, run.format)}
+        config["held_out"] = {NAME: source | source_of(run.held_out, run.format, "config.held_out")}
         config["eval_every"] = max(1, steps // 4)
     return config
 
@@ -273,7 +280,7 @@ def _model(run, size, data, side, max_text, length):
             **size.model, "n_kv_heads": size.model["n_heads"], "max_len": -(-length // 64) * 64,
             "unroll": layers if layers <= 4 else 1,
         },
-        "image_size": side, "max_text": max_text, "max_skipped": 0.5,
+        "image_size": side, "max_text": max_text, **_shared(run),
         "save_every": max(1, steps // 5), "answer_block": 8,
         # What a picture shows is learned slower than drawing it.
         "mixture": {task: SHARES[task] * (task in data) for task in SHARES} | {"r2i": 0},
@@ -284,7 +291,7 @@ def _model(run, size, data, side, max_text, length):
     }  # fmt: skip
     if run.held_out:
         config["held_out"] = {
-            task: {NAME: of_task[NAME] | source_of(run.held_out, run.format)}
+            task: {NAME: of_task[NAME] | source_of(run.held_out, run.format, "config.held_out")}
             for task, of_task in data.items()
         }
         config["eval_every"] = max(1, steps // 5)
@@ -305,4 +312,8 @@ def _told(run, opened, seen, side, n_image, model, too_long):
     tasks = ", ".join(seen.tasks)
     texts = f"texts of up to {model['max_text']} tokens"
     texts += f" ({too_long:.0%} are longer)" if too_long else ""
+    if len(seen.captions) == 1:
+        texts += f", {next(iter(seen.captions))!r} for every picture"
+    if not seen.sides:
+        texts += "; rows have a place for pictures, so the image tokenizer of the digits stands in"
     return f"{line}; tasks {tasks}; {texts}; {model['steps']:,} steps"

@@ -20,6 +20,7 @@ from mmada_jax.nets.lora import MATRICES, LoraConfig
 from mmada_jax.weights import lazy
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.json"  # of ours beside them: the hash of the base
 # Fields of PEFT's configuration that change what an adapter computes, and their values that are known.
 _KNOWN = {
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None), "fan_in_fan_out": (False, None),
@@ -30,10 +31,12 @@ _KNOWN = {
 
 
 class Adapter(NamedTuple):
-    """Adapters of a model: how they are meant, and a tree of arrays."""
+    """Adapters of a model: how they are meant, a tree of arrays, and the hash of their base's weights,
+    empty where nobody has noted it."""
 
     lora: LoraConfig
     arrays: Mapping[str, Mapping[str, Any]]
+    base_sha256: str = ""
 
 
 def describe(lora: LoraConfig, base: pathlib.Path, sha256: str, workdir: pathlib.Path) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_whole(folder / BASE, json.dumps({"sha256": adapter.base_sha256}) + "\n")
 
 
 def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
@@ -153,7 +157,8 @@ def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
         }
         for target, name in zip(lora.matrices, lora.names, strict=True)
     }
-    return Adapter(lora, arrays)
+    noted = read_json(folder / BASE, dict).get("sha256", "") if (folder / BASE).is_file() else ""
+    return Adapter(lora, arrays, noted)
 
 
 def _key(layer: int, target: str, part: str) -> str:

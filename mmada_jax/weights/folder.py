@@ -262,7 +262,8 @@ def _open_workdir(path, values, weights, step) -> ModelFolder:
         if is_vq:  # beside these there may be what only training needs
             params = {half: params[half] for half in ("encoder", "decoder")}
         elif about.get("adapter"):
-            adapter = adapters.Adapter(adapters.read_lora(about["adapter"]), params)
+            of_lora, sha256 = adapters.read_lora(about["adapter"]), about["adapter"]["base_sha256"]
+            adapter = adapters.Adapter(of_lora, params, sha256)
             params = adapters.merged(_open_base(path, about["adapter"]).params, adapter)
     told = told | ({} if is_vq else _generation(path))
     return ModelFolder(
