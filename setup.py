@@ -33,8 +33,8 @@ setup(
         "rl": ["math-verify"],
         # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).
         "gym": ["reasoning-gym"],
-        # pytorch_model*.bin; the PyTorch twin that the benchmark and the tests compare against.
-        "torch": ["torch", "transformers>=4.46"],
+        # pytorch_model*.bin; what benchmarks and tests compare against: the PyTorch twin, adapters in PEFT.
+        "torch": ["torch", "transformers>=4.46", "peft"],
         # Reports of compilation for TPUs; libtpu fits one version of jax only, so this extra alone pins it.
         "aot": ["jax==0.10.2", "libtpu==0.0.42.1"],
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
