@@ -225,8 +225,8 @@ def test_three_pictures_of_one_class_are_trained_and_drawn(tmp_path, monkeypatch
     # What it is worth is measured on any pictures with names, and on questions.
     for name in ("one_thing", "another"):
         write_pictures(tmp_path / "test" / name, 4, (16, 16), seed=len(name))
-    rows = [{"image": "one_thing/000.png", "messages": exchange("what?", "one thing")}] * 12
-    write_lines(tmp_path / "test" / "questions.jsonl", rows)
+    rows = [{"image": "test/one_thing/000.png", "messages": exchange("what?", "one thing")}] * 12
+    write_lines(tmp_path / "questions.jsonl", rows)
     named = bench.main(["own", "--model", "run", "--train", "test", "--test", "test", "--each", "2",
                         "--sheet", "sheet.png"])["counts"]  # fmt: skip
     totals = {name: count["total"] for name, count in named.items()}
@@ -234,7 +234,7 @@ def test_three_pictures_of_one_class_are_trained_and_drawn(tmp_path, monkeypatch
     assert named["named_by_judge"]["correct"] == 8  # it has seen them
     with Image.open("sheet.png") as sheet:
         assert sheet.size == (2 * 2 * 18, 2 * 2 * 18)
-    asked = bench.main(["own", "--model", "run", "--test", "test/questions.jsonl", "--n", "11"])["counts"]
+    asked = bench.main(["own", "--model", "run", "--test", "questions.jsonl", "--n", "11"])["counts"]
     assert {name: count["total"] for name, count in asked.items()} == {"what?": 11, "all": 11}
     with pytest.raises(ValueError, match="drawings are judged by what a judge has learned: --train"):
         bench.main(["own", "--model", "run", "--test", "test"])

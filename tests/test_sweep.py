@@ -147,7 +147,7 @@ def test_folders_are_named_after_what_is_varied(tmp_path):
     [
         (
             [{"optim.rl": 1.0}],
-            r"unknown config key 'optim.rl'; did you mean 'optim.lr'\? Known: batch_size",
+            r"unknown config key 'optim.rl'; did you mean 'optim.lr'\? Known: adversarial",
         ),
         ([{"optim": {"lr": 1.0}}], "unknown config key 'optim'"),
         ([{"seed": 1}, {"steps": 1.5}], r"trial 1 \(steps=1.5\): steps is 1.5; it must be of type int"),
