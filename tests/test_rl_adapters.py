@@ -20,7 +20,6 @@ from tests.rl_toys import history, one_device, params, rl_config, toy_rewards  #
     ("ahead", "kl", "dtype"),
     [
         (0, "reference", "float32"),
-        pytest.param(1, "old", "float32", marks=pytest.mark.slow),
         pytest.param(1, "reference", "int8", marks=pytest.mark.slow),
     ],
 )
