@@ -76,14 +76,7 @@ def make(tokenizer, opened, mixture=None, size=20, weights=None, **options):
     }
     options = {"seed": 0, "cond_dropout": 0.0} | options
     return Pipeline(
-        data,
-        opened,
-        rows_per_task(mixture, size),
-        options.pop("seed"),
-        tokenizer,
-        tokenizer.vocab(CODES),
-        SHAPE,
-        **options,
+        tokenizer, tokenizer.vocab(CODES), data, opened, rows_per_task(mixture, size), SHAPE, **options
     )
 
 

@@ -205,8 +205,7 @@ def test_a_list_of_llava_goes_to_chat_without_its_images(tokenizer, tmp_path):
         "config.held_out.lm_chat.a: 2 records; left out: one image 3",
         "config.held_out.mmu.b: 3 records; left out: no image 2",
     ]
-    rows = {"lm_chat": 5, "mmu": 5}
-    rows = Pipeline(data, opened, rows, 0, tokenizer, tokenizer.vocab(CODES), SHAPE)
+    rows = Pipeline(tokenizer, tokenizer.vocab(CODES), data, opened, {"lm_chat": 5, "mmu": 5}, SHAPE, 0)
     assert not rows.load(0).skipped
 
 

@@ -89,7 +89,7 @@ def loader(folder: pathlib.Path, format: str, n_codes: int, size: int) -> functo
     opened = pipeline.open_sources(data, tuple(ROWS))
     tokenizer = TextTokenizer.train([caption(i) for i in range(100)] + [chat("a", "b")], 384)
     shape = pipeline.Shape(MAX_TEXT, n_codes, (size, size, 3))
-    rows = pipeline.Pipeline(data, opened, ROWS, 0, tokenizer, tokenizer.vocab(CODEBOOK), shape)
+    rows = pipeline.Pipeline(tokenizer, tokenizer.vocab(CODEBOOK), data, opened, ROWS, shape, seed=0)
     return functools.partial(rows.load, which=range(N_ROWS))
 
 

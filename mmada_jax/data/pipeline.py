@@ -171,10 +171,10 @@ class Shape(layout.RowShape):
     pixels: tuple[int, int, int]
 
 
-@dataclasses.dataclass(frozen=True)
 class Turns:
     """Which record each row of each step has. The sources `opened` of a task take turns by the weights in
-    `data`; `rows` counts the rows of each task in a global batch. A subclass makes rows of records."""
+    `data`; `rows` counts the rows of each task in a global batch. A subclass, a frozen dataclass with these
+    fields, makes rows of records."""
 
     data: Mapping[str, Mapping[str, sources.SourceConfig]]
     opened: Mapping[str, Mapping[str, sources.Source]]
@@ -285,7 +285,11 @@ class Pipeline(Turns):
 
     tokenizer: TextTokenizer
     vocab: Vocab
+    data: Mapping[str, Mapping[str, sources.SourceConfig]]
+    opened: Mapping[str, Mapping[str, sources.Source]]
+    rows: Mapping[str, int]
     shape: Shape
+    seed: int
     cond_dropout: float = 0.1
     cut_long: bool = False
     think_prompt: str = records.THINK_PROMPT
@@ -368,6 +372,10 @@ class Pictures(Turns):
     """Pictures by step, float32 [rows, I, J, C] in [-1, 1], which train the image tokenizer. `pixels` has
     the numbers of rows, columns and channels of one."""
 
+    data: Mapping[str, Mapping[str, sources.SourceConfig]]
+    opened: Mapping[str, Mapping[str, sources.Source]]
+    rows: Mapping[str, int]
+    seed: int
     pixels: tuple[int, int, int]
 
     def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:

@@ -95,7 +95,7 @@ def open_rows(
                 "one as image_tokenizer, or prepare it again"
             )
     return pipeline.Pipeline(
-        data, opened, rows, run.seed, what.tokenizer, what.vocab, what.shape,
+        what.tokenizer, what.vocab, data, opened, rows, what.shape, run.seed,
         cond_dropout, run.cut_long, run.think_prompt, run.think_draw_prompt,
     )  # fmt: skip
 
