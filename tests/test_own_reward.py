@@ -80,6 +80,10 @@ def test_a_run_learns_by_it_and_code_that_is_not_allowed_does_not_run(config, mi
     config = config | {"tasks": {"text": task}, "iterations": 1}
     with pytest.raises(ValueError, match=r"'own:letters' is code of yours: .* --allow_code FILE\.py"):
         train(config, tmp_path / "run")
+    named = config | {"tasks": {"text": task | {"reward_settings": {"own:letters": {"file": mine}}}}}
+    for allowed in ("", mine):
+        with pytest.raises(ValueError, match="code is allowed on the command line alone: leave it out"):
+            train(named, tmp_path / "run", allowed)
     assert not (tmp_path / "run").exists()
     train(config, tmp_path / "run", mine)
     assert history(tmp_path / "run", "text/reward_own:letters")[0] >= 0.5

@@ -59,10 +59,7 @@ def open_run(
     prompts, rewards = {}, {}
     for name, task in run.tasks.items():
         try:
-            settings = _reward_settings(task, workdir)
-            for reward in task.rewards if allow_code else ():
-                if reward.startswith("own:"):
-                    settings[reward] = settings.get(reward, {}) | {"file": allow_code}
+            settings = _reward_settings(task, workdir, allow_code)
             rewards[name] = Combined(task.rewards, settings, task.reward_limit)
             prompts[name] = open_prompts(task.data, relative(run.data_root, workdir))
         except (ValueError, OSError, ImportError) as error:
@@ -72,15 +69,26 @@ def open_run(
     return run, mesh, prompts, rewards
 
 
-def _reward_settings(task: Task, workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The settings of a task's rewards, with the paths in `folder` relative to the workdir."""
-    return {
+def _reward_settings(task: Task, workdir: pathlib.Path, allow_code: str) -> dict[str, dict[str, Any]]:
+    """The settings of a task's rewards, with the paths in `folder` relative to the workdir, and the file
+    that is allowed in the settings of the user's own ones. Raises ValueError if a configuration names that
+    file: it would run code."""
+    found = {
         reward: {
             key: str(relative(value, workdir)) if key == "folder" else value
             for key, value in settings.items()
         }
         for reward, settings in task.reward_settings.items()
     }
+    for reward in (reward for reward in task.rewards if reward.startswith("own:")):
+        of = found.setdefault(reward, {})
+        if "file" in of:
+            raise ValueError(
+                f"reward_settings of {reward!r} name the file {of['file']!r}; code is allowed on the "
+                "command line alone: leave it out, and say --allow_code FILE.py"
+            )
+        of["file"] = allow_code
+    return found
 
 
 def check_same_run(run: RLRun, workdir: pathlib.Path) -> None:
