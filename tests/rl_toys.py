@@ -1,7 +1,9 @@
 """A random model on one device, two small tasks for it, and toy rewards: what the tests of RL share."""
 
+import contextlib
 import json
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import rules
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.train import metrics, optim
-from mmada_jax.train.rl import resume, start, tasks
+from mmada_jax.train.rl import loop, resume, start, tasks
 from mmada_jax.train.rl.rewards import functions as rewards_lib
 from mmada_jax.train.rl.run import Task
 from mmada_jax.weights import lazy
@@ -122,6 +124,21 @@ def rolled_out(config, name, masking="unigrpo", **objective):
 
 def params(workdir):
     return lazy.in_memory(open_params(newest_step(workdir) / "params"))
+
+
+@contextlib.contextmanager
+def stopped_in(iteration):
+    """SIGTERM arrives during that iteration of the runs within, counted from 1."""
+    asked, watch = [], loop.watch_signals
+
+    @contextlib.contextmanager
+    def watched(mesh):
+        with watch(mesh):
+            yield lambda: asked.append(1) or signal.SIGTERM * (len(asked) == iteration)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "watch_signals", watched)
+        yield
 
 
 def make_older(workdir):

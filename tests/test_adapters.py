@@ -21,7 +21,7 @@ from mmada_jax.weights.lazy import in_memory
 from mmada_jax.weights.workdir import MODEL, newest_step
 from tests.rl_toys import params as params_of
 from tests.test_exported import transformers  # noqa: F401
-from tests.test_train import start
+from tests.test_train import two_steps
 
 RANK = 3
 
@@ -87,12 +87,7 @@ def test_meshes_and_parts_of_a_batch_agree(config, tmp_path):
     for accumulate, sizes in ((1, one), (2, eight)):
         mesh = sharding.make_mesh(**sizes)
         made = model_program(parse(config | {"accumulate": accumulate}), tmp_path, mesh)
-        with jax.set_mesh(mesh):
-            state, step_fn = start(made, config, mesh)
-            for step in range(2):
-                batch = made.encode(sharding.put_batch(mesh, made.load(step, None).rows))
-                state, values = step_fn(state, jax.random.key(0), batch)
-        results.append((float(values["loss"]), jax.device_get(state.params)))
+        results.append(two_steps(made, config, mesh)[:2])
     (loss, params), (other_loss, other) = results
     np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), other, params)

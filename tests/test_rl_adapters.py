@@ -1,19 +1,15 @@
 """Adapters trained by reward: their base is the frozen reference, and a run resumes to the bit."""
 
-import contextlib
-import signal
-
 import jax
 import numpy as np
 import pytest
 
 from mmada_jax.nets import lora
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.train.rl import loop
 from mmada_jax.train.rl.loop import train
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.workdir import newest_step
-from tests.rl_toys import history, one_device, params, rl_config, toy_rewards  # noqa: F401
+from tests.rl_toys import history, one_device, params, rl_config, stopped_in, toy_rewards  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -31,15 +27,7 @@ def test_adapters_learn_by_reward_and_their_base_is_the_reference(config, tmp_pa
     }  # fmt: skip
     config["optim"] = config["optim"] | {"lr": 1e-2, "floor": 1.0}
     train(config, tmp_path / "whole")
-    steps, watch = [], loop.watch_signals
-    with pytest.MonkeyPatch.context() as patch:
-
-        @contextlib.contextmanager
-        def after_two(mesh):
-            with watch(mesh):
-                yield lambda: steps.append(1) or signal.SIGTERM * (len(steps) == 2)
-
-        patch.setattr(loop, "watch_signals", after_two)
+    with stopped_in(2):
         assert int(train(config, tmp_path / "parts").step) == 4  # two iterations of mu 2
     train(config, tmp_path / "parts")
     whole, parts = params(tmp_path / "whole"), params(tmp_path / "parts")

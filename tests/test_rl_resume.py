@@ -18,7 +18,6 @@ from states import counting
 
 from mmada_jax.config import from_dict, to_dict
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.train.rl import loop
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.run import RLRun
 from mmada_jax.train.runs import describe_older
@@ -27,7 +26,16 @@ from mmada_jax.weights.checkpoint import Checkpoints, trust
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.inspect import inspect
 from mmada_jax.weights.workdir import CONFIG, MODEL, claim_workdir, newest_step, read_config, record_files
-from tests.rl_toys import change, history, make_older, one_device, params, rl_config, toy_rewards  # noqa: F401
+from tests.rl_toys import (  # noqa: F401
+    change,
+    history,
+    make_older,
+    one_device,
+    params,
+    rl_config,
+    stopped_in,
+    toy_rewards,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,16 +58,7 @@ def test_resume_is_bit_exact(config, tmp_path, ahead, kl, dtype):
         "init": str(shutil.copytree(config["init"], tmp_path / "init")),
     }  # fmt: skip
     train(config, tmp_path / "whole")
-    steps, watch = [], loop.watch_signals
-    # SIGTERM arrives during the second iteration; then the run goes on.
-    with pytest.MonkeyPatch.context() as patch:
-
-        @contextlib.contextmanager
-        def after_two(mesh):
-            with watch(mesh):
-                yield lambda: steps.append(1) or signal.SIGTERM * (len(steps) == 1)
-
-        patch.setattr(loop, "watch_signals", after_two)
+    with stopped_in(1):  # then the run goes on
         state = train(config, tmp_path / "broken")
         assert int(state.step) == 2  # one iteration of mu 2
     # The model that it began with has gone away, and a workdir needs nothing of it.

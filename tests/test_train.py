@@ -54,6 +54,16 @@ def start(program, config, mesh):
     return state, (lambda *given: step_fn(*given, *frozen)) if frozen else step_fn
 
 
+def two_steps(program, config, mesh):
+    """The loss of the second step, the params after it, and the jitted step."""
+    with jax.set_mesh(mesh):
+        state, step_fn = start(program, config, mesh)
+        for step in range(2):
+            batch = program.encode(sharding.put_batch(mesh, program.load(step, None).rows))
+            state, values = step_fn(state, jax.random.key(0), batch)
+    return float(values["loss"]), jax.device_get(state.params), step_fn
+
+
 @pytest.mark.slow
 def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_path):
     adamw = smoke_config["optim"] | {"name": "adamw", "eps": 1e-3}  # no sign(0) to amplify noise
@@ -63,13 +73,9 @@ def test_step_compiles_once_and_meshes_agree(smoke_config, image_tokenizer, tmp_
     for accumulate, sizes in ((1, one), (1, {"data": 2, "fsdp": 2, "tensor": 2}), (2, two)):
         mesh = sharding.make_mesh(**sizes)
         program = model_program(parse(config | {"accumulate": accumulate}), tmp_path, mesh)
-        with jax.set_mesh(mesh):
-            state, step_fn = start(program, config, mesh)
-            for step in range(2):
-                batch = program.encode(sharding.put_batch(mesh, program.load(step, None).rows))
-                state, values = step_fn(state, jax.random.key(0), batch)
-            assert step_fn._cache_size() == 1
-        results.append((float(values["loss"]), jax.device_get(state.params)))
+        *result, step_fn = two_steps(program, config, mesh)
+        assert step_fn._cache_size() == 1
+        results.append(result)
     (loss, params), *others = results
     for other_loss, other_params in others:
         np.testing.assert_allclose(other_loss, loss, rtol=1e-5)

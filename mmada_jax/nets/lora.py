@@ -17,10 +17,10 @@ import numpy as np
 from mmada_jax.nets import int8, transformer
 from mmada_jax.ranges import Count, OnlyWith, Range, Ranged
 
-# The matrices by their names in LLaDA's checkpoints, and how many of a param's axes are inputs.
+# The names of the matrices in LLaDA's checkpoints, and in params.
 MATRICES = {
-    "q_proj": ("q_DHK", 1), "k_proj": ("k_DGK", 1), "v_proj": ("v_DGK", 1), "attn_out": ("o_HKD", 2),
-    "ff_proj": ("gate_DF", 1), "up_proj": ("up_DF", 1), "ff_out": ("down_FD", 1),
+    "q_proj": "q_DHK", "k_proj": "k_DGK", "v_proj": "v_DGK", "attn_out": "o_HKD",
+    "ff_proj": "gate_DF", "up_proj": "up_DF", "ff_out": "down_FD",
 }  # fmt: skip
 
 
@@ -54,12 +54,12 @@ class LoraConfig(Ranged):
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the adapted matrices in params."""
-        return tuple(MATRICES[target][0] for target in self.matrices)
+        return tuple(MATRICES[target] for target in self.matrices)
 
 
 def sizes(config: transformer.ModelConfig, name: str) -> tuple[int, int]:
     """Inputs and outputs of the matrix of that name in params."""
-    inputs = dict(MATRICES.values())[name]
+    inputs = int8.INPUTS[name]
     plain = dataclasses.replace(config, weights="plain")
     shape = transformer.param_shapes(plain)["blocks"][name].shape[1:]
     return math.prod(shape[:inputs]), math.prod(shape[inputs:])

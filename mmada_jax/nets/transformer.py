@@ -132,11 +132,13 @@ def param_shapes(config: ModelConfig) -> dict[str, Any]:
 def held_shapes(config: ModelConfig) -> dict[str, Any]:
     """The same as a model that only computes holds it: in `config.dtype`, but for what is in 8 bits."""
 
-    def hold(x):
-        kept = isinstance(x, dict)
-        return x if kept else jax.ShapeDtypeStruct(x.shape, config.dtype)
+    def in_8_bits(x):
+        return isinstance(x, dict) and "int8" in x
 
-    return jax.tree.map(hold, param_shapes(config), is_leaf=lambda x: isinstance(x, dict) and "int8" in x)
+    def hold(x):
+        return x if in_8_bits(x) else jax.ShapeDtypeStruct(x.shape, config.dtype)
+
+    return jax.tree.map(hold, param_shapes(config), is_leaf=in_8_bits)
 
 
 def param_axes(config: ModelConfig) -> dict[str, Any]:

@@ -191,8 +191,7 @@ def look(opened: sources.Source) -> Look:
     training counts them. Raises ValueError if none has a use."""
     sides, grey, captions = [], True, set()
     counts, first = dict.fromkeys(("caption", "dialogue", "turns", "text"), 0), None
-    for index in np.unique(np.linspace(0, len(opened) - 1, LOOKED_AT).astype(int)):
-        key = int(index)
+    for key in _looked_at(opened):
         try:
             record = opened[key]
             key = record.key
@@ -213,6 +212,11 @@ def look(opened: sources.Source) -> Look:
         why = first or "they have no texts"
         raise ValueError(f"config.data: none of the records that were tried can be used; the first: {why}")
     return Look(sides, grey and bool(sides), counts, frozenset(captions))
+
+
+def _looked_at(opened):
+    """The numbers of the records that are looked at, at equal distances."""
+    return np.unique(np.linspace(0, len(opened) - 1, LOOKED_AT).astype(int)).tolist()
 
 
 def _is_grey(picture):
@@ -239,9 +243,9 @@ def _text_lengths(run, size, data, opened):
         if task == "lm":  # cut to the length of the rows
             continue
         lengths = []
-        for index in np.unique(np.linspace(0, len(opened) - 1, LOOKED_AT).astype(int)):
+        for index in _looked_at(opened):
             try:
-                record = opened[int(index)]
+                record = opened[index]
                 text = text_of(task, of_task[NAME], record, rng, "", "")
             except ValueError:
                 continue

@@ -55,6 +55,7 @@ from mmada_jax.train.runs import (
     image_tokenizer_path,
     parse,
     plan,
+    rest_dtype,
     same_in_all,
 )
 from mmada_jax.weights.checkpoint import Checkpoints
@@ -360,9 +361,9 @@ def model_program(
         evaluate = evaluation(run, what, vision, encode, rows)
     model, parts = what.model, {"start": what.start and what.start.params}
     if run.lora.rank:
-        model, plain = held_base(what.model, run.base_dtype), run.base_dtype != "int8"
-        hold = held_in if plain else in_8_bits
-        frozen = hold(what.start.params, run.base_dtype if plain else "bfloat16")
+        model = held_base(what.model, run.base_dtype)
+        hold = in_8_bits if model.weights == "int8" else held_in
+        frozen = hold(what.start.params, rest_dtype(run.base_dtype))
         parts = {"frozen": frozen, "frozen_axes": transformer.param_axes(model)}
     return Program(
         objective=model_objective(run, model, what.vocab),

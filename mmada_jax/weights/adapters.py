@@ -14,8 +14,8 @@ import numpy as np
 
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
+from mmada_jax.nets import int8, transformer
 from mmada_jax.nets import lora as nets
-from mmada_jax.nets import transformer
 from mmada_jax.nets.lora import MATRICES, LoraConfig
 from mmada_jax.weights import lazy
 
@@ -72,7 +72,7 @@ def merged(params: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def _with_delta(name, base, of, scale):
-    inputs = 1 + dict(MATRICES.values())[name]  # axes of the layers and of the inputs
+    inputs = 1 + int8.INPUTS[name]  # axes of the layers and of the inputs
     R = of["a_NIR"].shape[2]
 
     def read(index):

@@ -20,7 +20,7 @@ from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.rollout import prompt_ids, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
-from mmada_jax.train.runs import describe_adapter, relative
+from mmada_jax.train.runs import describe_adapter, held_base, relative, rest_dtype
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
     ModelFolder,
@@ -175,12 +175,11 @@ def load_policy(
     if resumed and (workdir / IMAGE_TOKENIZER).is_dir():
         vision = workdir / IMAGE_TOKENIZER if reads else None
     images = image_tokenizer_of(source, vision)
-    weights = "int8" if run.lora.rank and run.base_dtype == "int8" else "plain"
-    model = open_model(source, mesh, "float32", images=images, weights=weights)
-    dtype = "float32"
+    model, dtype = open_model(source, mesh, "float32", images=images), "float32"
     if run.lora.rank:
         lora.check(model.config, run.lora)
-        dtype = "bfloat16" if run.base_dtype == "int8" else run.base_dtype
+        model = dataclasses.replace(model, config=held_base(model.config, run.base_dtype))
+        dtype = rest_dtype(run.base_dtype)
     if reads:
         params = model.place(source.params, dtype)
         if not all_finite(params):

@@ -24,7 +24,7 @@ from mmada_jax.train.program import Objective
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.rollout import ResponseSpan
 from mmada_jax.train.rl.run import RLRun, Task
-from mmada_jax.train.runs import ModelRun, held_base
+from mmada_jax.train.runs import ModelRun, held_base, rest_dtype
 
 
 class Scored(NamedTuple):
@@ -68,9 +68,8 @@ def base_shapes(run: RLRun | ModelRun, config: transformer.ModelConfig) -> Any:
     """The shapes of the base of adapters; None where all is trained."""
     if not run.lora.rank:
         return None
-    dtype = "bfloat16" if run.base_dtype == "int8" else run.base_dtype
     held = held_base(config, run.base_dtype)
-    return transformer.held_shapes(dataclasses.replace(held, dtype=dtype))
+    return transformer.held_shapes(dataclasses.replace(held, dtype=rest_dtype(run.base_dtype)))
 
 
 def policy_places(run: RLRun, model: Model, mesh: jax.sharding.Mesh, trained: Any) -> tuple[Any, list[Any]]:

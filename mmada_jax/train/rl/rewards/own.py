@@ -2,13 +2,14 @@
 allowed by its name. It runs in processes of its own, with a time limit for each completion."""
 
 import base64
-import io
 import pathlib
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mmada_jax.nets import vq
+from mmada_jax.train.metrics import png_of
 from mmada_jax.train.rl.rewards import score_file
 from mmada_jax.train.rl.rewards.workers import Workers
 
@@ -47,7 +48,6 @@ class OwnReward:
 
 
 def _png(pixels: Any) -> str:
-    shades = np.clip((np.asarray(pixels, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    shades = vq.to_uint8(pixels)
+    picture = Image.fromarray(shades[..., 0] if shades.shape[-1] == 1 else shades)
+    return base64.b64encode(png_of(picture)).decode()
