@@ -255,11 +255,6 @@ def held_base(config: transformer.ModelConfig, base_dtype: str) -> transformer.M
     return dataclasses.replace(config, weights="int8" if base_dtype == "int8" else "plain")
 
 
-def rest_dtype(base_dtype: str) -> str:
-    """What all but the matrices of such a base is held in."""
-    return "bfloat16" if base_dtype == "int8" else base_dtype
-
-
 def describe_adapter(of: LoraConfig, base: ModelFolder, workdir: pathlib.Path) -> dict[str, Any]:
     """What the model.json of a workdir says of its adapters. Raises ValueError if those that are there
     belong to another base."""

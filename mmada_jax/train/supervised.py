@@ -55,7 +55,6 @@ from mmada_jax.train.runs import (
     image_tokenizer_path,
     parse,
     plan,
-    rest_dtype,
     same_in_all,
 )
 from mmada_jax.weights.checkpoint import Checkpoints
@@ -64,7 +63,7 @@ from mmada_jax.weights.folder import (
     keep_image_tokenizer,
     open_image_tokenizer,
 )
-from mmada_jax.weights.quantized import held_in, in_8_bits
+from mmada_jax.weights.quantized import held_in, in_8_bits, rest_dtype
 from mmada_jax.weights.state import TrainState, all_finite, init_state, start_state, state_shardings
 from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, refuse_busy
 

@@ -10,6 +10,11 @@ from mmada_jax.nets import int8
 from mmada_jax.weights.lazy import Lazy
 
 
+def rest_dtype(base_dtype: str) -> str:
+    """What all but the matrices of the base of adapters is held in."""
+    return "bfloat16" if base_dtype == "int8" else base_dtype
+
+
 def in_8_bits(params: Mapping[str, Any], dtype: Any = None) -> dict[str, Any]:
     """A tree of Lazy arrays with the matrices of the layers in 8 bits, all else in `dtype`, by default as
     it is. A piece of a matrix is made of whole layers, since a scale is that of all inputs."""

@@ -20,7 +20,7 @@ from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.rollout import prompt_ids, response_span
 from mmada_jax.train.rl.run import RLRun, Task
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
-from mmada_jax.train.runs import describe_adapter, held_base, relative, rest_dtype
+from mmada_jax.train.runs import describe_adapter, held_base, relative
 from mmada_jax.weights.folder import (
     IMAGE_TOKENIZER,
     ModelFolder,
@@ -29,6 +29,7 @@ from mmada_jax.weights.folder import (
     keep_image_tokenizer,
     open_folder,
 )
+from mmada_jax.weights.quantized import rest_dtype
 from mmada_jax.weights.state import all_finite
 from mmada_jax.weights.workdir import TOKENIZER, check_workdir, claim_workdir, has_step
 

@@ -24,7 +24,8 @@ from mmada_jax.train.program import Objective
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.rollout import ResponseSpan
 from mmada_jax.train.rl.run import RLRun, Task
-from mmada_jax.train.runs import ModelRun, held_base, rest_dtype
+from mmada_jax.train.runs import ModelRun, held_base
+from mmada_jax.weights.quantized import rest_dtype
 
 
 class Scored(NamedTuple):
