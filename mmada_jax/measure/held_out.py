@@ -75,7 +75,9 @@ def _hidden_nll(mesh, model, vocab, chunk):
             seen = corrupt.corrupt(key, batch, vocab, corrupt.LossConfig(), ratio)
             hidden_BL = seen.tokens_BL != seen.targets_BL
             h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, batch.valid)
-            logp_BL = loss.token_log_probs(h_BLD, params["head_DV"], seen.targets_BL, hidden_BL, chunk)
+            logp_BL = loss.token_log_probs(
+                h_BLD, transformer.head(params), seen.targets_BL, hidden_BL, chunk
+            )
 
             def by_task(x_BL):
                 x_B = jnp.sum(x_BL, axis=1, dtype=jnp.float32)

@@ -94,8 +94,8 @@ def beside(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraCon
 
 def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
     """Params in which the adapters have become a part of the matrices. The sum is formed in float32.
-    Matrices in 8 bits become plain ones, of the dtype of the head."""
-    dtype = params["head_DV"].dtype
+    Matrices in 8 bits become plain ones, of the dtype of the embedding."""
+    dtype = params["embed_VD"].dtype
     blocks = {
         name: int8.value(w, dtype) if isinstance(w, Mapping) else w for name, w in params["blocks"].items()
     }

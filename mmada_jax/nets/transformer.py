@@ -1,4 +1,4 @@
-"""The transformer of LLaDA and MMaDA: bidirectional, RoPE, RMSNorm, gated SiLU MLP, untied head.
+"""The transformer of LLaDA and MMaDA: bidirectional, RoPE, RMSNorm, gated SiLU MLP.
 
 Shape letters: B rows, L positions, D model width, H query heads, G key/value heads, K head width,
 F MLP width, V vocabulary rows, N layers.
@@ -8,12 +8,14 @@ Outside this file params are a plain nested dict of arrays:
     embed_VD  blocks/{attn_norm_D q_DHK k_DGK v_DGK o_HKD mlp_norm_D gate_DF up_DF down_FD}
     norm_D  head_DV
 
-where every array of blocks has the layers N as its first axis.
+where every array of blocks has the layers N as its first axis. A model whose head is tied to its
+embedding has no head_DV.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import flax.linen as nn
@@ -58,6 +60,7 @@ class ModelConfig(Ranged):
     remat: str = "none"
     unroll: Annotated[int, Range(1, 10_000)] = 1  # layers per iteration of the scan; n_layers unrolls it
     weights: Literal["plain", "int8"] = "plain"  # how the matrices of the layers are held
+    tied: bool = False  # the head is the embedding, as in iLLaDA
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,6 +91,9 @@ class ModelConfig(Ranged):
 # Vocabulary sizes of `digits` and `tiny` are set by their users.
 PRESETS = {
     "llada-8b": ModelConfig(remat="full"),
+    # Sizes as published (arXiv 2606.25331); the base of its RoPE isn't, and is taken to be LLaDA's.
+    "illada-8b": ModelConfig(n_kv_heads=8, d_mlp=14336, vocab=155136, max_len=8192, remat="full",
+                             tied=True),
     "tiny": ModelConfig(d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, d_mlp=160, vocab=640,
                    max_len=256, dtype="float32"),
     "digits": ModelConfig(d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, d_mlp=384, vocab=256,
@@ -144,7 +150,8 @@ def held_shapes(config: ModelConfig) -> dict[str, Any]:
 def param_axes(config: ModelConfig) -> dict[str, Any]:
     """The params tree with the logical axis names of each array in its place."""
     blocks = {name: ("layers", *axes) for name, axes in _BLOCK_AXES.items()}
-    return {"blocks": int8.axes(blocks) if config.weights == "int8" else blocks, **_OUTER_AXES}
+    outer = {name: axes for name, axes in _OUTER_AXES.items() if not (config.tied and name == "head_DV")}
+    return {"blocks": int8.axes(blocks) if config.weights == "int8" else blocks, **outer}
 
 
 def hidden_states(
@@ -193,6 +200,11 @@ def hidden_block(
     return network.apply(_variables(params), tokens_BQ, valid_BQ, place_BQ, past, seen_BP)
 
 
+def head(params: Mapping[str, Any]) -> jax.Array:
+    """The matrix [D, V] that makes logits of hidden states."""
+    return params["head_DV"] if "head_DV" in params else params["embed_VD"].T
+
+
 def unembed(
     params: dict[str, Any],
     config: ModelConfig,
@@ -204,7 +216,7 @@ def unembed(
 
     No shift: the logits at a position predict the token at that position.
     """
-    head_DV = _use(params["head_DV"], "head_DV", config)
+    head_DV = _use(head(params), "head_DV", config)
     if size is not None:
         head_DV = head_DV[:, first : first + size]
     return jnp.einsum("...D,DV->...V", h_D, head_DV, preferred_element_type=jnp.float32)
@@ -378,7 +390,8 @@ class _Transformer(nn.Module):
         c = self.config
         init = _truncated_normal(c.d_model**-0.5)
         embed_VD = self.param("embed_VD", init, (c.vocab, c.d_model)).astype(c.dtype)
-        self.param("head_DV", init, (c.d_model, c.vocab))  # read by unembed, where it is wanted
+        if not c.tied:
+            self.param("head_DV", init, (c.d_model, c.vocab))  # read by unembed, where it is wanted
         # Every device looks up its part of each vector for all rows, and the parts are exchanged: to
         # gather the table would move many times as much.
         x_BLD = sharding.constrain(embed_VD[tokens_BL], "all_rows", "length", "embed", rules=REST)

@@ -109,9 +109,12 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path) -> "TextTokenizer":
+    def load(cls, path: str | pathlib.Path, controls: Mapping[str, int] | None = None) -> "TextTokenizer":
         """Reads a tokenizer.json, with a byte order mark or without. If it is LLaDA's and lacks the three
         tokens of the chat template (HEADERS), they are added, as MMaDA does.
+
+        Another model's tokenizer is given our control tokens, if `controls` has the ids of its "bos", "eos"
+        and "mask": these get our strings, and what else it lacks of CONTROL is added behind its ids.
 
         Raises FileNotFoundError, or ValueError for a file that holds no tokenizer."""
         if not pathlib.Path(path).exists():
@@ -121,6 +124,8 @@ class TextTokenizer:
         tokenizer.no_padding()
         if tokenizer.get_vocab_size() == LLADA.start_header:
             tokenizer.add_special_tokens([AddedToken(CONTROL[name], special=True) for name in HEADERS])
+        elif controls and tokenizer.get_vocab_size() != LLADA.image_offset:
+            tokenizer = _adopted(tokenizer, controls, path)
         return cls(tokenizer)
 
     def to_json(self) -> str:
@@ -224,6 +229,17 @@ class TextTokenizer:
         rows = rows or max(least, -(-(len(self) + codebook_size) // 64) * 64)
         return Vocab(image_offset=len(self), codebook_size=codebook_size, rows=rows, **ids)
 
+    def replace(self, folder: pathlib.Path) -> None:
+        """Puts this tokenizer in the place of the one in `folder`, if it differs. What tells the strings of
+        the other one's control tokens goes."""
+        saved = folder / "tokenizer.json"
+        theirs = read_tokenizer(saved)
+        if theirs.get_vocab() != self._tokenizer.get_vocab():
+            self.save(saved)
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                         "chat_template.jinja", "vocab.json", "merges.txt"):  # fmt: skip
+                (folder / name).unlink(missing_ok=True)
+
     def export(self, folder: pathlib.Path) -> None:
         """Completes the tokenizer's files in `folder` for users of PyTorch: with MMaDA's chat template,
         which differs from LLaDA's in a newline, and with the tokens of HEADERS if `load` has added them."""
@@ -252,11 +268,46 @@ _PYTORCH = {
 def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     """The library's tokenizer in a tokenizer.json, unchanged. Raises OSError, or ValueError for a file that
     holds no tokenizer."""
-    text = files.read_text(path)
+    return read_text(files.read_text(path), path)
+
+
+def read_text(text: str, path: str | pathlib.Path) -> Tokenizer:
+    """The same of the text of the file at `path`."""
     try:
         return Tokenizer.from_str(text)
     except Exception as error:  # the library raises no narrower type
         raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: str | pathlib.Path) -> Tokenizer:
+    """Another model's tokenizer with all tokens of CONTROL, of which those in `controls` have these ids."""
+    values = json.loads(tokenizer.to_str())
+    for name in ("bos", "eos", "mask"):
+        theirs = None if name not in controls else tokenizer.id_to_token(controls[name])
+        if tokenizer.token_to_id(CONTROL[name]) is not None:
+            continue
+        if theirs is None:
+            raise ValueError(
+                f"{path} has no control token {CONTROL[name]!r}, and config.json names no token of its own "
+                f"for it: {name}_token_id is {controls.get(name)}; set it to the id that the model was "
+                "trained with"
+            )
+        values = _renamed(values, theirs, CONTROL[name])
+    tokenizer = read_text(json.dumps(values), path)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL.values()])
+    ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
+    if ids != list(range(len(ids))):
+        raise ValueError(f"the ids of {path} have gaps; image codes can't follow them")
+    return tokenizer
+
+
+def _renamed(values, old, new):
+    """The values of a tokenizer.json in which a token has another string, wherever it is named."""
+    if isinstance(values, dict):
+        return {_renamed(key, old, new): _renamed(value, old, new) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_renamed(value, old, new) for value in values]
+    return new if values == old else values
 
 
 def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> Template:

@@ -41,6 +41,7 @@ class Vocab:
             raise ValueError(
                 f"{self.codebook_size} image codes from id {self.image_offset} on need "
                 f"{self.image_offset + self.codebook_size} embedding rows, but rows={self.rows}"
+                + ("" if self.codebook_size else "; from-torch --add-image-vocab makes more")
             )
         for name in SPECIAL_TOKENS:
             if not 0 <= getattr(self, name) < self.image_offset:

@@ -315,7 +315,7 @@ def model_objective(run: ModelRun, model: transformer.ModelConfig, vocab: Vocab)
         seen = rows.seen
         h_BLD = transformer.hidden_states(params, model, seen.tokens_BL, rows.valid_BL)
         total, each_B = loss.weighted_nll(
-            h_BLD, params["head_DV"], seen.targets_BL, seen.weights_BL, run.loss_chunk
+            h_BLD, transformer.head(params), seen.targets_BL, seen.weights_BL, run.loss_chunk
         )
         by_task = {
             f"loss_{task}": jnp.sum(jnp.where(rows.task_B == layout.TASKS.index(task), each_B, 0))

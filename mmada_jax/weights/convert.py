@@ -130,6 +130,8 @@ def _write_checkpoint(folder: pathlib.Path, source: ModelFolder, count: Callable
         values |= magvit_keys.config_to_hf(source.config)
     write_json(folder / CONFIG, values | {"dtype": source.dtype})
     _carry_files(source.path, folder)
+    if source.controls and (tokenizer := source.tokenizer()):
+        tokenizer.replace(folder)
     record_files(folder)
     write_params(folder / "params", source.params, source.axes, count)
 

@@ -52,6 +52,8 @@ class ModelFolder:
     step             the step of a workdir whose params these are
     generation       how the model generates by default: fields of a generation_config.json
     adapter          the adapters that were trained there, which `params` contain already
+    controls         the ids of control tokens by name, where a text model's own vocabulary has them under
+                     other strings than ours
     """
 
     path: pathlib.Path
@@ -64,6 +66,7 @@ class ModelFolder:
     step: int | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter: adapters.Adapter | None = None
+    controls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def is_image_tokenizer(self) -> bool:
@@ -98,7 +101,7 @@ class ModelFolder:
     def tokenizer(self) -> TextTokenizer | None:
         """The text tokenizer, None if the folder has none."""
         path = self.path / "tokenizer.json"
-        return TextTokenizer.load(path) if path.is_file() else None
+        return TextTokenizer.load(path, self.controls) if path.is_file() else None
 
 
 # ---- Opening -------------------------------------------------------------------------------------
@@ -202,15 +205,14 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> ModelFolder:
     target = dtype_of(dtype)
     if values.get("model_type") in llada_keys.MODEL_TYPES:
         config = llada_keys.config_from_hf(values)
-        params = lazy.params_of(state, llada_keys.key_table(config), target)
-        if add_image_vocab:
-            values = llada_keys.grown_config(values, add_image_vocab)
-            config = llada_keys.config_from_hf(values)
-            params = llada_keys.grow(params, add_image_vocab)
-        return ModelFolder(
+        params = llada_keys.params_of(state, config, target)
+        # A model with image codes has the ids of MMaDA, whatever its fields say of some.
+        controls = {} if values.get("codebook_size") else llada_keys.control_ids(values)
+        source = ModelFolder(
             path, "Hugging Face folder", values["model_type"], config, values, params, _nested(path),
-            generation=_generation(path),
+            generation=_generation(path), controls=controls,
         )  # fmt: skip
+        return _with_image_vocab(source, add_image_vocab) if add_image_vocab else source
     # The published image tokenizer has a config.json that says nothing of it.
     vision = any(key.endswith("encoder.quant_conv.weight") for key in state)
     if vision or values.get("model_type") == magvit_keys.MODEL_TYPE:
@@ -226,6 +228,20 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> ModelFolder:
     raise ValueError(
         f"{path} holds a model of type {values.get('model_type')!r}; known: "
         f"{', '.join((*llada_keys.MODEL_TYPES, magvit_keys.MODEL_TYPE))} (config.json says it)"
+    )
+
+
+def _with_image_vocab(source: ModelFolder, codes: int) -> ModelFolder:
+    """A text model with rows for so many image codes, behind the ids of its tokenizer."""
+    tokenizer = source.tokenizer()
+    controls = max(0, len(tokenizer) - source.config.vocab) if tokenizer else 0
+    values = llada_keys.grown_config(source.values, codes, controls)
+    return dataclasses.replace(
+        source,
+        model_type=values["model_type"],
+        values=values,
+        config=llada_keys.config_from_hf(values),
+        params=llada_keys.grow(source.params, codes + controls),
     )
 
 

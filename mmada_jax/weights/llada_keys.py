@@ -12,16 +12,18 @@ from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.weights import lazy
 
 MODEL_TYPES = ("llada", "mmada")
+EMBEDDING, HEAD = "model.transformer.wte.weight", "model.transformer.ff_out.weight"
 
 
 def key_table(config: transformer.ModelConfig) -> dict[str, lazy.Rule]:
     """PyTorch key -> where the array lies in params and how its axes stand."""
     D, H, G, K, F = config.d_model, config.n_heads, config.n_kv_heads, config.d_head, config.d_mlp
     table = {
-        "model.transformer.wte.weight": lazy.Rule(("embed_VD",), (config.vocab, D)),
+        EMBEDDING: lazy.Rule(("embed_VD",), (config.vocab, D)),
         "model.transformer.ln_f.weight": lazy.Rule(("norm_D",), (D,)),
-        "model.transformer.ff_out.weight": lazy.Rule(("head_DV",), (D, config.vocab), (1, 0)),
     }
+    if not config.tied:
+        table[HEAD] = lazy.Rule(("head_DV",), (D, config.vocab), (1, 0))
     # The PyTorch layout is [out, in]; `merged` names the axes of ours that make up `out` and `in`.
     block = {
         "attn_norm": ("attn_norm_D", (D,), None, None),
@@ -42,6 +44,19 @@ def key_table(config: transformer.ModelConfig) -> dict[str, lazy.Rule]:
     return table
 
 
+def params_of(
+    state: Mapping[str, Any], config: transformer.ModelConfig, dtype: np.dtype | None
+) -> dict[str, Any]:
+    """State dict -> params as Lazy arrays. A head that a tied model has beside its embedding must equal it,
+    and is dropped. Raises ValueError on any key, shape or dtype amiss."""
+    wrong = []
+    if config.tied and {EMBEDDING, HEAD} <= state.keys():
+        if not np.array_equal(state[EMBEDDING], state[HEAD]):
+            wrong.append(f"{HEAD} isn't {EMBEDDING}, but {TIED[0]} says so")
+        state = {key: tensor for key, tensor in state.items() if key != HEAD}
+    return lazy.params_of(state, key_table(config), dtype, wrong)
+
+
 def params_from_torch(state: Mapping[str, np.ndarray], config: transformer.ModelConfig) -> dict[str, Any]:
     """PyTorch state dict (numpy arrays) -> params in memory. Raises on any key or shape amiss."""
     return lazy.in_memory(lazy.params_of(state, key_table(config)))
@@ -52,6 +67,7 @@ def params_to_torch(params: Mapping[str, Any], config: transformer.ModelConfig) 
     return lazy.in_memory(lazy.tensors_of(params, key_table(config)))
 
 
+TIED = ("weight_tying", "tie_word_embeddings")
 # Fields of config.json whose other values describe models that aren't implemented. The first value is the
 # one that is implemented.
 _FIXED = {
@@ -70,8 +86,6 @@ _FIXED = {
     "bias_for_layer_norm": (False, None),
     "input_emb_norm": (False,),
     "scale_logits": (False,),
-    "weight_tying": (False,),
-    "tie_word_embeddings": (False,),
 }
 
 
@@ -120,9 +134,26 @@ def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> transformer.M
     codes = values.get("codebook_size")
     if codes is not None and (type(codes) is not int or codes < 0):
         wrong.append(f"codebook_size is {codes!r}, it must be a number of image codes")
+    # The published classes read the first of these; files that lack it may have the other.
+    tied = next((values[name] for name in TIED if values.get(name) is not None), False)
+    if type(tied) is not bool:
+        wrong.append(f"{TIED[0]} or {TIED[1]} is {tied!r}, it must be true or false")
     lazy.refuse(wrong, "config.json describes a model that can't be built")
+    fields |= {"tied": tied}
     fields |= {"d_mlp": int(d_mlp), "rope_theta": float(fields["rope_theta"])}
     return transformer.ModelConfig(**fields | overrides)
+
+
+def control_ids(values: Mapping[str, Any]) -> dict[str, int]:
+    """The ids that a config.json gives to control tokens, by their names."""
+    found = {}
+    for name in ("bos", "eos", "mask"):
+        of = values.get(f"{name}_token_id")
+        if type(of) is list:  # as some give all ids that end a text
+            of = of[0] if of else None
+        if type(of) is int and of >= 0:
+            found[name] = of
+    return found
 
 
 # All other fields of the published config.json, with their values. PyTorch's classes of LLaDA and MMaDA
@@ -154,6 +185,7 @@ def resolved(values: Mapping[str, Any], config: transformer.ModelConfig) -> dict
         "mlp_hidden_size": config.d_mlp,
         "vocab_size": config.vocab,
         "embedding_size": config.vocab,
+        **dict.fromkeys(TIED, config.tied),
     }
     numbers = {
         "max_sequence_length": config.max_len,
@@ -192,8 +224,9 @@ def config_to_hf(
     return resolved(fields, config)
 
 
-def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:
-    """The fields of LLaDA's config.json -> the fields for the MMaDA that `grow` makes of it."""
+def grown_config(values: Mapping[str, Any], codes: int, controls: int = 0) -> dict[str, Any]:
+    """The fields of LLaDA's config.json -> the fields for the MMaDA that `grow` makes of it, with rows for
+    so many codes, and for control tokens that the embedding had no rows for."""
     if codes < 1:
         raise ValueError(f"{codes} image codes can't be added; MMaDA has 8192")
     if values.get("codebook_size"):
@@ -205,9 +238,7 @@ def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:
     new = {
         "model_type": "mmada",
         "architectures": ["MMadaModelLM"],
-        "vocab_size": old + codes,
-        "embedding_size": old + codes,
-        "new_vocab_size": old + codes,
+        **dict.fromkeys(("vocab_size", "embedding_size", "new_vocab_size"), old + controls + codes),
         "llm_vocab_size": old,
         "codebook_size": codes,
         "num_new_special_tokens": 0,
@@ -215,17 +246,18 @@ def grown_config(values: Mapping[str, Any], codes: int) -> dict[str, Any]:
     return {**values, **new}
 
 
-def grow(params: Mapping[str, Any], codes: int) -> dict[str, Any]:
-    """Params of LLaDA (Lazy) -> those of MMaDA before training: `codes` rows more in embedding and head.
+def grow(params: Mapping[str, Any], more: int) -> dict[str, Any]:
+    """Params of LLaDA (Lazy) -> those of MMaDA before training: `more` rows in embedding and head.
 
     Every new row is the mean of all old rows in float32, cast to their dtype, as the reference's resizing
     gives it. Unused rows behind the tokenizer's ids keep their values.
     """
-    return {
-        **params,
-        "embed_VD": _with_means(params["embed_VD"], codes, axis=0),
-        "head_DV": _with_means(params["head_DV"], codes, axis=1),
+    grown = {
+        name: _with_means(params[name], more, axis)
+        for name, axis in (("embed_VD", 0), ("head_DV", 1))
+        if name in params
     }
+    return {**params, **grown}
 
 
 def _with_means(array: lazy.Lazy, more: int, axis: int) -> lazy.Lazy:

@@ -39,6 +39,7 @@ class MMadaConfig(PretrainedConfig):
         embedding_size=None,
         rope_theta=500000.0,
         rms_norm_eps=1e-5,
+        weight_tying=False,
         **kwargs,
     ):
         self.d_model, self.n_layers, self.n_heads = d_model, n_layers, n_heads
@@ -46,7 +47,8 @@ class MMadaConfig(PretrainedConfig):
         self.mlp_hidden_size = mlp_hidden_size
         self.vocab_size, self.embedding_size = vocab_size, embedding_size
         self.rope_theta, self.rms_norm_eps = rope_theta, rms_norm_eps
-        kwargs.setdefault("tie_word_embeddings", False)
+        self.weight_tying = weight_tying
+        kwargs.setdefault("tie_word_embeddings", weight_tying)
         super().__init__(**kwargs)
 
 
@@ -129,8 +131,9 @@ class MMadaModelLM(PreTrainedModel):
             "wte": nn.Embedding(rows, config.d_model),
             "blocks": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
             "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
-            "ff_out": nn.Linear(config.d_model, rows, bias=False),
         }
+        if not config.weight_tying:
+            parts["ff_out"] = nn.Linear(config.d_model, rows, bias=False)
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
         self.tables = None  # cos and sin, float32 whatever the model's dtype, made when first wanted
         self.post_init()
@@ -144,8 +147,9 @@ class MMadaModelLM(PreTrainedModel):
         return self.model.transformer.wte
 
     def get_output_embeddings(self):
-        """The head; it isn't tied to the embedding."""
-        return self.model.transformer.ff_out
+        """The head, which is the embedding if the two are tied."""
+        net = self.model.transformer
+        return net.wte if self.config.weight_tying else net.ff_out
 
     def rope_tables(self, length, device):
         """The tables of `length` positions on `device`, kept between calls."""
@@ -171,4 +175,4 @@ class MMadaModelLM(PreTrainedModel):
         x = net.wte(input_ids)
         for block in net.blocks:
             x = block(x, cos, sin, mask)
-        return CausalLMOutput(logits=net.ff_out(net.ln_f(x)))
+        return CausalLMOutput(logits=F.linear(net.ln_f(x), self.get_output_embeddings().weight))

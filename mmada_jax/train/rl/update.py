@@ -167,7 +167,7 @@ def response_head(
     """The columns of the head [D, V] for the ids that a response can have, and the tokens [R, L] as numbers
     of these columns."""
     first, size = at.rule.vocabulary(vocab)
-    head_DV = params["head_DV"]
+    head_DV = transformer.head(params)
     return head_DV if size is None else head_DV[:, first : first + size], tokens_RL - first
 
 
