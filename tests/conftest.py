@@ -127,9 +127,9 @@ def smoke_config():
 def save_params(workdir, config, params, opt_state=None, texts=None):
     """A workdir as training leaves it, but with these params."""
     from mmada_jax.config import to_dict
+    from mmada_jax.train.pictures import codec_of
     from mmada_jax.train.runs import (
         ModelRun,
-        codec_of,
         describe,
         image_tokenizer_path,
         parse,

@@ -16,10 +16,10 @@ FLOORS = {
     "sources texts pipeline",
     "devices": "chips sharding distributed hlo",
     "kernels": "reference cpu tpu cached attention",
-    "nets": "cache products int8 rope transformer lora vq clip",
+    "nets": "cache products int8 rope transformer lora vq clip lpips inception",
     "diffusion": "schedule loss corrupt rules cached denoise decode slots",
-    "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys older "
-    "quantized adapters folder inspect convert",
+    "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys "
+    "judge_keys older quantized adapters folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api",
     "measure": "held_out digits totals own report",

@@ -17,7 +17,7 @@ from mmada_jax.data import sources
 from mmada_jax.measure import own as measured
 from mmada_jax.programs.train import main
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.train import own, runs
+from mmada_jax.train import own, pictures, runs
 from mmada_jax.train.rows import open_pictures
 from tests.rl_toys import one_device  # noqa: F401
 
@@ -86,7 +86,7 @@ def test_a_folder_for_each_class_is_drawn_and_named(tmp_path):
     run, of_codec = runs.parse(model), runs.parse(codec)
     rows = run.max_text + 49 + 3
     assert rows <= run.model["max_len"] < rows + 64
-    assert runs.codec_of(of_codec, tmp_path).pixel_channels == 1
+    assert pictures.codec_of(of_codec, tmp_path).pixel_channels == 1
     assert configured(tmp_path / "pets")[:2] == (model, codec)  # so that a run can be resumed
 
 

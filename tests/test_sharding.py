@@ -130,6 +130,13 @@ def test_loss_and_gradients_are_those_of_one_device(sizes, of_one_device):
     assert_equal(got, of_one_device)
 
 
+def test_a_head_that_is_the_embedding_on_a_mesh():
+    config = dataclasses.replace(CONFIG, tied=True)
+    got = gradients(config, make_mesh(2, 2, 2))
+    assert got[1]["embed_VD"].sharding.spec == PartitionSpec("tensor", "fsdp")
+    assert_equal(got, gradients(config))
+
+
 @pytest.mark.parametrize("implementation", ["tpu", "xla"])
 def test_kernels_see_their_own_rows_and_heads(implementation, of_one_device):
     config = dataclasses.replace(CONFIG, attention=implementation)

@@ -4,6 +4,7 @@ The params are {"encoder", "decoder"}, and beside them what only training needs:
 "learned" where these two are their mean, and the "discriminator". Networks are in `nets.vq`.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -15,21 +16,50 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmada_jax import config as config_lib
 from mmada_jax.data import pipeline
 from mmada_jax.measure.held_out import grid
 from mmada_jax.model.vision import Vision
-from mmada_jax.nets import vq
+from mmada_jax.nets import inception, lpips, vq
 from mmada_jax.train.metrics import Metrics
 from mmada_jax.train.program import Objective, Program
 from mmada_jax.train.rows import open_pictures, say_left_out
-from mmada_jax.train.runs import VQRun, grid_of, relative
-from mmada_jax.weights import lazy
+from mmada_jax.train.runs import VQRun, grid_of, preset_of, relative
+from mmada_jax.weights import judge_keys, lazy
 from mmada_jax.weights.folder import open_image_tokenizer
 from mmada_jax.weights.workdir import has_step
 
 HALVES = ("encoder", "decoder")
 # A batch that uses at most this share of the codes that it could use has a codebook that collapses.
 COLLAPSED = 0.01
+
+
+def codec_of(run: VQRun, workdir: pathlib.Path) -> vq.VQConfig:
+    """The architecture of an image tokenizer that is trained. Raises ValueError for an unknown preset and
+    for fields that don't fit each other, FileNotFoundError if what it starts from isn't there."""
+    if bool(run.data) != bool(run.image_size):
+        raise ValueError(
+            f"image_size is {run.image_size} and data names {len(run.data)} sources; pictures of your own "
+            "need both, canvases of digits neither"
+        )
+    if run.eval_every and not run.held_out:
+        raise ValueError(f"eval_every is {run.eval_every} and held_out is empty; name sources there")
+    if bool(run.perceptual) != bool(run.lpips):
+        raise ValueError(
+            f"perceptual is {run.perceptual} and lpips is {run.lpips!r}; the loss needs both a weight and "
+            "the folder of its network"
+        )
+    if run.perceptual and run.data and run.image_size < lpips.LEAST:
+        raise ValueError(
+            f"image_size is {run.image_size}; with perceptual it must be at least {lpips.LEAST} pixels"
+        )
+    if run.init and run.model:
+        raise ValueError(f"model {run.model} has no effect: the architecture is that of init; drop it")
+    if run.init:
+        folder = workdir if has_step(workdir) else relative(run.init, workdir)
+        return open_image_tokenizer(folder, weights=False).config
+    values = dataclasses.asdict(preset_of(vq.PRESETS, run.preset)) | dict(run.model)
+    return config_lib.from_dict(vq.VQConfig, values, "model.")
 
 
 def program(run: VQRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, codec: vq.VQConfig) -> Program:
@@ -47,7 +77,9 @@ def program(run: VQRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, codec: v
     if run.eval_every:
         held_out = open_pictures(run, workdir, "held_out", run.eval_rows, pixels)
         say_left_out(held_out)
-        evaluate = evaluation(run, codec, mesh, held_out)
+        judge = run.inception and judge_keys.load_inception(relative(run.inception, workdir))
+        evaluate = evaluation(run, codec, mesh, held_out, judge or None)
+    judges = {"lpips": judge_keys.load_lpips(relative(run.lpips, workdir))} if run.perceptual else None
     if run.init and not has_step(workdir):
         start = _start(run, open_image_tokenizer(relative(run.init, workdir)).params, codec)
 
@@ -68,6 +100,7 @@ def program(run: VQRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, codec: v
         encode=lambda pixels_BIJC: pixels_BIJC,
         tokens_per_step=tokens,
         start=start,
+        frozen=judges,
         average=run.average,
         evaluate=evaluate,
         remark=remark,
@@ -97,6 +130,10 @@ def objective(run: VQRun, codec: vq.VQConfig) -> Objective:
         values, terms = dict(rebuilt.terms), rebuilt.terms
         total = terms["reconstruction"]
         total += run.entropy * terms["entropy"] + run.commitment * terms["commitment"]
+        if run.perceptual:
+            far_B = lpips.distance(params["lpips"], rebuilt.pixels_BIJC, pixels_BIJC)
+            values["perceptual"] = jnp.mean(far_B)
+            total += run.perceptual * values["perceptual"]
         if run.adversarial:
             fixed, real = jax.lax.stop_gradient(params["discriminator"]), params["discriminator"]
             values["adversarial"] = -jnp.mean(vq.realness(fixed, codec, rebuilt.pixels_BIJC))
@@ -108,7 +145,7 @@ def objective(run: VQRun, codec: vq.VQConfig) -> Objective:
         values["codes_used"] = jnp.sum(used_V, dtype=jnp.float32)
         return total, values
 
-    return Objective(init_params, None, prepare, loss_fn)
+    return Objective(init_params, None, prepare, loss_fn, lambda params, judges={}: {**params, **judges})
 
 
 def _start(run, params, codec):
@@ -125,14 +162,20 @@ def _start(run, params, codec):
 
 
 def evaluation(
-    run: VQRun, codec: vq.VQConfig, mesh: jax.sharding.Mesh, rows: pipeline.Pictures
+    run: VQRun,
+    codec: vq.VQConfig,
+    mesh: jax.sharding.Mesh,
+    rows: pipeline.Pictures,
+    judge: dict[str, Any] | None = None,
 ) -> Callable[[Any, int, Metrics], dict[str, float]]:
-    """A function ([params], step, metrics) -> values on the held-out pictures, which shows the first ones
-    above what was rebuilt of them. All processes rebuild the same pictures, each its part."""
+    """A function ([params, ...], step, metrics) -> values on the held-out pictures, which shows the first
+    ones above what was rebuilt of them. All processes rebuild the same pictures, each its part. `judge`
+    are the params of `nets.inception`."""
     pixels_of = functools.cache(lambda: rows.load(0).rows)
+    known = functools.cache(lambda: inception_features(judge, pixels_of()))
 
     def measure(parts, step, metrics):
-        [params], pixels_BIJC = parts, pixels_of()
+        params, pixels_BIJC = parts[0], pixels_of()
         vision = Vision({half: params[half] for half in HALVES}, codec, mesh)
         codes_Bij = vision.encode(pixels_BIJC)
         rebuilt_BIJC = np.clip(vision.decode(codes_Bij), -1, 1)
@@ -140,6 +183,8 @@ def evaluation(
             pairs = np.concatenate([pixels_BIJC[:n], rebuilt_BIJC[:n]])
             metrics.show(step, grid(pairs, n), [])
         values = compare(pixels_BIJC, rebuilt_BIJC) | usage(codes_Bij, codec.codebook_size)
+        if judge is not None:
+            values["rfid"] = frechet(known(), inception_features(judge, rebuilt_BIJC))
         return {f"held_out_{name}": value for name, value in values.items()}
 
     return measure
@@ -161,6 +206,27 @@ def _ssim(window):
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     of_two = functools.partial(dm_pix.ssim, max_val=2.0, filter_size=window)
     return jax.jit(of_two, in_shardings=here, out_shardings=here)
+
+
+def inception_features(params: dict[str, Any], pixels_BIJC: np.ndarray, size: int = 16) -> np.ndarray:
+    """The features [B, F] that the Frechet distance compares, `size` pictures at a time."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    run = jax.jit(inception.features, in_shardings=here, out_shardings=here)
+    parts = [pixels_BIJC[i : i + size] for i in range(0, len(pixels_BIJC), size)]
+    return np.concatenate([np.asarray(run(params, part)) for part in parts])
+
+
+def frechet(a_NF: np.ndarray, b_NF: np.ndarray) -> float:
+    """The Frechet distance of two sets of features, each taken for a normal distribution (arXiv
+    1706.08500): |mean - mean'|^2 + tr(C + C' - 2 (C C')^(1/2)). It grows as the sets become smaller, so
+    only sets of the same size can be compared. Needs two pictures at least."""
+    if min(len(a_NF), len(b_NF)) < 2:
+        raise ValueError("the Frechet distance needs at least two pictures of each kind; raise eval_rows")
+    means = [x.mean(0, dtype=np.float64) for x in (a_NF, b_NF)]
+    # C = X^T X, so the trace of the root is the sum of the singular values of X X'^T: a small matrix.
+    x, y = ((of - mean) / math.sqrt(len(of) - 1) for of, mean in zip((a_NF, b_NF), means, strict=True))
+    root = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    return float(np.sum((means[0] - means[1]) ** 2) + np.sum(x**2) + np.sum(y**2) - 2 * root)
 
 
 def usage(codes: np.ndarray, size: int) -> dict[str, float]:

@@ -41,7 +41,8 @@ class Program:
     `load` gives those rows of a step that lie on the devices of this process. `encode` takes rows placed
     on the devices and gives the batch that the objective prepares. `images` is the image tokenizer of a
     model's run. `start` are the params to begin with, as Lazy arrays, None for random ones. `frozen` are
-    params that aren't trained, Lazy arrays with the logical axes `frozen_axes`, and are held as they are.
+    params that aren't trained, Lazy arrays with the logical axes `frozen_axes` (None: replicated), and are
+    held as they are.
     `average` is that of `optim.averaged`, 0 for none. `evaluate` takes what is trained and what isn't, in
     a list, the step and the metrics; it gives values and shows samples in the metrics. `remark` takes a
     row of metrics and says what is wrong with it, if anything is. `data` describes the data; a resumed run

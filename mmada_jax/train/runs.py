@@ -79,10 +79,12 @@ class VQRun(Run):
     folder `init`, from which the run then starts. Pictures are resized to `image_size` pixels.
 
     The reconstruction weighs 1; `entropy` and `commitment` weigh these losses. `adversarial` weighs the
-    loss by a discriminator, which is trained beside it; both begin at step `adversarial_start`. With
-    `average` what is trained is followed by a mean of that decay, and the mean is the image tokenizer that
-    the run leaves. Every `eval_every` steps `eval_rows` held-out pictures are rebuilt and compared, and
-    the first `samples` of them shown. Paths are as in a ModelRun.
+    loss by a discriminator, which is trained beside it; both begin at step `adversarial_start`.
+    `perceptual` weighs the distance by LPIPS, whose network is in the folder `lpips`. With `average` what
+    is trained is followed by a mean of that decay, and the mean is the image tokenizer that the run
+    leaves. Every `eval_every` steps `eval_rows` held-out pictures are rebuilt and compared, and
+    the first `samples` of them shown; where the folder `inception` has its network, the Frechet distance
+    of the two is among the values. Paths are as in a ModelRun.
     """
 
     preset: str = "digits"
@@ -93,6 +95,8 @@ class VQRun(Run):
     commitment: Weight = 0.1
     adversarial: Weight = 0.0
     adversarial_start: Annotated[Count, OnlyWith("adversarial")] = 0
+    perceptual: Weight = 0.0
+    lpips: Annotated[str, OnlyWith("perceptual")] = ""
     average: Annotated[float, Range(0, 1, below=True)] = 0.0
     data_root: str = ""
     data: dict[str, sources.SourceConfig] = dataclasses.field(default_factory=dict)
@@ -101,6 +105,7 @@ class VQRun(Run):
     eval_every: Count = 0
     eval_rows: Annotated[Positive, OnlyWith("eval_every")] = 64
     samples: Annotated[Count, OnlyWith("eval_every")] = 8
+    inception: Annotated[str, OnlyWith("eval_every")] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,25 +297,6 @@ def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
     return Plan(tokenizer, vocab, model, codec, grid, run.max_text, begin)
 
 
-def codec_of(run: VQRun, workdir: pathlib.Path) -> vq.VQConfig:
-    """The architecture of an image tokenizer that is trained. Raises ValueError for an unknown preset and
-    for fields that don't fit each other, FileNotFoundError if what it starts from isn't there."""
-    if bool(run.data) != bool(run.image_size):
-        raise ValueError(
-            f"image_size is {run.image_size} and data names {len(run.data)} sources; pictures of your own "
-            "need both, canvases of digits neither"
-        )
-    if run.eval_every and not run.held_out:
-        raise ValueError(f"eval_every is {run.eval_every} and held_out is empty; name sources there")
-    if run.init and run.model:
-        raise ValueError(f"model {run.model} has no effect: the architecture is that of init; drop it")
-    if run.init:
-        folder = workdir if has_step(workdir) else relative(run.init, workdir)
-        return open_image_tokenizer(folder, weights=False).config
-    values = dataclasses.asdict(preset_of(vq.PRESETS, run.preset)) | dict(run.model)
-    return config_lib.from_dict(vq.VQConfig, values, "model.")
-
-
 def grid_of(run: ModelRun | VQRun, vq_config: vq.VQConfig) -> tuple[int, int]:
     """Rows and columns of image tokens."""
     down = vq_config.downsampling
@@ -331,7 +317,7 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: ModelFolder | N
         path = relative(run.text_tokenizer, workdir)
         return TextTokenizer.load(path / "tokenizer.json" if path.is_dir() else path)
     if start:
-        return TextTokenizer.load(start.path / "tokenizer.json")
+        return TextTokenizer.load(start.path / "tokenizer.json", start.controls)
     if run.text_vocab:
         tasks = [task for task, weight in run.mixture.items() if weight]
         opened = open_sources(

@@ -48,7 +48,6 @@ from mmada_jax.train.runs import (
     Plan,
     VQRun,
     check_rows,
-    codec_of,
     describe,
     grid_of,
     held_base,
@@ -214,14 +213,14 @@ def check_run(
     check_rows(run, mesh)
     check_same(run, workdir)
     if isinstance(run, ModelRun):
-        to_train = vq_config and codec_of(parse(vq_config), workdir)
+        to_train = vq_config and pictures.codec_of(parse(vq_config), workdir)
         what = plan(run, workdir, to_train, start=not has_step(workdir) or run.lora.rank > 0)
         if to_train:  # what is wrong with the data must be said before hours of the image tokenizer
             open_data(run, workdir, what)
             if run.eval_every:
                 open_rows(run, workdir, what, "held_out", run.eval_rows)
     else:
-        what = codec_of(run, workdir)
+        what = pictures.codec_of(run, workdir)
         grid_of(run, what)
     return run, mesh, what
 
@@ -291,7 +290,10 @@ def place_frozen(program: Program, mesh: jax.sharding.Mesh) -> tuple[list[Any], 
     """What a program doesn't train, on the mesh, and its shardings; both empty if it trains all."""
     if program.frozen is None:
         return [], []
-    places = sharding.tree_shardings(mesh, program.frozen_axes, program.frozen)
+    if program.frozen_axes is None:
+        places = jax.tree.map(lambda _: sharding.replicated(mesh), program.frozen)
+    else:
+        places = sharding.tree_shardings(mesh, program.frozen_axes, program.frozen)
     return [sharding.put_params(program.frozen, places)], [places]
 
 
