@@ -15,10 +15,12 @@ from mmada_jax.train import metrics
 from mmada_jax.train.runs import parse
 from mmada_jax.train.supervised import model_program, train
 from mmada_jax.weights.adapters import read_peft
+from mmada_jax.weights.checkpoint import trust
 from mmada_jax.weights.convert import from_torch, to_peft, to_torch
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.lazy import in_memory
 from mmada_jax.weights.workdir import MODEL, newest_step
+from tests.merged import merge
 from tests.rl_toys import params as params_of
 from tests.test_exported import transformers  # noqa: F401
 from tests.test_train import two_steps
@@ -58,7 +60,7 @@ def test_only_adapters_are_trained_saved_and_resumed_to_the_bit(config, trained,
     assert (about["rank"], about["alpha"], about["targets"].count("+")) == (RANK, 6.0, 6)
     # What is opened is the base with the adapters in it.
     source, base = open_folder(trained), open_folder(model_workdir)
-    want = lora.merge(in_memory(base.params), ours, lora.LoraConfig(RANK, 6.0))
+    want = merge(in_memory(base.params), ours, lora.LoraConfig(RANK, 6.0))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), in_memory(source.params), want)
     for piece in (np.s_[1:2], np.s_[:, 3:7], np.s_[0:1, :, 1:2]):
         whole = np.asarray(source.params["blocks"]["q_DHK"])
@@ -191,7 +193,7 @@ def test_logits_are_those_of_peft(trained, exchanged, transformers):  # noqa: F8
     made.save_pretrained(exchanged / "theirs")
     found = read_peft(exchanged / "theirs", source.config)
     assert found.lora == lora.LoraConfig(4, 4.0, "q_proj+up_proj")
-    params = lora.merge(base_of(source), found.arrays, found.lora)
+    params = merge(base_of(source), found.arrays, found.lora)
     h_BLD = transformer.hidden_states(params, source.config, ids, ids >= 0)
     theirs = made(torch.tensor(ids, dtype=torch.long)).logits.detach().numpy()
     ours = transformer.unembed(params, source.config, h_BLD)
@@ -228,3 +230,55 @@ def test_a_whole_model_has_no_adapters(model_workdir, tmp_path):
     with pytest.raises(ValueError, match="holds no adapters but a whole model; to-torch exports that"):
         to_peft(model_workdir, tmp_path / "adapter")
     assert newest_step(model_workdir).is_dir() and not (tmp_path / "adapter").exists()
+
+
+def test_several_adapters_are_served_on_one_base(trained, model_workdir, tmp_path):
+    def changed(name, **values):
+        """The adapters with other values about them; they say less as alpha becomes smaller."""
+        folder = tmp_path / name
+        shutil.copytree(trained, folder)
+        about = json.loads((folder / MODEL).read_text())
+        about["adapter"] |= {"base": str(model_workdir)} | values
+        (folder / MODEL).write_text(json.dumps(about))
+        trust(folder)
+        return folder
+
+    named = {"first": changed("first", alpha=0.3), "second": changed("second", alpha=1.2)}
+    to_peft(named["first"], tmp_path / "peft")
+    named["of PEFT"] = tmp_path / "peft"
+    model = MMaDA.load(model_workdir, adapters=named)
+    questions = ["what is 3 plus 4?", "what is 1 plus 1?", "and now?"]
+
+    def answers(of):
+        job = of.text_job(questions, max_new=12, block=4)
+        return [ids.tolist() for ids in of.run(job)]
+
+    alone = {"": answers(MMaDA.load(model_workdir)), "first": answers(MMaDA.load(named["first"]))}
+    alone |= {"second": answers(MMaDA.load(named["second"])), "of PEFT": alone["first"]}
+    assert len({str(ids) for ids in alone.values()}) == 3  # the adapters do something
+    for name, want in alone.items():
+        assert answers(model.adapted(name)) == want, name
+
+    # Requests for all of them at once, in one engine.
+    tickets = {
+        name: model.engine.submit(model.text_job(questions, max_new=12, block=4), adapter=name)
+        for name in alone
+    }
+    for name, rows in tickets.items():
+        assert [ticket.result().tolist() for ticket in rows] == alone[name]
+    assert model.adapted("first").engine is model.engine
+    assert model.adapted("first").params is model.params
+    first = model.adapted("first")
+    thought, _ = first.think_and_draw("a seven", steps=2, together=True)
+    assert thought.ids.size
+
+    with pytest.raises(ValueError, match="no adapter 'third'; known: 'first', 'of PEFT', 'second'"):
+        model.adapted("third")
+    with pytest.raises(ValueError, match="no adapter 'third'"):
+        model.engine.submit(model.text_job("a", max_new=4), adapter="third")
+    with pytest.raises(ValueError, match="another base"):
+        MMaDA.load(model_workdir, adapters={"other": changed("other", base_sha256="0" * 64)})
+    with pytest.raises(ValueError, match="no adapters but a whole model"):
+        MMaDA.load(model_workdir, adapters={"whole": model_workdir})
+    with pytest.raises(ValueError, match="name their base"):
+        MMaDA.load(trained, adapters={"first": trained})

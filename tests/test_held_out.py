@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_spread_are_an_error(params):
 
 def test_one_compilation_serves_all_ratios(params):
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    compiled = held_out._hidden_nll(mesh, MODEL, V, 2048)
+    compiled = held_out._hidden_nll(mesh, MODEL, V, 2048, False)
     before = compiled._cache_size()
     for ratios in ((0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8)):
         held_out.masked_nll(params, MODEL, rows(3), V, ratios)

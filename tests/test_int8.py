@@ -13,6 +13,7 @@ from mmada_jax.serve.api import MMaDA
 from mmada_jax.weights.folder import open_folder
 from mmada_jax.weights.lazy import in_memory, lazy
 from mmada_jax.weights.quantized import in_8_bits
+from tests.merged import merge
 from tests.test_lora import CONFIG, TOKENS, random_adapters, random_params, states  # noqa: F401
 
 HELD = dataclasses.replace(CONFIG, weights="int8")
@@ -57,7 +58,7 @@ def test_states_are_near_and_equal_those_of_the_rounded_matrices(params, held):
 def test_adapters_stand_beside_it_and_merge_with_what_it_stands_for(params, held):
     config = lora.LoraConfig(4, 8.0)
     adapters = random_adapters(config)
-    merged = lora.merge(held, adapters, config)
+    merged = merge(held, adapters, config)
     assert merged["blocks"]["q_DHK"].shape == params["blocks"]["q_DHK"].shape
     np.testing.assert_allclose(states(lora.beside(held, adapters, config), HELD), states(merged), atol=2e-5)
     with pytest.raises(ValueError, match="weights are 'int8'; only 'plain' ones are trained"):

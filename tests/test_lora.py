@@ -10,6 +10,7 @@ import pytest
 from mmada_jax.devices import sharding
 from mmada_jax.nets import lora, transformer
 from mmada_jax.nets.lora import LoraConfig
+from tests.merged import merge
 
 CONFIG = transformer.ModelConfig(
     d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_mlp=48, vocab=64, max_len=32, dtype="float32"
@@ -41,7 +42,7 @@ def test_beside_the_weights_and_merged_is_the_same(params, targets, platform, mo
     config = LoraConfig(4, 6.0, targets)
     adapters = random_adapters(config)
     plain = dataclasses.replace(CONFIG, attention="plain")
-    merged = states(lora.merge(params, adapters, config), plain)
+    merged = states(merge(params, adapters, config), plain)
     np.testing.assert_allclose(states(lora.beside(params, adapters, config), plain), merged, atol=2e-5)
     assert np.abs(merged - states(params, plain)).max() > 0.01
 
@@ -59,7 +60,7 @@ def test_new_adapters_change_nothing(params):
 def test_the_sum_is_that_of_the_formula(params):
     config = LoraConfig(2, 5.0, "q_proj")
     adapters = random_adapters(config)
-    merged = lora.merge(params, adapters, config)["blocks"]["q_DHK"]
+    merged = merge(params, adapters, config)["blocks"]["q_DHK"]
     for layer in range(3):
         a, b = adapters["q_DHK"]["a_NIR"][layer], adapters["q_DHK"]["b_NRO"][layer]
         want = np.asarray(params["blocks"]["q_DHK"][layer]).reshape(32, 32) + 2.5 * a @ b
@@ -76,7 +77,7 @@ def test_gradients_are_those_of_the_merged_weights(params):
 
     beside, merged = (
         jax.jit(jax.grad(lambda adapters, of=of: loss(of, adapters)))(adapters)
-        for of in (lora.beside, lora.merge)
+        for of in (lora.beside, merge)
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4), beside, merged)
 

@@ -68,7 +68,8 @@ def run_spans(
 ) -> list[list[np.ndarray]]:
     """Fills the spans of several jobs in the same steps. The jobs have the same rows, and each a span and a
     rule of its own. The ids of each job's spans."""
-    fill = _spans_decoder(mesh, config, vocab, tuple((job.length, job.rule) for job in jobs))
+    of_jobs = tuple((job.length, job.rule) for job in jobs)
+    fill = _spans_decoder(mesh, config, vocab, of_jobs, "lora" in params)
     placed = [put(mesh, job, seed) for job in jobs]
     with jax.set_mesh(mesh):
         tokens_BL = np.asarray(fill(params, placed))
@@ -173,7 +174,7 @@ def decoder(
 
 
 @functools.cache
-def _spans_decoder(mesh, config, vocab, of_jobs):
+def _spans_decoder(mesh, config, vocab, of_jobs, adapted):
     """The jitted (params, the placed rows of each job) -> tokens [B, L], which every process gets whole."""
 
     def fill(params, placed):
@@ -188,7 +189,7 @@ def _spans_decoder(mesh, config, vocab, of_jobs):
     return sharding.jit(
         mesh,
         fill,
-        in_shardings=(param_shardings(mesh, config), sharding.batch_sharding(mesh)),
+        in_shardings=(param_shardings(mesh, config, adapted), sharding.batch_sharding(mesh)),
         out_shardings=sharding.replicated(mesh),
     )
 
@@ -211,6 +212,9 @@ def _keys(placed: Placed) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(placed.seed_B), placed.number_B)
 
 
-def param_shardings(mesh: jax.sharding.Mesh, config: transformer.ModelConfig) -> Any:
-    """Where the params of a model rest on a mesh. Raises ValueError for a mesh that doesn't divide them."""
-    return sharding.tree_shardings(mesh, transformer.param_axes(config), transformer.param_shapes(config))
+def param_shardings(mesh: jax.sharding.Mesh, config: transformer.ModelConfig, adapted: bool = False) -> Any:
+    """Where the params of a model rest on a mesh; with `adapted` there are adapters beside them, whole on
+    every device. Raises ValueError for a mesh that doesn't divide the params."""
+    axes, shapes = transformer.param_axes(config), transformer.param_shapes(config)
+    places = sharding.tree_shardings(mesh, axes, shapes)
+    return places | ({"lora": sharding.replicated(mesh)} if adapted else {})

@@ -40,13 +40,14 @@ class Report(NamedTuple):
 
 class Shape(NamedTuple):
     """What rows must share to stand side by side: the model and its mesh, the rule, the longest span that
-    the rule is meant for."""
+    the rule is meant for, whether there are adapters beside the params."""
 
     mesh: jax.sharding.Mesh
     config: transformer.ModelConfig
     vocab: Vocab
     length: int
     rule: rules.Rule
+    adapted: bool = False
 
 
 def empty(shape: Shape, slots: int, places: int, other: bool = False) -> Slots:
@@ -173,7 +174,7 @@ def leaver(shape: Shape) -> Callable[[Slots, Any], Slots]:
 
 
 def _params(shape):
-    return decode.param_shardings(shape.mesh, shape.config)
+    return decode.param_shardings(shape.mesh, shape.config, shape.adapted)
 
 
 def _shardings(shape):

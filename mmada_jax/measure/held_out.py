@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmada_jax.devices import sharding
-from mmada_jax.diffusion import corrupt, loss
+from mmada_jax.diffusion import corrupt, decode, loss
 from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.nets import transformer, vq
 from mmada_jax.serve.api import MMaDA
@@ -52,7 +52,9 @@ def masked_nll(
         )
     key = jax.random.key(0) if key is None else key
     with jax.set_mesh(mesh):
-        sums = _hidden_nll(mesh, model, vocab, chunk)(params, batch, key, np.array(ratios, np.float32))
+        sums = _hidden_nll(mesh, model, vocab, chunk, "lora" in params)(
+            params, batch, key, np.array(ratios, np.float32)
+        )
     sums_RT, hidden_RT, rows_T = jax.device_get(sums)
     with np.errstate(invalid="ignore"):
         nll_RT = sums_RT / hidden_RT
@@ -64,7 +66,7 @@ def masked_nll(
 
 
 @functools.cache
-def _hidden_nll(mesh, model, vocab, chunk):
+def _hidden_nll(mesh, model, vocab, chunk, adapted):
     """The jitted (params, batch, key, ratios) -> per ratio and task, the summed nll of the hidden tokens
     and their number; the rows of each task."""
 
@@ -87,7 +89,7 @@ def _hidden_nll(mesh, model, vocab, chunk):
 
         return *jax.lax.map(at_ratio, ratios_R), jnp.sum(is_task_BT, axis=0)
 
-    params = sharding.tree_shardings(mesh, transformer.param_axes(model), transformer.param_shapes(model))
+    params = decode.param_shardings(mesh, model, adapted)
     everywhere = sharding.replicated(mesh)
     return sharding.jit(
         mesh,

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mmada_jax.nets import int8, transformer
 from mmada_jax.ranges import Count, OnlyWith, Range, Ranged
@@ -90,17 +89,3 @@ def beside(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraCon
     """Params with adapters beside them, as `transformer.hidden_states` reads both."""
     layers = next(iter(adapters.values()))["a_NIR"].shape[0]
     return {**params, "lora": {**adapters, "scale_N": jnp.full(layers, lora.scale, jnp.float32)}}
-
-
-def merge(params: Mapping[str, Any], adapters: Mapping[str, Any], lora: LoraConfig) -> dict[str, Any]:
-    """Params in which the adapters have become a part of the matrices. The sum is formed in float32.
-    Matrices in 8 bits become plain ones, of the dtype of the embedding."""
-    dtype = params["embed_VD"].dtype
-    blocks = {
-        name: int8.value(w, dtype) if isinstance(w, Mapping) else w for name, w in params["blocks"].items()
-    }
-    for name, of in adapters.items():
-        w = blocks[name]
-        delta = jnp.einsum("NIR,NRO->NIO", of["a_NIR"], of["b_NRO"], precision="highest").reshape(w.shape)
-        blocks[name] = (w.astype(jnp.float32) + np.float32(lora.scale) * delta).astype(w.dtype)
-    return {**params, "blocks": blocks}

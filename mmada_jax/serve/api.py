@@ -12,11 +12,12 @@ Only loading and the methods that people call live here; how rows look is in `mo
 decodes them in `serve.engine`.
 """
 
+import copy
 import dataclasses
 import pathlib
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -29,8 +30,9 @@ from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.model.inputs import Direction, Seed
 from mmada_jax.model.model import Captions, Counts, Model, Prompts, Questions, open_model
 from mmada_jax.model.results import HIDDEN
+from mmada_jax.nets import lora
 from mmada_jax.serve.engine import Engine
-from mmada_jax.weights.folder import image_tokenizer_of, open_folder
+from mmada_jax.weights.folder import image_tokenizer_of, open_adapters, open_folder
 
 # Most rows that a model decodes at a time; further ones wait.
 SLOTS = 32
@@ -40,13 +42,26 @@ _MAKING = threading.Lock()  # threads that ask a model for the first time get on
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, init=False)
 class MMaDA(Model):
     """A Model with its params, which come first when one is made. All tasks are batched and take a
-    `seed`. However many rows a call has, at most SLOTS of them are decoded at a time."""
+    `seed`. However many rows a call has, at most SLOTS of them are decoded at a time.
+
+    `adapters` stand beside the params, by name; `adapter` is the name of the one that takes part, see
+    `adapted`."""
 
     params: Any = None
+    adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adapter: str = ""
 
-    def __init__(self, params: Any, *fields: Any, **named: Any):
+    def __init__(
+        self,
+        params: Any,
+        *fields: Any,
+        adapters: Mapping[str, Any] | None = None,
+        adapter: str = "",
+        **named: Any,
+    ):
         super().__init__(*fields, **named)
-        object.__setattr__(self, "params", params)
+        for name, value in {"params": params, "adapters": adapters or {}, "adapter": adapter}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def load(
@@ -60,6 +75,7 @@ class MMaDA(Model):
         max_text: int | None = None,
         step: int | None = None,
         weights: Literal["plain", "int8"] = "plain",
+        adapters: Mapping[str, str | pathlib.Path] | None = None,
     ) -> "MMaDA":
         """Loads a training workdir (its newest step, or `step`), a checkpoint, or a Hugging Face folder.
 
@@ -70,7 +86,8 @@ class MMaDA(Model):
         number for both) and `max_text` (tokens of the text slot) must be the ones that the model was
         trained with. By default they are read from `path`; where it doesn't say, they are 512 x 512 and
         512, as in the published models. With `weights` "int8" the matrices of the layers are held in 8
-        bits, half of bfloat16, and answers are nearly the same (docs/adapters.md).
+        bits, half of bfloat16, and answers are nearly the same (docs/adapters.md). `adapters` are workdirs
+        of adapters or PEFT's folders, by the names that `adapted` takes; all of them share the params.
 
         Raises FileNotFoundError if there is no model, ValueError if it isn't one or doesn't fit.
         """
@@ -78,7 +95,22 @@ class MMaDA(Model):
         images = image_tokenizer_of(source, image_tokenizer)
         told = {"image_size": image_size, "max_text": max_text, "weights": weights}
         model = open_model(source, mesh, dtype, images=images, **told)
-        return cls(model.place(source.params, dtype), **vars(model))
+        opened = open_adapters(source, adapters or {})  # raises, before the params are read
+        beside = {name: lora.beside({}, of.arrays, of.lora)["lora"] for name, of in opened.items()}
+        everywhere = jax.tree.map(lambda _: sharding.replicated(model.mesh), beside)
+        placed = sharding.put_params(beside, everywhere)
+        return cls(model.place(source.params, dtype), **vars(model), adapters=placed)
+
+    def adapted(self, name: str) -> "MMaDA":
+        """The same model with the adapter of that name, "" for none; they share params and engine. Raises
+        ValueError for an unknown name."""
+        if name and name not in self.adapters:
+            known = ", ".join(map(repr, self.adapters)) or "none"
+            raise ValueError(f"there is no adapter {name!r}; known: {known}")
+        self.engine  # noqa: B018  it is made once, and shared from then on
+        other = copy.copy(self)
+        object.__setattr__(other, "adapter", name)
+        return other
 
     def __repr__(self) -> str:
         n, devices = sum(x.size for x in jax.tree.leaves(self.params)), self.mesh.size
@@ -196,7 +228,7 @@ class MMaDA(Model):
 
         What is still hidden is grey in a Drawing, and a low line in a Text.
         """
-        for spans in self.engine.steps(job, seed):
+        for spans in self.engine.steps(job, seed, self.adapter):
             yield self.results(job, spans, HIDDEN)
 
     # ---- Jobs -----------------------------------------------------------------------------------
@@ -213,13 +245,14 @@ class MMaDA(Model):
 
     def run(self, job: Job, seed: Seed = 0) -> list[np.ndarray]:
         """Fills the spans of a job; the ids of each."""
-        return self.engine.run(job, seed)
+        return self.engine.run(job, seed, adapter=self.adapter)
 
     def run_together(self, jobs: Sequence[Job], seed: Seed = 0) -> list[list[np.ndarray]]:
         """Fills the spans of several jobs with the same rows in the same steps; the ids of each job's.
 
         All rows are decoded at once, not by the engine."""
-        return decode.run_spans(self.params, self.config, self.vocab, self.mesh, jobs, seed)
+        params = self.params | ({"lora": self.adapters[self.adapter]} if self.adapter else {})
+        return decode.run_spans(params, self.config, self.vocab, self.mesh, jobs, seed)
 
     def complete(self, job: Job, seed: Seed = 0) -> Any:
         """Fills the spans of a job; what they say or show, see `results`."""

@@ -68,6 +68,9 @@ class Engine:
         # The four fields alone: a model that keeps its engine is freed as soon as nobody holds it.
         of_model = {name: getattr(model, name) for name in ("params", "config", "vocab", "mesh")}
         self.model = types.SimpleNamespace(**of_model)
+        self._params = {"": model.params} | {
+            name: {**model.params, "lora": of} for name, of in getattr(model, "adapters", {}).items()
+        }
         self.slots, self.queue, self._parts = slots, queue, parts
         left = sharding.memory_left(model.mesh)
         self.memory = int(0.9 * left) if memory is None and left is not None else memory
@@ -97,14 +100,15 @@ class Engine:
         time_limit: float | None = None,
         progress: Callable[[Ticket], None] | None = None,
         every: Every = "block",
+        adapter: str = "",
     ) -> list[Ticket]:
         """A ticket for each row of a job, which wait for their slots. `time_limit` is in seconds from now;
         `progress` is called with a ticket after its first step and then after each block, or after `every`
-        "step".
+        "step". `adapter` is the name of one of the model's, "" for none.
 
         Raises ValueError for a job that can't fit, RuntimeError if the queue has no room for it.
         """
-        rows, now = self._rows(job, seed), time.monotonic()
+        rows, now = self._rows(job, seed, adapter), time.monotonic()
         if time_limit is not None and not time_limit > 0:
             raise ValueError(f"time_limit is {time_limit}; it must be a positive number of seconds")
         until = None if time_limit is None else now + time_limit
@@ -121,19 +125,19 @@ class Engine:
             self._wake.notify()
         return made
 
-    def run(self, job: Job, seed: int | Sequence[int] = 0) -> list[np.ndarray]:
+    def run(self, job: Job, seed: int | Sequence[int] = 0, **named: Any) -> list[np.ndarray]:
         """Fills the spans of a job; the ids of each. Rows that don't come to their end, as at Ctrl-C, give
-        their slots back."""
-        tickets = self.submit(job, seed)
+        their slots back. `named` are those of `submit`."""
+        tickets = self.submit(job, seed, **named)
         try:
             return [ticket.result() for ticket in tickets]
         finally:
             self._give_up(tickets)
 
-    def steps(self, job: Job, seed: int | Sequence[int] = 0) -> Iterator[list[np.ndarray]]:
+    def steps(self, job: Job, seed: int | Sequence[int] = 0, adapter: str = "") -> Iterator[Any]:
         """The same step by step: yields the ids of all spans after every step. Who stops asking gives the
         slots back."""
-        tickets = self.submit(job, seed, progress=lambda ticket: None, every="step")
+        tickets = self.submit(job, seed, progress=lambda ticket: None, every="step", adapter=adapter)
         first = job.spans(job.rows.tokens)
         try:
             while not all(ticket.over for ticket in tickets):
@@ -218,9 +222,12 @@ class Engine:
 
     # ---- Who gets a slot ------------------------------------------------------------------------
 
-    def _rows(self, job, seed):
+    def _rows(self, job, seed, adapter):
         """The rows of a job by themselves. Raises ValueError where one can't fit."""
         model, rule = self.model, job.rule
+        if adapter not in self._params:
+            known = ", ".join(repr(name) for name in self._params if name) or "none"
+            raise ValueError(f"there is no adapter {adapter!r}; known: {known}")
         rule.check_length(job.length)
         placed, limit = decode.rows_of(job, seed), model.config.max_len
         rows, keys = [], self._keys
@@ -238,8 +245,9 @@ class Engine:
                 raise ValueError(
                     f"a row has {places} tokens; the model takes {limit}. Ask for fewer new ones"
                 )
-            shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule)
-            key = LaneKey(shape, places, one.other is not None)
+            adapted = "lora" in self._params[adapter]
+            shape = slots.Shape(model.mesh, model.config, model.vocab, longest, rule, adapted)
+            key = LaneKey(shape, places, one.other is not None, adapter)
             size = self._bytes_of(key)
             if self.memory is not None and size > self.memory:
                 fewer = (
@@ -342,7 +350,9 @@ class Engine:
             with jax.set_mesh(self.model.mesh):
                 join = slots.joiner(lane.key.shape, reach)
                 put = sharding.put_batch(self.model.mesh, rows)
-                lane.rows = join(self.model.params, lane.rows, put, number_R, decode.fresh(*rows[:4]))
+                lane.rows = join(
+                    self._params[lane.key.adapter], lane.rows, put, number_R, decode.fresh(*rows[:4])
+                )
 
     def _resize(self, lane):
         kept = [number for number, ticket in enumerate(lane.tickets) if ticket is not None]
@@ -352,7 +362,7 @@ class Engine:
                 numbers = np.array([*kept, *[-1] * empty], np.int32)
                 lane.rows = slots.mover(lane.key.shape)(lane.rows, numbers)
             else:
-                lane.rows = slots.empty(lane.key.shape, lane.size, *lane.key[1:])
+                lane.rows = slots.empty(lane.key.shape, lane.size, lane.key.places, lane.key.other)
         self._compiled.setdefault(lane.key, set()).add(lane.size)
         lane.tickets = [*(lane.tickets[number] for number in kept), *[None] * empty]
 
@@ -365,7 +375,8 @@ class Engine:
         most = 1 if any(ticket.every == "step" or not ticket.steps for ticket in watched) else STRIDE
         with jax.set_mesh(self.model.mesh):
             run = slots.runner(lane.key.shape)
-            lane.rows, report = run(self.model.params, lane.rows, np.int32(most), np.bool_(bool(watched)))
+            params = self._params[lane.key.adapter]
+            lane.rows, report = run(params, lane.rows, np.int32(most), np.bool_(bool(watched)))
         report = jax.device_get(report)
         with self._lock:
             waits = sum(ticket.row.key is lane.key for ticket in self._waiting)

@@ -20,6 +20,7 @@ class LaneKey(NamedTuple):
     shape: slots.Shape
     places: int
     other: bool
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -394,22 +394,10 @@ def evaluation(
     mesh = vision.mesh
     own = sharding.own_rows(mesh, run.eval_rows)
 
+    config = held_base(what.model, run.base_dtype) if run.lora.rank else what.model
     model = Model(
-        what.model, what.vocab, what.tokenizer, vision.params, vision.config, what.max_text, what.grid, mesh
+        config, what.vocab, what.tokenizer, vision.params, vision.config, what.max_text, what.grid, mesh
     )
-
-    @functools.cache
-    def merge():
-        model = held_base(what.model, run.base_dtype)
-        base, merged = (
-            sharding.tree_shardings(mesh, transformer.param_axes(of), transformer.param_shapes(of))
-            for of in (model, what.model)
-        )
-        join = functools.partial(lora.merge, lora=run.lora)
-        return sharding.jit(mesh, join, (base, sharding.replicated(mesh)), merged)
-
-    def whole(params, base=None):
-        return params if base is None else merge()(base, params)
 
     @functools.cache
     def batches():
@@ -418,9 +406,9 @@ def evaluation(
         return batch, multihost_utils.process_allgather(batch, tiled=True)
 
     def measure(parts, step, metrics):
-        params = whole(*parts)
+        params = model_objective(run, config, what.vocab).join(*parts)
         batch, on_host = batches()
-        nll = held_out.masked_nll(params, what.model, batch, what.vocab, chunk=run.loss_chunk or 2048)
+        nll = held_out.masked_nll(params, config, batch, what.vocab, chunk=run.loss_chunk or 2048)
         values = {f"held_out_{task}_{ratio}": x for task, of in nll.items() for ratio, x in of.items()}
         if run.samples:
             exact, picture, lines = held_out.generations(

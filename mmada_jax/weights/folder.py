@@ -287,6 +287,29 @@ def _open_workdir(path, values, weights, step) -> ModelFolder:
     )
 
 
+def open_adapters(
+    base: ModelFolder, folders: Mapping[str, str | pathlib.Path]
+) -> dict[str, adapters.Adapter]:
+    """The adapters in workdirs and in PEFT's folders, by name, that stand beside the model `base`. Raises
+    FileNotFoundError, or ValueError for what doesn't fit, as adapters of another base."""
+    opened, sha256 = {}, functools.cache(lambda: lazy.sha256(base.tensors()))
+    for name, folder in folders.items():
+        path = resolved(folder)
+        if base.is_image_tokenizer or base.adapter:
+            raise ValueError(f"{base.path} is no model that adapters can stand beside; name their base")
+        if not (path / MODEL).is_file():
+            opened[name] = adapters.read_peft(path, base.config)
+            continue
+        check_files(path)
+        about = read_json(path / MODEL, dict).get("adapter")
+        if not about:
+            raise ValueError(f"{path} holds no adapters but a whole model")
+        adapters.check_base(sha256(), about, base.path)
+        arrays = lazy.in_memory(newest_params(path)[0])
+        opened[name] = adapters.Adapter(adapters.read_lora(about), arrays, about["base_sha256"])
+    return opened
+
+
 def _open_base(workdir: pathlib.Path, about: Mapping[str, Any]) -> ModelFolder:
     """The model beside which the adapters of a workdir were trained."""
     path = resolved(workdir / about["base"])

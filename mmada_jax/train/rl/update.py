@@ -78,8 +78,8 @@ def policy_places(run: RLRun, model: Model, mesh: jax.sharding.Mesh, trained: An
     that is empty where all is. `trained` are the shardings of what is."""
     if not run.lora.rank:
         return trained, []
-    base, everywhere = decode.param_shardings(mesh, model.config), sharding.replicated(mesh)
-    return {**base, "lora": {**trained, "scale_N": everywhere}}, [base]
+    base = decode.param_shardings(mesh, model.config)
+    return decode.param_shardings(mesh, model.config, adapted=True), [base]
 
 
 def make_score(
