@@ -29,6 +29,8 @@ setup(
     extras_require={
         # The quickstart: real scans and their judge (scikit-learn), its report.
         "digits": ["scikit-learn", "matplotlib", "jinja2"],
+        # The endpoint of `mmada serve`, and the client that tests call it with.
+        "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client", "openai"],
         # Rewards: comparison of mathematical answers.
         "rl": ["math-verify"],
         # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).

@@ -107,6 +107,17 @@ def rows_of(job: Job, seed: int | Sequence[int] = 0) -> Placed:
     )
 
 
+def padded(one: Placed, places: int, pad: int) -> Placed:
+    """Rows with so many places; none of those that go is valid."""
+
+    def fit(x_1L, value):
+        more = max(0, places - x_1L.shape[1])
+        return np.pad(x_1L[:, :places], ((0, 0), (0, more)), constant_values=value)
+
+    other = one.other and (fit(one.other[0], pad), fit(one.other[1], False))
+    return one._replace(tokens_BL=fit(one.tokens_BL, pad), valid_BL=fit(one.valid_BL, False), other=other)
+
+
 def first_pass(mesh: jax.sharding.Mesh, job: Job) -> dict[str, Any]:
     """`reach` and `share` of `denoise` for a rule whose cache is made before its first step: how far the
     first pass computes, how many rows that follow each other are equal."""

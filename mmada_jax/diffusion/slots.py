@@ -20,6 +20,9 @@ from mmada_jax.diffusion.denoise import State
 from mmada_jax.nets import transformer
 from mmada_jax.tokens.vocab import Vocab
 
+# Shapes whose functions are kept; each temperature and number of steps that is asked for makes another one.
+COMPILED = 256
+
 
 class Slots(NamedTuple):
     """The rows in the slots, and where each stands. An empty slot holds a row with an empty span."""
@@ -60,7 +63,7 @@ def empty(shape: Shape, slots: int, places: int, other: bool = False) -> Slots:
     return _made(shape)(sharding.put_batch(shape.mesh, rows))
 
 
-@functools.cache
+@functools.lru_cache(COMPILED)
 def _made(shape):
     def make(placed):
         network = transformer.Network(None, shape.config)
@@ -71,7 +74,7 @@ def _made(shape):
     return sharding.jit(shape.mesh, make, (sharding.batch_sharding(shape.mesh),), _shardings(shape))
 
 
-@functools.cache
+@functools.lru_cache(COMPILED)
 def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any, Any], Slots]:
     """The jitted (params, slots, rows [R], number_R, fresh_R) -> slots in which the slot of each number has
     its row.
@@ -105,7 +108,7 @@ def joiner(shape: Shape, reach: int | None) -> Callable[[Any, Slots, Placed, Any
     )
 
 
-@functools.cache
+@functools.lru_cache(COMPILED)
 def runner(shape: Shape) -> Callable[[Any, Slots, Any, Any], tuple[Slots, Report]]:
     """The jitted (params, slots, most, by_block) -> (slots, Report) after `most` steps, fewer if a row is
     done before, or with `by_block` if a row has come to the end of a block."""
@@ -140,7 +143,7 @@ def runner(shape: Shape) -> Callable[[Any, Slots, Any, Any], tuple[Slots, Report
     )
 
 
-@functools.cache
+@functools.lru_cache(COMPILED)
 def mover(shape: Shape) -> Callable[[Slots, Any], Slots]:
     """The jitted (slots [S], numbers [S']) -> slots [S'] with the rows of those numbers; number -1 leaves a
     slot empty."""
@@ -159,7 +162,7 @@ def mover(shape: Shape) -> Callable[[Slots, Any], Slots]:
     return sharding.jit(shape.mesh, move, (of_slots, sharding.replicated(shape.mesh)), of_slots)
 
 
-@functools.cache
+@functools.lru_cache(COMPILED)
 def leaver(shape: Shape) -> Callable[[Slots, Any], Slots]:
     """The jitted (slots, number) -> slots in which the slot of that number is empty."""
 

@@ -25,7 +25,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode, slots
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.nets import cache
-from mmada_jax.serve.tickets import Every, LaneKey, LaneRow, Ticket
+from mmada_jax.serve.tickets import Every, FullError, LaneKey, LaneRow, Ticket
 from mmada_jax.tokens import layout
 
 # Steps that a lane takes before the other lanes, new requests and cancellations get their turn.
@@ -83,6 +83,17 @@ class Engine:
         self._lock, self._turn = threading.RLock(), threading.Lock()
         self._wake = threading.Condition(self._lock)
 
+    @property
+    def waiting(self) -> list[Ticket]:
+        """The rows that wait for a slot."""
+        with self._lock:
+            return [ticket for ticket in self._waiting if not ticket.over]
+
+    @property
+    def live(self) -> int:
+        """The number of rows that have a slot."""
+        return sum(lane.live for lane in list(self._lanes.values()))
+
     def plan(self, places: int) -> str:
         """What rows of so many places take, in a line for a program's start."""
         size = self._bytes(places)
@@ -100,13 +111,15 @@ class Engine:
         time_limit: float | None = None,
         progress: Callable[[Ticket], None] | None = None,
         every: Every = "block",
+        at_end: Callable[[Ticket], None] | None = None,
         adapter: str = "",
     ) -> list[Ticket]:
         """A ticket for each row of a job, which wait for their slots. `time_limit` is in seconds from now;
         `progress` is called with a ticket after its first step and then after each block, or after `every`
-        "step". `adapter` is the name of one of the model's, "" for none.
+        "step", and `at_end` when nothing more will become of it, in whatever thread. `adapter` is the name
+        of one of the model's, "" for none.
 
-        Raises ValueError for a job that can't fit, RuntimeError if the queue has no room for it.
+        Raises ValueError for a job that can't fit, FullError if the queue has no room for it.
         """
         rows, now = self._rows(job, seed, adapter), time.monotonic()
         if time_limit is not None and not time_limit > 0:
@@ -116,11 +129,12 @@ class Engine:
             if len(self._waiting) + len(rows) > self.queue:
                 self._waiting = collections.deque(ticket for ticket in self._waiting if not ticket.over)
             if len(self._waiting) + len(rows) > self.queue:
-                raise RuntimeError(
+                raise FullError(
                     f"{len(self._waiting)} rows wait, the queue takes {self.queue}; {len(rows)} more must "
                     "come later"
                 )
-            made = [Ticket(row, i, now, until, progress, every, _engine=self) for i, row in enumerate(rows)]
+            about = now, until, progress, every, at_end
+            made = [Ticket(row, i, *about, _engine=self) for i, row in enumerate(rows)]
             self._waiting.extend(made)
             self._wake.notify()
         return made
@@ -240,7 +254,7 @@ class Engine:
                 places = min(layout.bucket(used), limit) if used <= limit else used
                 longest = min(layout.bucket(int(length)), places) if rule.steps is None else job.length
                 places = max(places, rule.size(longest))  # a block is within its row
-                one = _padded(one, places, model.vocab.eos)
+                one = decode.padded(one, places, model.vocab.eos)
             if places > limit:
                 raise ValueError(
                     f"a row has {places} tokens; the model takes {limit}. Ask for fewer new ones"
@@ -389,6 +403,7 @@ class Engine:
             start, length = (int(x[0]) for x in (ticket.row.placed.start_B, ticket.row.placed.length_B))
             ticket.ids = report.tokens_SL[number, start : start + length]
             ticket.steps = int(report.steps_S[number])
+            ticket.first = ticket.first or time.monotonic() - ticket.submitted
             told.append(ticket)
             if not report.going_S[number]:
                 lane.tickets[number] = None
@@ -408,6 +423,8 @@ class Engine:
                 ticket.ended = time.monotonic() - ticket.submitted
                 self.counters["rows"] += 1
                 ticket._over.set()
+                if ticket.at_end:
+                    ticket.at_end(ticket)
 
     def _end_late(self):
         now = time.monotonic()
@@ -428,14 +445,3 @@ def _sizes(most: int, parts: int) -> list[int]:
     since steps compute empty slots too."""
     sizes = [parts * 2**n for n in range(20) if parts * 2**n < most]
     return [*sizes, most]
-
-
-def _padded(one: decode.Placed, places: int, pad: int) -> decode.Placed:
-    """A row with so many places; none of those that go is valid."""
-
-    def fit(x_1L, value):
-        more = max(0, places - x_1L.shape[1])
-        return np.pad(x_1L[:, :places], ((0, 0), (0, more)), constant_values=value)
-
-    other = one.other and (fit(one.other[0], pad), fit(one.other[1], False))
-    return one._replace(tokens_BL=fit(one.tokens_BL, pad), valid_BL=fit(one.valid_BL, False), other=other)

@@ -14,6 +14,10 @@ Outcome = Literal["waiting", "running", "done", "cancelled", "late", "failed"]
 Every = Literal["block", "step"]
 
 
+class FullError(RuntimeError):
+    """The queue has no room for more rows."""
+
+
 class LaneKey(NamedTuple):
     """What rows of a lane share. Equal keys of an engine are one object."""
 
@@ -37,8 +41,8 @@ class Ticket:
     """A row that was submitted, and what has become of it so far.
 
     `ids` are the tokens of its span, those that are still hidden as the mask; `steps` its forward passes.
-    `begun` and `ended` are seconds after it was submitted: of the first pass, of the end. `row` and
-    `number` place it in its job.
+    `begun`, `first` and `ended` are seconds after it was submitted: of the first pass, of the first report
+    of its tokens, of the end, at which `at_end` is called. `row` and `number` place it in its job.
     """
 
     row: LaneRow
@@ -47,10 +51,12 @@ class Ticket:
     deadline: float | None = None
     progress: Callable[["Ticket"], None] | None = None
     every: Every = "block"
+    at_end: Callable[["Ticket"], None] | None = None
     state: Outcome = "waiting"
     ids: np.ndarray | None = None
     steps: int = 0
     begun: float | None = None
+    first: float | None = None
     ended: float | None = None
     error: Exception | None = None
     _engine: Any = dataclasses.field(default=None, repr=False)
