@@ -256,3 +256,13 @@ def test_a_model_of_ones_own_is_compiled(model_workdir):
     plan = runs.plan(own, model_workdir)
     assert report["fits"]
     assert (report["row_length"], report["vocabulary"]) == (plan.shape.length, plan.model.vocab)
+
+
+def test_a_gpu_is_accounted_for_on_the_host():
+    flags = ["--topology", "h100:1x1", "--config.lora.rank=16", "--config.batch_size=1", "--json"]
+    report = json.loads(launch("--config", "configs/pretrain.py:8b,phase=3", *flags).stdout)
+    assert report["fits"]
+    # The base in bfloat16, and adapters with their moments in float32.
+    assert 15 < report["hbm_arguments_gib"] < 16
+    assert report["hbm_peak_gib"] < report["hbm_limit_gib"] < 80
+    assert report["mfu_ceiling"] is None

@@ -34,6 +34,8 @@ class Chip:
     hbm_gbps: float  # gigabytes that it reads from its memory in a second
     cores: int = 1  # per chip, in the cloud's names: v5p-128 has 64 chips
     scoped_vmem_kib: int | None = None
+    # No compiler of its own is here: what a program needs is what XLA's for CPUs says.
+    on_host: bool = False
 
     @property
     def compiler_options(self) -> dict[str, str]:
@@ -52,6 +54,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", 15.75, 197, 1.5, _FLAT, wraps=16, hbm_gbps=819),
     "v5p": Chip("TPU v5", 95.74, 459, 1.75, _CUBES, wraps=4, hbm_gbps=2765, cores=2, scoped_vmem_kib=32768),
     "v6e": Chip("TPU v6 lite", 31.25, 918, 1.75, _FLAT, wraps=16, hbm_gbps=1640, scoped_vmem_kib=65536),
+    "h100": Chip("H100 80 GB", 79.6, 989, 1.98, ("1x1",), wraps=1, hbm_gbps=3350, on_host=True),
 }
 
 

@@ -8,6 +8,8 @@
     mmada aot --config configs/pretrain.py:8b,phase=3 --step text_cached --topology v5e:2x2 \
         --config.batch_size=16
     mmada aot --config configs/unigrpo.py:8b --topology v5p:4x4x8
+    mmada aot --config configs/pretrain.py:8b,phase=3 --topology h100:1x1 --config.lora.rank=16 \
+        --config.batch_size=1            (the memory alone, and an upper bound)
 
 A model of one's own has the sizes of its configuration and of its tokenizers, which must be there:
     mmada aot --config my_config.py: --workdir runs/mine --topology v5e:2x2
@@ -122,6 +124,11 @@ def as_text(report):
         ]
         lines.append(
             f"  blocking in one layer, forward and backward: {report['layer_loop_blocking_mb']} MB"
+        )
+    elif report["hbm_arguments_gib"] is not None:
+        lines.append(
+            f"             arguments {report['hbm_arguments_gib']:.2f} GiB, temporaries at most "
+            f"{report['hbm_temporaries_gib']:.2f}, by the accounts of XLA for CPUs"
         )
     seconds, host = report["compile_seconds"], report["host_memory_gib"]
     lines.append(f"compiled in {seconds:.0f} s with {host:.1f} GiB of host memory")

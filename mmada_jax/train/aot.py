@@ -1,6 +1,7 @@
 """Compiles a step for TPUs that aren't there, and reports what the compiler says of it.
 
-libtpu compiles for any topology on any machine. What it knows is exact where it decides (memory,
+libtpu compiles for any topology on any machine. For a GPU only the memory is reported, as XLA for CPUs
+counts it, which is more than a GPU needs. What it knows is exact where it decides (memory,
 the collectives and their schedule, products) and an estimate where it guesses (cycles). Nothing here
 is a measurement, and a ceiling on the utilisation is not a throughput.
 """
@@ -50,7 +51,10 @@ WORKDIR = pathlib.Path("runs/aot")  # where a run would lie, if nobody says
 
 
 def devices(topology: chips.Topology) -> list[Any]:
-    """Descriptions of the chips of a topology, to compile for. Needs libtpu (the extra `aot`)."""
+    """Descriptions of the chips of a topology, to compile for. Needs libtpu (the extra `aot`), but for a
+    GPU, in whose place stands the CPU."""
+    if topology.chip.on_host:
+        return jax.devices("cpu")[: topology.chips]
     # The metadata server of a cloud machine isn't asked, and other processes may use libtpu too.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -339,6 +343,19 @@ def report(
     positions = round(rows * what.length) // what.accumulate
     chunks = -(-positions // (what.chunk or positions))
     text = compiled.as_text()
+    if topology.chip.on_host:
+        # XLA for CPUs computes products of bfloat16 in float32, so a GPU needs less than it says.
+        return (
+            out
+            | NOT_COMPILED
+            | {
+                "fits": total <= chip.hbm_gib * GIB,
+                "hbm_arguments_gib": round(arguments / GIB, 2),
+                "hbm_temporaries_gib": round(temporaries / GIB, 2),
+                "hbm_peak_gib": round(total / GIB, 2),
+                "hbm_total_gib": round(total / GIB, 2),
+            }
+        )
     if program_file:
         pathlib.Path(program_file).write_text(text)
     program = hlo.CompiledProgram(text, trips=chunks)
