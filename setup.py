@@ -31,6 +31,8 @@ setup(
         "digits": ["scikit-learn", "matplotlib", "jinja2"],
         # The endpoint of `mmada serve`, and the client that tests call it with.
         "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client", "openai"],
+        # The page of `mmada page`, and the browser's driver that its test drives Chromium with.
+        "page": ["gradio>=6", "playwright"],
         # Rewards: comparison of mathematical answers.
         "rl": ["math-verify"],
         # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).

@@ -241,6 +241,7 @@ def finish(workdir: pathlib.Path, result: dict, floors: Mapping[str, Mapping[str
     or two say less of this run than of the machine, whose rounding makes every run another one."""
     print("\n" + "\n".join(f"{name:32}{value}" for name, value in table(result)))
     print(f"\nreport: {(workdir / 'report.html').absolute()}")
+    print(f'see it draw: pip install -e ".[page]" && mmada page --model {workdir / "unigrpo"}')
     held = [(stage, name, floor) for stage, of in floors.items() for name, floor in of.items()]
     missed = [
         f"  {stage} {name}: {measured.Count(**count)}, the floor is {floor:.0%}"

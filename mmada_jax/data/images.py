@@ -138,6 +138,16 @@ def to_bytes(picture: Any, size: tuple[int, int], channels: int, how: Resize = "
     return pixels.reshape(*size, channels)
 
 
+def shrunk(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image that is an enlargement of `size` (rows, columns) by a whole number, at that size; any other
+    as it is."""
+    rows, columns = size
+    scale = image.width // columns
+    if scale > 1 and image.size == (scale * columns, scale * rows):
+        return image.resize((columns, rows), Image.Resampling.BOX)
+    return image
+
+
 def to_mask(mask: Any) -> np.ndarray:
     """A mask in any form as bool [I, J]. The size isn't changed.
 

@@ -173,16 +173,9 @@ def main(argv: list[str]) -> None:
 def read_image(model: "MMaDA", path: str) -> "Image.Image":
     """Opens a picture. One that is an enlargement of the model's size, as this program writes them,
     is brought back to it; the model takes care of any other size."""
-    from PIL import Image
+    from mmada_jax.data.images import open_image, shrunk
 
-    from mmada_jax.data.images import open_image
-
-    height, width = model.image_size
-    image = open_image(path)
-    scale = image.width // width
-    if scale > 1 and image.size == (scale * width, scale * height):
-        image = image.resize((width, height), Image.Resampling.BOX)
-    return image
+    return shrunk(open_image(path), model.image_size)
 
 
 def read_mask(args: argparse.Namespace, size: tuple[int, int]) -> "np.ndarray":
