@@ -344,18 +344,7 @@ def report(
     chunks = -(-positions // (what.chunk or positions))
     text = compiled.as_text()
     if topology.chip.on_host:
-        # XLA for CPUs computes products of bfloat16 in float32, so a GPU needs less than it says.
-        return (
-            out
-            | NOT_COMPILED
-            | {
-                "fits": total <= chip.hbm_gib * GIB,
-                "hbm_arguments_gib": round(arguments / GIB, 2),
-                "hbm_temporaries_gib": round(temporaries / GIB, 2),
-                "hbm_peak_gib": round(total / GIB, 2),
-                "hbm_total_gib": round(total / GIB, 2),
-            }
-        )
+        return out | NOT_COMPILED | _on_host(arguments, temporaries, total, chip)
     if program_file:
         pathlib.Path(program_file).write_text(text)
     program = hlo.CompiledProgram(text, trips=chunks)
@@ -374,11 +363,16 @@ def report(
         "mfu_ceiling": round(flops / (chip.tflops * 1e12 * cycles / (chip.ghz * 1e9)), 3),
         "roofline_ms": _roofline_ms(chip, arguments, program) if step.startswith("text") else None,
         "collectives": _collectives(program),
-        "layer_loop_blocking_mb": round(
-            _blocking_mb(program, model.n_layers // model.unroll) / model.unroll, 1
-        ),
+        "layer_loop_blocking_mb": _blocking_mb(program, model),
         "attention_kernel": " ".join(program.kernels()) or "none: XLA's products",
     }
+
+
+def _on_host(arguments: int, temporaries: int, total: int, chip: chips.Chip) -> dict[str, Any]:
+    """The memory by XLA for CPUs, which computes products of bfloat16 in float32: a GPU needs less."""
+    gib = {"arguments": arguments, "temporaries": temporaries, "peak": total, "total": total}
+    sizes = {f"hbm_{name}_gib": round(size / GIB, 2) for name, size in gib.items()}
+    return sizes | {"fits": total <= chip.hbm_gib * GIB}
 
 
 def _roofline_ms(chip: chips.Chip, bytes_read: int, program: hlo.CompiledProgram) -> float:
@@ -415,9 +409,10 @@ def _collectives(program: hlo.CompiledProgram) -> dict[str, dict[str, int]]:
     return out
 
 
-def _blocking_mb(program: hlo.CompiledProgram, trips: int) -> float:
-    """Megabytes of the collectives that block in one round of the loops over the layers: those that run
-    so often, have no other loop within, and have the attention if that is a kernel."""
+def _blocking_mb(program: hlo.CompiledProgram, model: transformer.ModelConfig) -> float:
+    """Megabytes of the collectives that block in one layer, in the loops over the layers: those that run so
+    often, have no other loop within, and have the attention if that is a kernel."""
+    trips = model.n_layers // model.unroll
     kernels = program.kernels()
     loops = {
         body
@@ -427,7 +422,7 @@ def _blocking_mb(program: hlo.CompiledProgram, trips: int) -> float:
         and (not kernels or kernels.keys() & program.kernels(body).keys())
     }
     blocking = [c for c in program.collectives() if c.loop in loops and not c.is_async]
-    return sum(c.bytes for c in blocking) / 1e6
+    return round(sum(c.bytes for c in blocking) / 1e6 / model.unroll, 1)
 
 
 def _key():
