@@ -33,6 +33,8 @@ setup(
         "serve": ["fastapi", "uvicorn", "python-multipart", "prometheus-client", "openai"],
         # The page of `mmada page`, and the browser's driver that its test drives Chromium with.
         "page": ["gradio>=6", "playwright"],
+        # Evaluation: lm-evaluation-harness.
+        "eval": ["lm-eval==0.4.13"],
         # Rewards: comparison of mathematical answers.
         "rl": ["math-verify"],
         # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).

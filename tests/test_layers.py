@@ -22,13 +22,13 @@ FLOORS = {
     "judge_keys older quantized adapters folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api replies requests meters guard endpoint canvas page",
-    "measure": "held_out digits totals own report",
+    "measure": "held_out digits totals own report likelihood harness evaluation",
     "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.score_file rl.rewards.workers "
     "rl.rewards.own rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
     "rl.diagnose aot",
-    "programs": "process configured train rl sweep sample serve page prepare convert aot command",
+    "programs": "process configured train rl sweep sample serve page evaluate prepare convert aot command",
 }
 PLACES = [f"{floor}.{name}".strip(".") for floor, names in FLOORS.items() for name in names.split()]
 PLACE = {name: number for number, name in enumerate(PLACES)}

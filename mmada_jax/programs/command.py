@@ -20,6 +20,7 @@ PROGRAMS = {
     "sample": ("mmada_jax.programs.sample", "write texts, draw, inpaint, extend and read pictures"),
     "serve": ("mmada_jax.programs.serve", "answer clients of OpenAI's API with a model"),
     "page": ("mmada_jax.programs.page", "chat with a model and watch it draw, in a browser"),
+    "evaluate": ("mmada_jax.programs.evaluate", "score a model by tasks of lm-evaluation-harness"),
     "prepare": ("mmada_jax.programs.prepare", "make shards of your data, with images as codes if wanted"),
     "convert": ("mmada_jax.programs.convert", "carry checkpoints between PyTorch and JAX"),
     "bench": ("launch.bench", "time training, decoding, attention, conversion or data"),

@@ -1,0 +1,255 @@
+"""A model for lm-evaluation-harness (the extra `eval`): generation on the engine, likelihoods by the bound.
+
+    mmada evaluate --model runs/digits --tasks gsm8k           # this project's command
+    python -m mmada_jax.measure.harness --model mmada --model_args path=runs/digits --tasks gsm8k
+
+The second is the harness's own command line, which knows the model "mmada" by this module.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import lm_eval.api.registry
+import numpy as np
+from lm_eval.api.model import TemplateLM
+
+from mmada_jax.devices import sharding
+from mmada_jax.disk import Growing
+from mmada_jax.measure import likelihood
+from mmada_jax.progress import progress
+from mmada_jax.serve.api import MMaDA
+from mmada_jax.serve.engine import Engine
+from mmada_jax.tokens.tokenizer import TEMPLATE, Template, chat
+
+# New tokens and tokens of a block, as the models of this kind are evaluated with (LLaDA's settings).
+PRESETS = {"gsm8k": (256, 8), "math": (512, 64), "base": (1024, 1024)}
+
+
+class Answers:
+    """Answers that are known already, by the hash of what was asked, kept in a file line by line. A line
+    that was cut off by the end of a process is asked for anew."""
+
+    def __init__(self, path: pathlib.Path | None):
+        self._known: dict[str, Any] = {}
+        self._file = path and Growing(path, self._lines)
+        for line in path.read_text().splitlines() if path and path.is_file() else ():
+            with contextlib.suppress(ValueError):
+                key, value = json.loads(line)
+                self._known[key] = value
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def _lines(self):
+        return [self._line(key) for key in self._known]
+
+    def _line(self, key):
+        return json.dumps([key, self._known[key]]).encode() + b"\n"
+
+    def key(self, *asked: Any) -> str:
+        """The hash of what is asked and of all that the answer depends on."""
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+
+    def get(self, key: str) -> Any:
+        """The answer, None if it isn't known."""
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Keeps an answer; it is in the file when this returns."""
+        if self._file:
+            self._file.add()  # what is known already, before this one
+        self._known[key] = value
+        if self._file:
+            self._file.add(self._line(key))
+
+
+@lm_eval.api.registry.register_model("mmada")
+class HarnessModel(TemplateLM):
+    """A model of ours as the harness asks for one.
+
+    path         the folder of the model, or the model itself
+    preset       one of PRESETS: `max_new` and `block` for tasks that say nothing themselves
+    max_new, block, steps, decode   how text is generated; a task's own max_gen_toks goes first
+    draws        of the likelihood's bound; single tokens are exact
+    greedy       whether `is_greedy` of a likelihood is looked up, by decoding; False says it never is
+    batch_size   rows at a time
+    answers      a file of answers, so that an evaluation that was interrupted goes on
+    """
+
+    def __init__(
+        self,
+        path: str | MMaDA,
+        *,
+        preset: str = "gsm8k",
+        max_new: int | None = None,
+        block: int | None = None,
+        steps: int | None = None,
+        decode: str = "exact",
+        draws: int = likelihood.DRAWS,
+        greedy: bool = False,
+        batch_size: int | str = 16,
+        seed: int = 0,
+        answers: str | None = None,
+        model_hash: str = "",
+        **given_by_the_harness: Any,
+    ):
+        super().__init__()
+        del given_by_the_harness  # device, max_batch_size
+        if preset not in PRESETS:
+            raise ValueError(f"preset is {preset!r}; known: {', '.join(PRESETS)}")
+        self.model = MMaDA.load(path) if isinstance(path, str | pathlib.Path) else path
+        self._max_new, self._block = max_new or PRESETS[preset][0], block or PRESETS[preset][1]
+        self._steps, self._decode, self._draws, self._greedy = steps, decode, draws, greedy
+        self._seed, parts = seed, sharding.row_parts(self.model.mesh)
+        rows = 16 if batch_size == "auto" else int(batch_size)
+        self._rows = -(-rows // parts) * parts
+        self._settings = [model_hash, self._steps, decode, draws, greedy, seed, self._block]
+        self._answers = Answers(pathlib.Path(answers) if answers else None)
+        self._rendered: dict[str, Template] = {}
+
+    # ---- Texts and ids ---------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self.model.vocab.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The id that begins a text, which stands for an empty context."""
+        return self.model.vocab.bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells the harness's caches one tokenizer from another."""
+        return hashlib.sha256(self.model.tokenizer.to_json().encode()).hexdigest()[:16]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """The ids of a text. In one that `apply_chat_template` has made, control tokens are control tokens;
+        in any other, and in what follows it, they are text."""
+        del add_special_tokens
+        made = next((text for text in self._rendered if string.startswith(text)), None)
+        if made is None:
+            return self.model.tokenizer.encode(string)
+        return self.model.tokenizer.encode(self._rendered[made]) + self.model.tokenizer.encode(
+            string.removeprefix(made)
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's source, which the harness keeps with its results."""
+        return TEMPLATE if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the model reads it."""
+        if not add_generation_prompt:
+            raise ValueError("answers can't be begun for this model; leave gen_prefix out of the task")
+        made = chat(chat_history)
+        self._rendered[str(made)] = made
+        return str(made)
+
+    # ---- What the harness asks -------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The answers to contexts, each cut off before the first of its `until`. All wait in the engine at
+        once, and each is kept as soon as it is there."""
+        del disable_tqdm
+        asked = [(request.args[0], _settings(request.args[1])) for request in requests]
+        keys = [self._key("generate", *one) for one in asked]
+        left = [i for i, key in enumerate(keys) if self._answers.get(key) is None]
+        with progress("generating", len(left), "it") as bar:
+
+            def keep(i, ticket):
+                if ticket.state == "done":
+                    text = _until(self.model.read(ticket.ids).text, asked[i][1]["until"])
+                    self._answers.put(keys[i], text)
+                    bar.update(1)
+
+            engine = Engine(self.model, slots=self._rows, queue=max(1, len(left)))
+            tickets = []
+            for i in left:
+                job = self._job(*asked[i])
+                tickets += engine.submit(job, self._seed, at_end=functools.partial(keep, i))
+            for ticket in tickets:
+                ticket.result()
+        return [self._answers.get(key) for key in keys]
+
+    def _job(self, context, settings):
+        new = settings.get("max_gen_toks", self._max_new)
+        # As in the harness's other models: what doesn't fit is cut off at the left.
+        ids = self.tok_encode(context)[-max(1, self.model.config.max_len - new) :]
+        return self.model.text_job(
+            np.array(ids), max_new=new, block=min(self._block, new), steps=self._steps,
+            decode=self._decode, temperature=settings.get("temperature", 0.0),
+            stop=self.model.vocab.end_turn,
+        )  # fmt: skip
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        pairs = [likelihood.Pair(self._cut(context, more), more) for _, context, more in requests]
+        keys = [self._key("likelihood", pair) for pair in pairs]
+        left = [i for i, key in enumerate(keys) if self._answers.get(key) is None]
+        todo = [pairs[i] for i in left]
+        greedy = self._greedily(todo) if self._greedy else [False] * len(todo)
+        with progress("scoring", len(left), "it") as bar:
+
+            def keep(number, value):
+                self._answers.put(keys[left[number]], [float(value), bool(greedy[number])])
+                bar.update(1)
+
+            likelihood.log_likelihoods(self.model, todo, self._draws, self._seed, self._rows, keep)
+        return [tuple(self._answers.get(key)) for key in keys]
+
+    def _greedily(self, pairs):
+        """Whether greedy decoding, token by token, gives the continuation."""
+        engine = Engine(self.model, slots=self._rows, queue=max(1, len(pairs)))
+        tickets = []
+        for context, more in pairs:
+            job = self.model.text_job(np.array(context), max_new=len(more), block=len(more))
+            tickets += engine.submit(job, self._seed)
+        spans = [ticket.result() for ticket in tickets]
+        return [list(x) == list(pair.continuation) for x, pair in zip(spans, pairs, strict=True)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The bound of whole texts, in windows of the length that the model takes."""
+        del disable_tqdm
+        most, values = self.model.config.max_len - 1, []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            parts = [ids[i : i + most] for i in range(0, len(ids), most)]
+            asked = [(None, [self.prefix_token_id], part) for part in parts]
+            values.append(sum(value for value, _ in self._loglikelihood_tokens(asked)))
+        return values
+
+    def _cut(self, context, more):
+        """A context whose beginning is left out where all of it doesn't fit."""
+        return context[-max(1, self.model.config.max_len - len(more)) :]
+
+    def _key(self, kind, *asked):
+        return self._answers.key(kind, self._settings, asked)
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    until = given.get("until") or []
+    settings = {"until": [until] if isinstance(until, str) else list(until)}
+    if "max_gen_toks" in given:
+        settings["max_gen_toks"] = int(given["max_gen_toks"])
+    if given.get("do_sample") and given.get("temperature"):
+        settings["temperature"] = float(given["temperature"])
+    return settings
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
