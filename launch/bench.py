@@ -150,6 +150,14 @@ def own_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
 
+def load_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench load`."""
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="as for mmada serve")
+    parser.add_argument("--clients", type=at_least_one, default=32, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=at_least_one, default=120, help="(default: %(default)s)")
+    parser.add_argument("--warm", type=at_least_one, default=30, help="seconds before (%(default)s)")
+
+
 def codec_options(parser: Parser) -> None:
     """Adds the options of `mmada bench codec`."""
     parser.add_argument("--preset", choices=("digits", "small", "medium", "magvitv2"), default="small")
@@ -208,6 +216,7 @@ BENCHMARKS = {
     "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
     "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
     "codec": Benchmark("a training step of the image tokenizer, against PyTorch", codec_options),
+    "load": Benchmark("many clients of an endpoint at once", load_options),
     "own": Benchmark("a model of your own pictures: naming, drawing, questions about them", own_options),
     "seeds": Benchmark(
         "the quickstart with several seeds: mean, least share and deviation of each metric",
