@@ -1,12 +1,17 @@
-"""Evaluates a model by tasks of lm-evaluation-harness; run again to go on (docs/evaluation.md).
+"""Evaluates a model; run again to go on (docs/evaluation.md).
 
 mmada evaluate --model mmada-8b --tasks gsm8k --chat --out evals/mmada
 mmada evaluate --model runs/digits --tasks sums --include-path tasks --out evals/digits
 
-Writes results.json, results.md and answers.jsonl. Needs the extra `eval`; tasks by name fetch their data
-from Hugging Face, tasks of your own may name local files.
+mmada evaluate --model mmada-8b --draw geneval --prompts evaluation_metadata.jsonl --out evals/geneval
+
+With --tasks, those of lm-evaluation-harness: writes results.json, results.md and answers.jsonl. Needs the
+extra `eval`; tasks by name fetch their data from Hugging Face, tasks of your own may name local files. With
+--draw, pictures in the form that a benchmark's own judge reads.
 """
 
+import argparse
+import json
 import pathlib
 
 from mmada_jax.programs.process import Parser, quiet
@@ -17,12 +22,18 @@ def parser() -> Parser:
     top = Parser(__doc__, prog="mmada evaluate")
     top.add_argument("--model", required=True, metavar="FOLDER", help="training workdir, checkpoint, or "
                      "Hugging Face folder")  # fmt: skip
-    top.add_argument("--tasks", required=True, metavar="NAME[,NAME]", help="tasks of the harness")
+    what = top.add_mutually_exclusive_group(required=True)
+    what.add_argument("--tasks", metavar="NAME[,NAME]", help="tasks of the harness")
+    what.add_argument("--draw", choices=("geneval", "dpg", "wise"), help="pictures of a benchmark")
     top.add_argument("--include-path", metavar="FOLDER", help="tasks of your own (YAML)")
     top.add_argument("--out", required=True, metavar="FOLDER", help="for the results")
     top.add_argument("--chat", action="store_true", help="ask in the chat template")
     top.add_argument("--fewshot", type=int, metavar="N", help="examples before each (default: the task's)")
     top.add_argument("--limit", type=int, metavar="N", help="the first N cases of each task alone")
+    group = top.add_argument_group("pictures (--draw)")
+    group.add_argument("--prompts", type=pathlib.Path, metavar="PATH", help="the benchmark's prompts")
+    group.add_argument("--clip", metavar="FOLDER", help="a CLIP, whose score is computed as well")
+    group.add_argument("--guidance", type=float, help="(default: as the model's folder says)")
     group = top.add_argument_group("decoding and scoring")
     group.add_argument(
         "--preset", default="gsm8k", help="lengths for tasks that name none: gsm8k, math, base"
@@ -45,6 +56,9 @@ def main(argv: list[str]) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     quiet()
+    if args.draw:
+        draw(args)
+        return
     try:
         from mmada_jax.measure.evaluation import TABLE, evaluate
     except ImportError as error:
@@ -60,3 +74,42 @@ def main(argv: list[str]) -> None:
         fewshot=args.fewshot, chat=args.chat,
     )  # fmt: skip
     print((out / TABLE).read_text())
+
+
+def draw(args: argparse.Namespace) -> None:
+    """Draws for a benchmark, and prints how its judge is called."""
+    from mmada_jax.disk import write_whole
+    from mmada_jax.measure import drawings
+    from mmada_jax.serve.api import MMaDA
+    from mmada_jax.weights import lazy
+    from mmada_jax.weights.folder import open_folder
+
+    if args.prompts is None:
+        raise ValueError(f"--draw {args.draw} needs --prompts PATH, the prompts of the benchmark")
+    prompts, out = drawings.read_prompts(args.draw, args.prompts)[: args.limit], pathlib.Path(args.out)
+    fields = {"steps": args.steps, "guidance": args.guidance, "decode": args.decode}
+    settings = {"seed": args.seed, **{name: x for name, x in fields.items() if x is not None}}
+    about = {"model": lazy.sha256(open_folder(args.model).tensors()), "benchmark": args.draw, **settings}
+    known = out / "results.json"
+    if known.is_file() and (old := json.loads(known.read_text())["of"]) != about:
+        raise ValueError(f"{out} holds pictures of {old}, not of {about}; name another --out")
+    write_whole(known, json.dumps({"of": about}) + "\n")
+    model = MMaDA.load(args.model)
+    report = drawings.draw(model, args.draw, prompts, out, rows=args.batch, **settings)
+    report["judge"] = drawings.judge_of(args.draw, args.prompts, out, max(model.image_size))
+    if args.clip:
+        report["clip_score"] = _clip_score(args, prompts, out)
+    write_whole(known, json.dumps({"of": about, **report}, indent=2) + "\n")
+    print("\n".join(f"{name}: {value}" for name, value in report.items()))
+
+
+def _clip_score(args, prompts, out):
+    """The mean of 100 times the cosine of each picture and its prompt."""
+    from mmada_jax.measure.drawings import PER_PROMPT, pictures_of
+    from mmada_jax.train.rl.rewards.functions import ClipScore
+
+    score, scores = ClipScore(args.clip, batch=PER_PROMPT[args.draw]), []
+    for prompt in prompts:
+        pictures = pictures_of(args.draw, out, prompt)
+        scores += list(score([prompt.text] * len(pictures), [""] * len(pictures), pictures, pictures))
+    return float(sum(scores) / len(scores))
