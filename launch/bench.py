@@ -158,6 +158,12 @@ def load_options(parser: Parser) -> None:
     parser.add_argument("--warm", type=at_least_one, default=30, help="seconds before (%(default)s)")
 
 
+def digits_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench digits`."""
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="any model folder")
+    parser.add_argument("--cases", type=at_least_one, default=359, help="of each task (%(default)s)")
+
+
 def codec_options(parser: Parser) -> None:
     """Adds the options of `mmada bench codec`."""
     parser.add_argument("--preset", choices=("digits", "small", "medium", "magvitv2"), default="small")
@@ -217,6 +223,7 @@ BENCHMARKS = {
     "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
     "codec": Benchmark("a training step of the image tokenizer, against PyTorch", codec_options),
     "load": Benchmark("many clients of an endpoint at once", load_options),
+    "digits": Benchmark("a model on handwritten digits: eight tasks, with intervals", digits_options),
     "own": Benchmark("a model of your own pictures: naming, drawing, questions about them", own_options),
     "seeds": Benchmark(
         "the quickstart with several seeds: mean, least share and deviation of each metric",

@@ -5,6 +5,7 @@ import types
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from mmada_jax.data import digits
 from mmada_jax.measure import digits as measured
@@ -68,3 +69,9 @@ def test_thoughts_are_judged_by_what_follows_them(judge, error):
     }
     assert pixels.shape == (40, 8, 16, 1)
     assert len({prompt for prompt, _ in rows}) == len(digits.pairs("test"))
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (50, 100), (1, 1), (311, 359)])
+def test_the_interval_of_a_share_is_scipys(correct, total):
+    want = scipy.stats.binomtest(correct, total).proportion_ci(method="wilson")
+    assert measured.Count(correct, total).interval == pytest.approx((want.low, want.high), abs=1e-4)

@@ -7,6 +7,7 @@ while a model trains, on rows of any task, is in `held_out`.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,14 @@ class Count:
 
     correct: int
     total: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the share (Wilson 1927)."""
+        n, p, z = self.total, self.correct / self.total, 1.96
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return max(0.0, middle - half), min(1.0, middle + half)
 
     def __str__(self):
         return f"{self.correct}/{self.total} ({100 * self.correct / self.total:.1f} %)"
