@@ -76,7 +76,7 @@ def test_pictures_lie_where_the_judge_looks_and_go_on(kind, model, model_workdir
 
 
 def test_the_clip_score_is_that_of_the_reward(model_workdir, tmp_path, monkeypatch):
-    from mmada_jax.train.rl.rewards import functions
+    from mmada_jax.train.rl.rewards import pictures
 
     asked = []
 
@@ -89,7 +89,7 @@ def test_the_clip_score_is_that_of_the_reward(model_workdir, tmp_path, monkeypat
             assert all(isinstance(image, Image.Image) and image.size == (16, 8) for image in images)
             return np.arange(4.0)
 
-    monkeypatch.setattr(functions, "ClipScore", Score)
+    monkeypatch.setattr(pictures, "ClipScore", Score)
     path, out = prompts_of("dpg", tmp_path), tmp_path / "out"
     main(["--model", str(model_workdir), "--draw", "dpg", "--prompts", str(path), "--out", str(out),
           "--steps", "1", "--limit", "2", "--clip", "clip"])  # fmt: skip

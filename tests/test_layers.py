@@ -16,16 +16,16 @@ FLOORS = {
     "sources texts pipeline",
     "devices": "chips sharding distributed hlo",
     "kernels": "reference cpu tpu cached attention",
-    "nets": "cache products int8 rope transformer lora vq clip lpips inception",
+    "nets": "cache products int8 rope transformer lora vq clip blip lpips inception",
     "diffusion": "schedule loss corrupt rules cached denoise decode slots",
     "weights": "state lazy hub manifest arrays workdir checkpoint llada_keys magvit_keys clip_keys "
-    "judge_keys older quantized adapters folder inspect convert",
+    "blip_keys judge_keys older quantized adapters folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api replies requests meters guard endpoint canvas page",
     "measure": "held_out digits totals own report likelihood harness evaluation drawings",
     "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.score_file rl.rewards.workers "
-    "rl.rewards.own rl.rewards.functions "
+    "rl.rewards.own rl.rewards.pictures rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
     "rl.diagnose aot",
     "programs": "process configured train rl sweep sample serve page evaluate prepare convert aot command",
@@ -43,7 +43,7 @@ LEAN = (
 )  # accelerator machines have little
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
 FOLDERS = ("mmada_jax", "launch", "configs", "tests")
-SKLEARN = ("data.digits", "measure.digits", "measure.own", "train.rl.rewards.functions")
+SKLEARN = ("data.digits", "measure.digits", "measure.own", "train.rl.rewards.pictures")
 PYTORCH = ("torch", "safetensors", "transformers")
 # They travel with checkpoints and are never imported.
 EXPORTED = ("weights.modeling_mmada", "weights.modeling_magvitv2")

@@ -8,7 +8,7 @@ import pytest
 from conftest import load_golden, write_clip
 
 from mmada_jax.data import digits
-from mmada_jax.train.rl.rewards import functions
+from mmada_jax.train.rl.rewards import functions, pictures
 from mmada_jax.train.rl.rewards.functions import Combined
 from tests.reward_toys import score
 
@@ -17,7 +17,7 @@ def test_the_digit_reward_reads_held_out_scans():
     pytest.importorskip("sklearn")
     scans = digits.load("validation")
     canvases = np.stack([digits.canvas(scan) for scan in scans.pixels])
-    reward = functions.digit_probability()
+    reward = pictures.digit_probability()
     right = score(reward, [""] * len(canvases), None, [digits.caption(d) for d in scans.labels], canvases)
     wrong = [digits.caption((d + 1) % 10) for d in scans.labels]
     other = score(reward, [""] * len(canvases), None, wrong, canvases)
@@ -43,7 +43,7 @@ def test_clip_scores_follow_image_and_prompt_in_any_batch(tmp_path):
     settings, arrays = load_golden("clip")
     write_clip(settings["models"][0], tmp_path)
     images = np.random.default_rng(0).uniform(-1, 1, settings["score_images"]).astype(np.float32)
-    reward = functions.ClipScore(tmp_path, batch=2)
+    reward = pictures.ClipScore(tmp_path, batch=2)
     got = score(reward, [""] * len(images), None, settings["score_prompts"], images)
     np.testing.assert_allclose(got, arrays["score"], atol=1e-4)
     assert got.shape == (5,) and got.dtype == np.float32

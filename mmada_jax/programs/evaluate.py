@@ -15,6 +15,7 @@ import json
 import pathlib
 
 from mmada_jax.programs.process import Parser, quiet
+from mmada_jax.progress import progress
 
 
 def parser() -> Parser:
@@ -33,6 +34,7 @@ def parser() -> Parser:
     group = top.add_argument_group("pictures (--draw)")
     group.add_argument("--prompts", type=pathlib.Path, metavar="PATH", help="the benchmark's prompts")
     group.add_argument("--clip", metavar="FOLDER", help="a CLIP, whose score is computed as well")
+    group.add_argument("--image-reward", metavar="FOLDER", help="the same by ImageReward")
     group.add_argument("--guidance", type=float, help="(default: as the model's folder says)")
     group = top.add_argument_group("decoding and scoring")
     group.add_argument(
@@ -97,19 +99,23 @@ def draw(args: argparse.Namespace) -> None:
     model = MMaDA.load(args.model)
     report = drawings.draw(model, args.draw, prompts, out, rows=args.batch, **settings)
     report["judge"] = drawings.judge_of(args.draw, args.prompts, out, max(model.image_size))
-    if args.clip:
-        report["clip_score"] = _clip_score(args, prompts, out)
+    for name, folder in (("clip_score", args.clip), ("image_reward", args.image_reward)):
+        if folder:
+            report[name] = _mean_score(name, folder, args, prompts, out)
     write_whole(known, json.dumps({"of": about, **report}, indent=2) + "\n")
     print("\n".join(f"{name}: {value}" for name, value in report.items()))
 
 
-def _clip_score(args, prompts, out):
-    """The mean of 100 times the cosine of each picture and its prompt."""
+def _mean_score(name, folder, args, prompts, out):
+    """The mean of a score of each picture and its prompt."""
     from mmada_jax.measure.drawings import PER_PROMPT, pictures_of
-    from mmada_jax.train.rl.rewards.functions import ClipScore
+    from mmada_jax.train.rl.rewards.pictures import ClipScore, ImageReward
 
-    score, scores = ClipScore(args.clip, batch=PER_PROMPT[args.draw]), []
-    for prompt in prompts:
-        pictures = pictures_of(args.draw, out, prompt)
-        scores += list(score([prompt.text] * len(pictures), [""] * len(pictures), pictures, pictures))
+    make = {"clip_score": ClipScore, "image_reward": ImageReward}[name]
+    score, scores = make(folder, batch=PER_PROMPT[args.draw]), []
+    with progress(name, len(prompts), "prompts") as bar:
+        for prompt in prompts:
+            pictures = pictures_of(args.draw, out, prompt)
+            scores += list(score([prompt.text] * len(pictures), [""] * len(pictures), pictures, None))
+            bar.update(1)
     return float(sum(scores) / len(scores))

@@ -7,9 +7,7 @@ may hang are called in processes of their own (`workers`).
 
 import contextlib
 import difflib
-import functools
 import math
-import pathlib
 import queue
 import re
 import sys
@@ -18,16 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from mmada_jax.data import digits
-from mmada_jax.nets import clip
 from mmada_jax.train.rl.rewards import answers as answers_lib
+from mmada_jax.train.rl.rewards import pictures
 from mmada_jax.train.rl.rewards.extract import answer_of
 from mmada_jax.train.rl.rewards.own import OwnReward
 from mmada_jax.train.rl.rewards.workers import Unscored, Workers
-from mmada_jax.weights import clip_keys
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence | None, Sequence | None], np.ndarray]
 
@@ -316,94 +311,21 @@ def _wanted(answers: Sequence | None, n: int, name: str) -> list[str]:
     return wanted
 
 
-# ---- Images --------------------------------------------------------------------------------------
-
-
-class ClipScore:
-    """100 x the cosine between the CLIP features of image and prompt (the scale of published CLIP scores).
-
-    `folder` is a CLIP from Hugging Face; `batch` is the number of images or texts in one call of it.
-    """
-
-    def __init__(self, folder: str | pathlib.Path = "", batch: int = 32):
-        if not folder:
-            raise ValueError("reward 'clip' needs a model: set its folder to a CLIP from Hugging Face")
-        params, config, self._tokenizer = clip_keys.load(folder)
-        # The first process scores alone, so it may use only a device of its own.
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        self._params, self._batch, self._size = jax.device_put(params, here), batch, config.image_size
-        jit = functools.partial(jax.jit, in_shardings=here, out_shardings=here)
-        self._image = jit(lambda p, x: clip.normalise(clip.image_features(p, config, x)))
-        self._text = jit(lambda p, x: clip.normalise(clip.text_features(p, config, x)))
-
-    def __call__(self, prompts, completions, images, answers):
-        """Images are pixels [I, J, C], uint8 or floats in [-1, 1]. Prompts are cut after 77 tokens."""
-        texts = list(dict.fromkeys(prompts))  # a group of responses shares its prompt
-        tokens = np.array([code.ids for code in self._tokenizer.encode_batch(texts)], np.int32)
-        text_BP = self._batched(self._text, tokens)[[texts.index(prompt) for prompt in prompts]]
-        image_BP = self._batched(self._image, clip.preprocess(images, self._size))
-        return 100 * np.sum(text_BP * image_BP, axis=1)
-
-    def _batched(self, function, x):
-        """`function` of the rows of `x`, in batches of one size: the last one is filled up with copies."""
-        out = []
-        for i in range(0, len(x), self._batch):
-            part = x[i : i + self._batch]
-            part = np.concatenate([part, np.repeat(part[:1], self._batch - len(part), axis=0)])
-            out.append(np.asarray(function(self._params, part)))
-        return np.concatenate(out)[: len(x)]
-
-
-def digit_probability() -> Reward:
-    """The probability that the scan in the middle of a canvas [8, 16, 1] shows the prompted digit, by its
-    nearest training scans. The judge that counts drawn digits is another model of the same scans."""
-    neighbours = _neighbours()
-
-    def score(prompts, completions, images, answers):
-        wanted = [_prompted(prompt) for prompt in prompts]
-        scans = [digits.cut(np.asarray(canvas), 1)[0] for canvas in images]
-        return neighbours.predict_proba(_features(scans))[np.arange(len(wanted)), wanted].astype(np.float32)
-
-    return score
-
-
-@functools.cache
-def _neighbours():
-    try:
-        from sklearn.neighbors import KNeighborsClassifier
-    except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'mmada_jax[digits]'") from error
-    train = digits.load("train")
-    # Among scikit-learn's classifiers with probabilities its held-out log-likelihood was one of the best,
-    # and far from all scans it isn't sure of any digit.
-    return KNeighborsClassifier(10, weights="distance").fit(_features(train.pixels), train.labels)
-
-
-def _features(scans) -> np.ndarray:
-    return np.clip(np.asarray(scans, np.float32), -1, 1).reshape(len(scans), -1)
-
-
-def _prompted(prompt: str) -> int:
-    named = [digits.WORDS.index(word) for word in re.findall(r"\w+", prompt) if word in digits.WORDS]
-    if len(named) != 1:
-        raise ValueError(f"the prompt {prompt!r} must name one digit; reward 'digit' scores no other")
-    return named[0]
-
-
 # Name -> maker of a reward. The reward of a task of reasoning-gym is written `reasoning_gym:chain_sum`. The
 # weights in the MMaDA paper (arXiv 2505.15809) are correct 2.0, format 0.5, clip 0.1.
 REWARDS: dict[str, Callable[..., Reward]] = {
     "correct": Correct,
     "exact": exact,
     "format": well_formed,
-    "clip": ClipScore,
-    "digit": digit_probability,
+    "clip": pictures.ClipScore,
+    "image_reward": pictures.ImageReward,
+    "digit": pictures.digit_probability,
     "reasoning_gym": ReasoningGym,
     "own": OwnReward,
 }
 NEEDS = {
     "correct": "answers", "exact": "answers", "reasoning_gym": "answers",
-    "clip": "images", "digit": "images",
+    "clip": "images", "image_reward": "images", "digit": "images",
 }  # fmt: skip
 
 
