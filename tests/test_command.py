@@ -244,7 +244,10 @@ def test_programs_that_compute_keep_what_they_free(name, tmp_path, monkeypatch):
         options += ["--config", {"train": "configs/vq.py:digits", "rl": "configs/unigrpo.py:digits"}[name]]
         options[-1] = str(ROOT / options[-1])
     if name.startswith("bench"):
-        options = ["--model", "x", "--test", "y"] if name == "bench own" else []
+        options = {
+            "bench own": ["--model", "x", "--test", "y"], "bench load": ["--model", "x"],
+            "bench digits": ["--model", "x"],
+        }.get(name, [])  # fmt: skip
         monkeypatch.setattr(computes.replace(".measure", ".as_text"), str)
     began = []
     monkeypatch.setattr(computes, lambda *_: began.append(len(told)))

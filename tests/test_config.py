@@ -190,11 +190,21 @@ NEEDED["nets.clip.ClipConfig"] = {
 ODD = (float("nan"), float("inf"), -float("inf"), -1, -1.0, 0, 0.0, 1e30, 10**9, 2**60, "1", True, [1])
 
 
+# What some modules stand on, and isn't installed everywhere.
+EXTRAS = ("fastapi", "gradio", "lm_eval", "prometheus_client", "starlette")
+
+
 def all_dataclasses():
     found = {}
     for module in pkgutil.walk_packages(mmada_jax.__path__, "mmada_jax."):
         if "modeling" not in module.name:
-            for name, cls in vars(importlib.import_module(module.name)).items():
+            try:
+                members = vars(importlib.import_module(module.name))
+            except ModuleNotFoundError as error:
+                if error.name not in EXTRAS:
+                    raise
+                continue
+            for name, cls in members.items():
                 if inspect.isclass(cls) and dataclasses.is_dataclass(cls):
                     full = f"{cls.__module__}.{cls.__name__}"
                     if full.startswith("mmada_jax.") and name == cls.__name__:

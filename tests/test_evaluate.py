@@ -1,5 +1,6 @@
 """Likelihoods against all patterns of hidden tokens, and the harness's own tasks on local files."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -8,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, xla_flags
 
+from mmada_jax.devices import sharding
 from mmada_jax.measure import likelihood
-from mmada_jax.nets import transformer
+from mmada_jax.nets import lora, transformer
 from tests.api_toys import untrained_model  # noqa: F401
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -217,6 +221,62 @@ def test_a_conversation_is_asked_as_one(model):
     assert made.tok_encode(text + "so")[: len(ids)] == ids
     # The same string that no template has made is text.
     assert v.bos not in HarnessModel(model).tok_encode(text)
+
+
+def test_choices_are_scored_behind_a_whole_conversation(model):
+    from mmada_jax.measure.harness import HarnessModel
+
+    made = HarnessModel(model)
+    first = [{"role": "user", "content": "what is 3 plus 4?"}]
+    longer = [*first, {"role": "assistant", "content": "7"}, {"role": "user", "content": "and now?"}]
+    texts = [made.apply_chat_template(turns) for turns in (first, longer)]
+    for turns, text in zip((first, longer), texts, strict=True):
+        context, continuation = made._encode_pair(text, "seven")
+        assert context == list(model.text_job([turns], max_new=1).rows.tokens[0][: len(context)])
+        assert continuation == model.tokenizer.encode("seven")
+    # The longer one isn't read as the shorter one and text.
+    assert made.tok_encode(texts[1]).count(model.vocab.start_header) == 4
+    asked = [types.SimpleNamespace(args=(texts[0], " seven"))]
+    [(value, _)] = HarnessModel.loglikelihood(made, asked)
+    assert value < 0
+
+
+def test_what_an_answer_depends_on_is_in_its_key(model, tmp_path):
+    from mmada_jax.measure.harness import HarnessModel
+
+    def asked(**settings):
+        return types.SimpleNamespace(args=("what is 3 plus 4?", {"until": [], **settings}))
+
+    def answers(*requests, **named):
+        named = {"block": 4, "answers": str(tmp_path / "answers.jsonl")} | named
+        return HarnessModel(model, **named).generate_until(requests)
+
+    short, long = answers(asked(), max_new=4), answers(asked(), max_new=16)
+    assert short != long
+    assert answers(asked(max_gen_toks=16)) == long
+    assert answers(asked(max_gen_toks=16), max_new=4) == short
+    # Repeats of a sampled request are draws of their own, and the same ones when it is run again.
+    sampled = [asked(do_sample=True, temperature=2.0, max_gen_toks=12)] * 4
+    once = answers(*sampled)
+    assert len(set(once)) > 1
+    assert answers(*sampled) == once
+
+
+def test_an_adapter_takes_part(model):
+    from mmada_jax.measure.harness import HarnessModel
+
+    config = lora.LoraConfig(2, 8.0)
+    arrays = jax.tree.map(lambda x: x + 0.1, lora.init_adapters(jax.random.key(0), model.config, config))
+    beside = lora.beside({}, arrays, config)["lora"]
+    everywhere = jax.tree.map(lambda _: sharding.replicated(model.mesh), beside)
+    both = dataclasses.replace(model, adapters={"one": jax.device_put(beside, everywhere)})
+    pair = likelihood.Pair(model.tokenizer.encode("what is this?"), [20])
+    values = [likelihood.log_likelihoods(of, [pair])[0] for of in (model, both, both.adapted("one"))]
+    assert values[0] == pytest.approx(values[1], abs=1e-5)
+    assert values[2] != pytest.approx(values[0], abs=1e-2)
+    request = [types.SimpleNamespace(args=("what is 3 plus 4?", {"until": [], "max_gen_toks": 12}))]
+    said = [HarnessModel(of, block=4).generate_until(request) for of in (model, both.adapted("one"))]
+    assert said[0] != said[1]
 
 
 def test_greedy_is_looked_up_by_decoding(model):

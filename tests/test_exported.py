@@ -293,7 +293,7 @@ BYTES = {
     "image_tokenizer/modeling_magvitv2.py": "1d8a85c1c00e76bb",
     "manifest.sha256.json": "7dee373074d5141c",
     "model.safetensors": "89a92f3dbea3774c",
-    "modeling_mmada.py": "d2166080516b06e3",
+    "modeling_mmada.py": "aa54df33b7603ccd",
 }
 
 

@@ -164,3 +164,41 @@ def test_a_tokenizer_with_gaps(folder, tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="gaps"):
         TextTokenizer.load(folder / "tokenizer.json", {"bos": 1, "eos": 2, "mask": 0})
+
+
+@pytest.mark.parametrize(
+    ("controls", "problem"),
+    [
+        ({"bos": 1, "eos": 1, "mask": 0}, "bos_token_id and eos_token_id of config.json are both 1"),
+        ({"bos": 1, "eos": 2, "mask": 40}, "is a part of texts"),
+        ({"bos": 1, "eos": 2}, "mask_token_id is None"),
+    ],
+)
+def test_control_ids_that_cannot_be(folder, controls, problem):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    token = next(token for token, i in values["model"]["vocab"].items() if i == 40)
+    values["model"]["merges"].append([token, token])
+    values["model"]["vocab"][token * 2] = TEXT
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=problem):
+        TextTokenizer.load(folder / "tokenizer.json", controls)
+
+
+def test_a_string_of_ours_with_another_id_is_a_contradiction(folder):
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([CONTROL["eos"]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match=f"as {TEXT}, but eos_token_id of config.json is 2"):
+        TextTokenizer.load(folder / "tokenizer.json", {"bos": 1, "eos": 2, "mask": 0})
+
+
+def test_files_about_the_tokenizer_stay_if_no_token_was_renamed(folder, tmp_path):
+    values = json.loads((folder / "tokenizer.json").read_text())
+    text = json.dumps(values).replace("[HIDDEN]", CONTROL["mask"]).replace('"<s>"', f'"{CONTROL["bos"]}"')
+    text = text.replace('"</s>"', f'"{CONTROL["eos"]}"')
+    (folder / "tokenizer.json").write_text(text)
+    assert (
+        call("from-torch", "--src", folder, "--dst", tmp_path / "ours", "--add-image-vocab", "64") is None
+    )
+    assert (tmp_path / "ours" / "tokenizer_config.json").is_file()
+    assert open_folder(tmp_path / "ours").tokenizer().vocab(64).mask == 0

@@ -109,7 +109,7 @@ def test_config_from_hf():
     [
         ("alibi", True), ("rope", False), ("include_bias", True), ("include_qkv_bias", True),
         ("bias_for_layer_norm", True), ("block_type", "sequential"), ("activation_type", "swiglu"),
-        ("layer_norm_type", "default"), ("weight_tying", True), ("scale_logits", True),
+        ("layer_norm_type", "default"), ("scale_logits", True),
         ("input_emb_norm", True), ("attention_layer_norm", True), ("block_group_size", 4),
     ],
 )  # fmt: skip

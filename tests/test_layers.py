@@ -133,7 +133,7 @@ def test_libraries_stay_where_they_belong(module):
                 "data.digits",
                 "measure.digits",
                 "measure.own",
-                "train.rl.rewards.functions",
+                "train.rl.rewards.pictures",
             ), where
             assert in_function, f"{where} outside of a function"
         if library in ("math_verify", "reasoning_gym"):

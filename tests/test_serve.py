@@ -57,6 +57,7 @@ def test_several_answers_by_seeds(client, model):
         rows, max_new=8, block=4, temperature=1.0, seed=[5, 6, 7], stop=model.vocab.end_turn
     )
     assert [choice.message.content for choice in reply.choices] == [text.text for text in want]
+    assert reply.usage.prompt_tokens == model.text_job(ASK[0]["content"], max_new=8).start_B[0]
 
 
 @pytest.mark.parametrize("mode", ["block_append", "denoise"])
@@ -106,6 +107,7 @@ def replies_to(model, text, stops=(), size=3):
             "sieben: \u00e4\u00f6\u00fc \u4e03 \U0001f600",
         ),
         ("<think>never ends", "never ends", ""),
+        ("a \u3000b", "", "a \u3000b"),
     ],
 )
 def test_what_was_told_is_never_taken_back(model, text, thought, answer, size):
@@ -147,7 +149,9 @@ def test_a_picture_in(client, model, picture):
     reply = chat(client, [{"role": "user", "content": parts}])
     want = model.answer(picture, "which digit?", max_new=8, block=4, stop=model.vocab.end_turn)
     assert reply.choices[0].message.content == want.text
-    assert reply.usage.prompt_tokens > model.n_image
+    details = reply.usage.model_extra["input_tokens_details"]
+    assert details["image_tokens"] == model.n_image
+    assert details["text_tokens"] + model.n_image == reply.usage.prompt_tokens
 
 
 def test_pictures_out(client, model):
@@ -160,14 +164,15 @@ def test_pictures_out(client, model):
     assert made.usage.model_extra["nfe"] == 6
 
 
-@pytest.mark.parametrize(("more", "partial"), [({"partial_images": 1}, 1), ({"stream_mode": "denoise"}, 2)])
+@pytest.mark.parametrize(("more", "partial"), [({"partial_images": 2}, 2), ({"stream_mode": "denoise"}, 5)])
 def test_pictures_as_they_are_drawn(client, model, more, partial):
-    events = list(
-        client.images.generate(prompt="a seven", stream=True, extra_body=FAST | {"seed": 3} | more)
-    )
+    six = FAST | {"seed": 3, "steps": 6}
+    events = list(client.images.generate(prompt="a seven", stream=True, extra_body=six | more))
+    assert [event.partial_image_index for event in events[:-1]] == list(range(partial))
+    assert events[-1].usage.output_tokens == model.n_image
     kinds = [event.type for event in events]
     assert kinds == ["image_generation.partial_image"] * partial + ["image_generation.completed"]
-    want = np.asarray(model.draw("a seven", seed=[3], **FAST).image)
+    want = np.asarray(model.draw("a seven", seed=[3], steps=6, guidance=1.0).image)
     np.testing.assert_array_equal(opened(events[-1].b64_json), want)
     assert (opened(events[0].b64_json) == 128).any()  # what is hidden is grey
 
@@ -184,6 +189,12 @@ def test_edits(client, model, picture):
             extra_body=FAST | {"seed": 3},
         )  # fmt: skip
         np.testing.assert_array_equal(opened(made.data[0].b64_json), want)
+    made = client.images.edit(  # a prompt that looks like a number is a text
+        image=("a.png", png_of(picture)), mask=("m.png", png_of(white)), prompt="7",
+        extra_body=FAST | {"seed": 3},
+    )  # fmt: skip
+    seven = np.asarray(model.inpaint(picture, mask, "7", seed=[3], **FAST).image)
+    np.testing.assert_array_equal(opened(made.data[0].b64_json), seven)
     made = client.images.edit(
         image=("a.png", png_of(picture)), prompt="a five", extra_body=FAST | {"seed": 3, "extend": "right"}
     )

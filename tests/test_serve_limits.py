@@ -65,6 +65,19 @@ def test_errors_have_the_shape_of_openais(client, picture, monkeypatch):
         ({"modalities": ["image"], "messages": with_url(data)}, 400, "messages", "can't be given"),
         ({"modalities": ["image"], "stream": True}, 400, "stream", "denoise"),
         ({"modalities": ["audio"]}, 400, "modalities", "audio"),
+        ({"modalities": ["text", "image"], "extra_body": {"decode": "cached"}}, 400, None, "exact or fast"),
+        ({"modalities": ["image"], "extra_body": {"steps": 33}}, 400, "steps", "has 32 tokens"),
+        ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
+        ({"stop": "a" * 300}, 400, "stop", "256 characters"),
+        ({"extra_body": {"block_length": 3}}, 400, "block_length", "power of two"),
+        ({"extra_body": {"top_p": True}}, 400, "top_p", "not supported"),
+        ({"stream_options": {"include_usage": "no"}}, 400, "stream_options", "of type bool"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 5000}]},
+            400,
+            None,
+            "5000 characters; at most 4096",
+        ),
     )
     for fields, status, param, text in cases:
         with pytest.raises(openai.APIStatusError) as caught:
@@ -80,6 +93,9 @@ def test_errors_have_the_shape_of_openais(client, picture, monkeypatch):
         client.images.edit(image=("a.png", png_of(picture)), prompt="a five")
     with pytest.raises(openai.BadRequestError, match="cannot identify"):
         client.images.edit(image=("a.png", b"none"), mask=("b.png", b"none"), prompt="a five")
+    twice = [("a.png", png_of(picture)), ("b.png", png_of(picture))]
+    with pytest.raises(openai.BadRequestError, match="image is there twice"):
+        client.images.edit(image=twice, prompt="a five", extra_body={"extend": "up"})
     with pytest.raises(openai.NotFoundError, match="no such path"):
         client.embeddings.create(model="digits", input="x")
 
@@ -102,6 +118,7 @@ def test_bodies_are_bounded_and_must_be_json(served):
         (b"{", 400, "no JSON"),
         (b"[1]", 400, "JSON object"),
         (b"[" * 100_000, 400, "no JSON"),
+        (b'{"messages": [], "stream_options": ' + b'{"a": ' * 600 + b"1" + b"}" * 601, 400, ""),
         (b"x" * (1 << 20 | 1), 413, "too large"),
         ((b"x" * (1 << 16) for _ in range(40)), 413, "too large"),  # in chunks, its length isn't said
     ):
@@ -148,16 +165,20 @@ def wait_for(condition, seconds=10):
         time.sleep(0.02)
 
 
-def test_who_hangs_up_gives_the_slot_back(client, served, slow):
+def test_who_hangs_up_gives_the_slot_back(client, served, slow, monkeypatch):
     engine, stream = served[0].engine, chat(client, **LONG)
     next(iter(stream))
     wait_for(lambda: engine.live == 1)
+    [ticket] = [ticket for lane in engine._lanes.values() for ticket in lane.tickets if ticket]
     stream.close()
     wait_for(lambda: engine.live == 0, 3)
+    assert (ticket.state, ticket.steps < 64) == ("cancelled", True)
     # The same without a stream, where nothing is written that could fail.
+    monkeypatch.setattr(served[0].engine, "_advance", lambda lane: time.sleep(0.02))  # it never ends
     with pytest.raises(openai.APITimeoutError):
         chat(client.with_options(timeout=0.4), max_tokens=64, extra_body={"block_length": 1, "seed": 1})
     wait_for(lambda: engine.live == 0, 3)
+    monkeypatch.undo()
     assert chat(client).choices
 
 
@@ -220,6 +241,28 @@ def test_what_the_engine_cannot_is_a_server_error(served, monkeypatch):
     status, error, _ = post(f"{served[1]}/v1/chat/completions", body)
     assert status == 500
     assert "secret" not in json.dumps(error)
+
+
+def test_an_engine_that_stumbles_tells_all_who_wait(client, served, monkeypatch):
+    seat, broken = served[0].engine._seat, []
+
+    def stumble():
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("a defect")
+        return seat()
+
+    monkeypatch.setattr(served[0].engine, "_seat", stumble)
+    with pytest.raises(openai.InternalServerError):
+        chat(client)
+    assert chat(client).choices  # it goes on with the next one
+
+
+def test_a_model_and_an_adapter_need_two_names(model):
+    from mmada_jax.serve.endpoint import Endpoint
+
+    with pytest.raises(ValueError, match="both called 'german'"):
+        Endpoint(dataclasses.replace(model, adapters={"german": None}), "german")
 
 
 @pytest.mark.slow

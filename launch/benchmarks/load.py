@@ -97,9 +97,10 @@ def _load(address, args, pid):
     began = time.monotonic()
     run(args.seconds, "loading")
     spent = time.monotonic() - began
-    early, late = memory[: len(memory) // 4], memory[-len(memory) // 4 :]
+    quarter = max(1, len(memory) // 4)
+    early, late = memory[:quarter], memory[-quarter:]
     return {
-        "clients": args.clients, "seconds": spent, "errors": errors, "devices": os.cpu_count(),
+        "clients": args.clients, "seconds": spent, "errors": errors, "cores": os.cpu_count(),
         "requests": {
             kind: {
                 "count": len(times), "p50": statistics.median(times),
@@ -122,7 +123,7 @@ def _resident(pid):
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
-    lines = [f"{report['clients']} clients for {report['seconds']:.0f} s on {report['devices']} cores",
+    lines = [f"{report['clients']} clients for {report['seconds']:.0f} s on {report['cores']} cores",
              f"{'':12}{'count':>8}{'p50 s':>8}{'p99 s':>8}"]  # fmt: skip
     for kind, of in report["requests"].items():
         lines.append(f"{kind:12}{of['count']:8}{of['p50']:8.2f}{of['p99']:8.2f}")

@@ -53,6 +53,13 @@ class Shape(NamedTuple):
     adapted: bool = False
 
 
+def sizes(most: int, parts: int) -> list[int]:
+    """The numbers of slots that lanes have: few of them, since each is compiled by itself, and not too few,
+    since steps compute empty slots too."""
+    sizes = [parts * 2**n for n in range(20) if parts * 2**n < most]
+    return [*sizes, most]
+
+
 def empty(shape: Shape, slots: int, places: int, other: bool = False) -> Slots:
     """Slots without a row, on the mesh; with `other` for rows that bring an unconditional row along."""
     rows = Placed(

@@ -6,6 +6,7 @@
 The second is the harness's own command line, which knows the model "mmada" by this module.
 """
 
+import collections
 import contextlib
 import functools
 import hashlib
@@ -74,7 +75,7 @@ class HarnessModel(TemplateLM):
 
     path         the folder of the model, or the model itself
     preset       one of PRESETS: `max_new` and `block` for tasks that say nothing themselves
-    max_new, block, steps, decode   how text is generated; a task's own max_gen_toks goes first
+    max_new, block, steps, decode   how text is generated; a max_new goes before a task's max_gen_toks
     draws        of the likelihood's bound; single tokens are exact
     greedy       whether `is_greedy` of a likelihood is looked up, by decoding; False says it never is
     batch_size   rows at a time
@@ -103,7 +104,8 @@ class HarnessModel(TemplateLM):
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; known: {', '.join(PRESETS)}")
         self.model = MMaDA.load(path) if isinstance(path, str | pathlib.Path) else path
-        self._max_new, self._block = max_new or PRESETS[preset][0], block or PRESETS[preset][1]
+        self._max_new, self._most = max_new, PRESETS[preset][0]
+        self._block = block or PRESETS[preset][1]
         self._steps, self._decode, self._draws, self._greedy = steps, decode, draws, greedy
         self._seed, parts = seed, sharding.row_parts(self.model.mesh)
         rows = 16 if batch_size == "auto" else int(batch_size)
@@ -133,12 +135,20 @@ class HarnessModel(TemplateLM):
         """The ids of a text. In one that `apply_chat_template` has made, control tokens are control tokens;
         in any other, and in what follows it, they are text."""
         del add_special_tokens
-        made = next((text for text in self._rendered if string.startswith(text)), None)
+        made = string if string in self._rendered else None
+        if made is None:
+            begun = [text for text in self._rendered if string.startswith(text)]
+            made = max(begun, key=len, default=None)
         if made is None:
             return self.model.tokenizer.encode(string)
-        return self.model.tokenizer.encode(self._rendered[made]) + self.model.tokenizer.encode(
-            string.removeprefix(made)
-        )
+        rest = self.model.tokenizer.encode(string.removeprefix(made))
+        return self.model.tokenizer.encode(self._rendered[made]) + rest
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """A conversation ends where its answer begins; of plain text the harness has its own way."""
+        if context in self._rendered:
+            return self.tok_encode(context), self.model.tokenizer.encode(continuation)
+        return super()._encode_pair(context, continuation)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's source, which the harness keeps with its results."""
@@ -160,8 +170,11 @@ class HarnessModel(TemplateLM):
         """The answers to contexts, each cut off before the first of its `until`. All wait in the engine at
         once, and each is kept as soon as it is there."""
         del disable_tqdm
-        asked = [(request.args[0], _settings(request.args[1])) for request in requests]
-        keys = [self._key("generate", *one) for one in asked]
+        asked = [(request.args[0], self._settled(request.args[1])) for request in requests]
+        # Which of several equal requests it is: those that sample get answers of their own.
+        times = collections.Counter()
+        turns = [(times.update([str(one)]), times[str(one)] - 1)[1] for one in asked]
+        keys = [self._key("generate", *one, turn) for one, turn in zip(asked, turns, strict=True)]
         left = [i for i, key in enumerate(keys) if self._answers.get(key) is None]
         with progress("generating", len(left), "it") as bar:
 
@@ -175,18 +188,19 @@ class HarnessModel(TemplateLM):
             tickets = []
             for i in left:
                 job = self._job(*asked[i])
-                tickets += engine.submit(job, self._seed, at_end=functools.partial(keep, i))
+                named = {"at_end": functools.partial(keep, i), "adapter": self.model.adapter}
+                tickets += engine.submit(job, self._seed + turns[i], **named)
             for ticket in tickets:
                 ticket.result()
         return [self._answers.get(key) for key in keys]
 
     def _job(self, context, settings):
-        new = settings.get("max_gen_toks", self._max_new)
+        new = settings["max_new"]
         # As in the harness's other models: what doesn't fit is cut off at the left.
         ids = self.tok_encode(context)[-max(1, self.model.config.max_len - new) :]
         return self.model.text_job(
             np.array(ids), max_new=new, block=min(self._block, new), steps=self._steps,
-            decode=self._decode, temperature=settings.get("temperature", 0.0),
+            decode=self._decode, temperature=settings["temperature"],
             stop=self.model.vocab.end_turn,
         )  # fmt: skip
 
@@ -211,7 +225,7 @@ class HarnessModel(TemplateLM):
         tickets = []
         for context, more in pairs:
             job = self.model.text_job(np.array(context), max_new=len(more), block=len(more))
-            tickets += engine.submit(job, self._seed)
+            tickets += engine.submit(job, self._seed, adapter=self.model.adapter)
         spans = [ticket.result() for ticket in tickets]
         return [list(x) == list(pair.continuation) for x, pair in zip(spans, pairs, strict=True)]
 
@@ -230,18 +244,18 @@ class HarnessModel(TemplateLM):
         """A context whose beginning is left out where all of it doesn't fit."""
         return context[-max(1, self.model.config.max_len - len(more)) :]
 
+    def _settled(self, given: dict[str, Any]) -> dict[str, Any]:
+        """How a request is generated, by its own settings and those of this object."""
+        until = given.get("until") or []
+        sampled = given.get("do_sample") and given.get("temperature")
+        return {
+            "until": [until] if isinstance(until, str) else list(until),
+            "max_new": self._max_new or int(given.get("max_gen_toks") or self._most),
+            "temperature": float(sampled) if sampled else 0.0,
+        }
+
     def _key(self, kind, *asked):
         return self._answers.key(kind, self._settings, asked)
-
-
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    until = given.get("until") or []
-    settings = {"until": [until] if isinstance(until, str) else list(until)}
-    if "max_gen_toks" in given:
-        settings["max_gen_toks"] = int(given["max_gen_toks"])
-    if given.get("do_sample") and given.get("temperature"):
-        settings["temperature"] = float(given["temperature"])
-    return settings
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

@@ -120,18 +120,19 @@ def _scores(model: MMaDA, batch: list[_Row], rows: int) -> np.ndarray:
         stack("hidden_L", False),
     )
     with jax.set_mesh(model.mesh):
-        score = _scorer(model.mesh, model.config)
-        sums_B = score(model.params, *(sharding.put_batch(model.mesh, x) for x in arrays))
+        params = model.all_params
+        score = _scorer(model.mesh, model.config, "lora" in params)
+        sums_B = score(params, *(sharding.put_batch(model.mesh, x) for x in arrays))
     return np.asarray(sums_B)[: len(batch)]
 
 
 @functools.cache
-def _scorer(mesh, config):
+def _scorer(mesh, config, adapted):
     def score(params, seen_BL, valid_BL, tokens_BL, hidden_BL):
         h_BLD = transformer.hidden_states(params, config, seen_BL, valid_BL)
         logp_BL = loss.token_log_probs(h_BLD, transformer.head(params), tokens_BL, hidden_BL, CHUNK)
         return logp_BL.sum(axis=1)
 
     rows = sharding.batch_sharding(mesh)
-    places = decode.param_shardings(mesh, config)
+    places = decode.param_shardings(mesh, config, adapted)
     return sharding.jit(mesh, score, (places, rows, rows, rows, rows), sharding.replicated(mesh))

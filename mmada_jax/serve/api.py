@@ -243,6 +243,11 @@ class MMaDA(Model):
                 object.__setattr__(self, "_engine", made)
         return vars(self)["_engine"]
 
+    @property
+    def all_params(self) -> Any:
+        """The params, and beside them the adapter that takes part."""
+        return self.params | ({"lora": self.adapters[self.adapter]} if self.adapter else {})
+
     def run(self, job: Job, seed: Seed = 0) -> list[np.ndarray]:
         """Fills the spans of a job; the ids of each."""
         return self.engine.run(job, seed, adapter=self.adapter)
@@ -251,8 +256,7 @@ class MMaDA(Model):
         """Fills the spans of several jobs with the same rows in the same steps; the ids of each job's.
 
         All rows are decoded at once, not by the engine."""
-        params = self.params | ({"lora": self.adapters[self.adapter]} if self.adapter else {})
-        return decode.run_spans(params, self.config, self.vocab, self.mesh, jobs, seed)
+        return decode.run_spans(self.all_params, self.config, self.vocab, self.mesh, jobs, seed)
 
     def complete(self, job: Job, seed: Seed = 0) -> Any:
         """Fills the spans of a job; what they say or show, see `results`."""

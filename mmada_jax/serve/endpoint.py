@@ -2,8 +2,8 @@
 
     app = Endpoint(model).app            # for uvicorn; `mmada serve` runs it
 
-The event loop only waits and writes. Jobs are made and pictures are encoded in threads of their own, and
-the engine decodes in its thread. Who hangs up gives the slots back.
+The event loop reads, waits and writes. Jobs are made and pictures are encoded and decoded in threads of
+their own, and the engine decodes in its thread. Who hangs up gives the slots back.
 """
 
 import asyncio
@@ -80,7 +80,7 @@ class Watched:
         finally:
             for ticket in self.tickets:
                 ticket.cancel()
-                self._meters.count(ticket)
+                self._meters.count(ticket, ticket.number in self._dropped)
 
     async def result(self, request: Request) -> list[np.ndarray]:
         """The ids of all spans."""
@@ -98,12 +98,14 @@ class Endpoint:
     """A model as a service. `names` are the ids of the models that clients name, each with its adapter."""
 
     def __init__(self, model: MMaDA, name: str = "mmada", limits: Limits | None = None):
-        self.model, self.started = model, int(time.time())
+        self.model, self.name, self.started = model, name, int(time.time())
         self.limits = limits = limits or Limits()
+        if name in model.adapters:
+            raise ValueError(f"the model and an adapter are both called {name!r}; give one another name")
         self.names = {name: "", **{adapter: adapter for adapter in model.adapters}}
         self.engine = Engine(model, slots=limits.slots, queue=limits.queue)
         self.meters = Meters(self.engine)
-        self.pool = concurrent.futures.ThreadPoolExecutor(2, "requests")
+        self.pool, self._preparing = concurrent.futures.ThreadPoolExecutor(2, "requests"), 0
         self.app = FastAPI(title="mmada_jax", docs_url=None, redoc_url=None, lifespan=self._lifespan)
         self.app.add_middleware(Guarded, limits=limits)
         for kind in (RefusedError, ValueError, FullError, TimeoutError, Exception):
@@ -150,14 +152,14 @@ class Endpoint:
         return {"id": name, "object": "model", "created": self.started, "owned_by": "mmada_jax"}
 
     def _adapter(self, name: str) -> str:
-        if name and name not in self.names:
+        if name not in self.names:
             raise RefusedError(
                 f"there is no model {name!r}; known: {', '.join(self.names)}",
                 404,
                 "model_not_found",
                 "model",
             )
-        return self.names[name] if name else ""
+        return self.names[name]
 
     # ---- Chat -----------------------------------------------------------------------------------
 
@@ -165,11 +167,11 @@ class Endpoint:
         """POST /v1/chat/completions."""
         body = await json_of(request)
         asked = requests.read(requests.Chat, body, leave=("messages",))
-        of, adapter = requests.conversation(body.get("messages")), self._adapter(asked.model)
+        of, adapter = requests.conversation(body.get("messages")), self._adapter(asked.model or self.name)
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": asked.model or next(iter(self.names)),
+            "model": asked.model or self.name,
         }
         if "image" in asked.modalities:
             return await self._chat_of_images(request, asked, of, adapter, head)
@@ -177,18 +179,22 @@ class Endpoint:
         every = {"every": "step" if asked.stream_mode == "denoise" else "block"} if asked.stream else {}
         watched = self._submit(job, asked, adapter, **every)
         replies = [TextReply(self.model, asked.stop) for _ in job.length_B]
+        n_image = 0 if of.picture is None else self.model.n_image
+
+        def told():
+            return usage([job], watched.tickets, sum(reply.tokens for reply in replies), n_image)
+
         if asked.stream:
-            return _stream(self._chat_events(request, asked, watched, replies, head))
+            return _stream(self._chat_events(request, asked, watched, replies, head, told))
         for number, ids in enumerate(await watched.result(request)):
             replies[number].take(ids, final=True)
         choices = [
             {"index": i, "message": reply.message(), "finish_reason": reply.finish, "logprobs": None}
             for i, reply in enumerate(replies)
         ]
-        told = usage([job], watched.tickets, sum(reply.tokens for reply in replies))
-        return JSONResponse({"object": "chat.completion", **head, "choices": choices, "usage": told})
+        return JSONResponse({"object": "chat.completion", **head, "choices": choices, "usage": told()})
 
-    async def _chat_events(self, request, asked, watched, replies, head):
+    async def _chat_events(self, request, asked, watched, replies, head, told):
         """The chunks of a stream: stable text as it comes, and with `denoise` the whole canvas after every
         step."""
         chunk = {"object": "chat.completion.chunk", **head}
@@ -212,9 +218,8 @@ class Endpoint:
             if reply.finish:
                 watched.drop(number)  # its end is there; what follows isn't wanted
                 yield choice(number, {}, reply.finish)
-        if asked.stream_options.get("include_usage"):
-            tokens = sum(reply.tokens for reply in replies)
-            yield chunk | {"choices": [], "usage": usage([watched.job], watched.tickets, tokens)}
+        if asked.stream_options.include_usage:
+            yield chunk | {"choices": [], "usage": told()}
 
     async def _chat_of_images(self, request, asked, of, adapter, head):
         """A drawing of what the last turn says; with the modality `text` too, after a thought about it."""
@@ -227,7 +232,8 @@ class Endpoint:
             raise RefusedError("a picture can't be given where one is drawn", param="messages")
         make = requests.thought_job if "text" in asked.modalities else requests.draw_job
         job = await self._in_thread(make, self.model, asked, of)
-        events = self._images_of(request, asked, adapter, job)
+        watched = self._submit(job, asked, adapter, **({"every": "step"} if asked.stream else {}))
+        events = self._images_of(request, asked, adapter, watched)
         if asked.stream:
             base = {"object": "chat.completion.chunk", **head}
             return _stream(base | event async for event in events)
@@ -239,9 +245,10 @@ class Endpoint:
             choice["message"] = choice.pop("delta")
         return JSONResponse({"object": "chat.completion", **head, "choices": choices, "usage": told})
 
-    async def _images_of(self, request, asked, adapter, job):
-        """Snapshots of thoughts and drawings, if they are streamed, and at the end the whole messages."""
-        every, jobs, tickets = {"every": "step"} if asked.stream else {}, [job], []
+    async def _images_of(self, request, asked, adapter, watched):
+        """Snapshots of thoughts and drawings, if they are streamed, and at the end the whole messages.
+        `watched` are the thoughts, or the drawings if there are none."""
+        job, jobs, tickets = watched.job, [watched.job], []
 
         def snapshot(number, canvas):
             empty = {"index": number, "delta": {}, "finish_reason": None, "logprobs": None}
@@ -249,7 +256,6 @@ class Endpoint:
 
         thoughts = [None] * len(job.length_B)
         if job.rule.modality == "text":
-            watched = self._submit(job, asked, adapter, **every)
             async for number, ids, _ in watched.news(request):
                 if asked.stream:
                     yield snapshot(number, self._canvas(job, ids))
@@ -257,7 +263,7 @@ class Endpoint:
             thoughts = [self.model.read(ticket.ids) for ticket in watched.tickets]
             rule = requests.drawing_rule(self.model, asked)
             jobs.append(await self._in_thread(self.model.drawing_job, job, thoughts, rule))
-        watched = self._submit(jobs[-1], asked, adapter, **every)
+            watched = self._submit(jobs[-1], asked, adapter, **({"every": "step"} if asked.stream else {}))
         async for number, ids, _ in watched.news(request):
             if asked.stream:
                 yield snapshot(number, {"image": await self._in_thread(self._url, ids)})
@@ -295,11 +301,11 @@ class Endpoint:
         """POST /v1/images/edits, a form with the files `image` and `mask`."""
         files, body = {}, {}
         async with self._form(request) as form:
-            for key, value in form.items():
-                if isinstance(value, UploadFile):
-                    files[key.removesuffix("[]")] = await value.read()
-                else:
-                    body[key] = value_of(value)
+            for key, value in form.multi_items():
+                key, to = key.removesuffix("[]"), files if isinstance(value, UploadFile) else body
+                if key in to:
+                    raise RefusedError(f"{key} is there twice; one is taken", param=key)
+                to[key] = await value.read() if to is files else value_of(key, value)
         if unknown := files.keys() - {"image", "mask"}:
             raise RefusedError(f"unknown file {min(unknown)!r}; known: image, mask", param=min(unknown))
         asked = requests.read(requests.Images, body)
@@ -326,9 +332,11 @@ class Endpoint:
 
     async def _draw(self, request, asked, drawn, event):
         every = {"every": "step"} if asked.stream else {}
-        watched = self._submit(drawn.job, asked, self._adapter(asked.model), **every)
+        watched = self._submit(drawn.job, asked, self._adapter(asked.model or self.name), **every)
         tokens = int(drawn.job.length_B.sum())
-        about = {"size": "{1}x{0}".format(*self.model.image_size), "output_format": "png"}
+        about = {"output_format": "png"}
+        if drawn.join is None:  # an extended picture is larger
+            about["size"] = "{1}x{0}".format(*self.model.image_size)
         about |= {"quality": "auto", "background": "opaque", "created_at": int(time.time())}
         if asked.stream:
             return _stream(self._draw_events(request, asked, watched, drawn.join, event, about, tokens))
@@ -349,7 +357,7 @@ class Endpoint:
         steps = watched.job.rule.steps
         wanted = steps if asked.stream_mode == "denoise" else asked.partial_images or 0
         marks = {math.ceil(steps * (i + 1) / (wanted + 1)) for i in range(wanted)}
-        seen = [0] * len(watched.tickets)
+        seen, shown = [0] * len(watched.tickets), [0] * len(watched.tickets)
         async for number, ids, _ in watched.news(request):
             seen[number] += 1
             hidden = bool((ids == self.model.vocab.mask).any())
@@ -357,12 +365,15 @@ class Endpoint:
                 [picture] = await self._in_thread(self._pictures, [ids])
                 yield about | {
                     "type": f"{event}.partial_image", "b64_json": picture, "index": number,
-                    "partial_image_index": seen[number] - 1,
+                    "partial_image_index": shown[number],
                 }  # fmt: skip
+                shown[number] += 1
         pictures = await self._in_thread(self._pictures, [x.ids for x in watched.tickets], join)
         for number, picture in enumerate(pictures):
             made = {"type": f"{event}.completed", "b64_json": picture, "index": number}
-            yield about | made | {"usage": usage([watched.job], watched.tickets, tokens)}
+            last = number == len(pictures) - 1  # the usage is that of all of them
+            told = {"usage": usage([watched.job], watched.tickets, tokens)} if last else {}
+            yield about | made | told
 
     def _pictures(self, spans, join=None):
         """The PNGs of codes, in base64. With `join` the codes are a part of the picture."""
@@ -379,7 +390,13 @@ class Endpoint:
         return Watched(self.engine, self.meters, job, asked.seeds, **named)
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+        if self._preparing >= self.limits.queue:
+            raise FullError(f"{self._preparing} requests wait to be read; come again later")
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+        finally:
+            self._preparing -= 1
 
     async def _error_of(self, what: str, status: int, request: Request, problem: Exception) -> Response:
         del problem

@@ -65,9 +65,8 @@ class Engine:
             )
         if queue < 1:
             raise ValueError(f"queue is {queue}; it must be at least 1")
-        # The four fields alone: a model that keeps its engine is freed as soon as nobody holds it.
-        of_model = {name: getattr(model, name) for name in ("params", "config", "vocab", "mesh")}
-        self.model = types.SimpleNamespace(**of_model)
+        # Some fields alone: a model that keeps its engine is freed as soon as nobody holds it.
+        self.model = types.SimpleNamespace(config=model.config, vocab=model.vocab, mesh=model.mesh)
         self._params = {"": model.params} | {
             name: {**model.params, "lora": of} for name, of in getattr(model, "adapters", {}).items()
         }
@@ -227,7 +226,13 @@ class Engine:
 
     def _work(self):
         while True:
-            busy = self.turn()
+            try:
+                busy = self.turn()
+            except Exception as error:  # whatever it is, nobody may wait for ever
+                busy = False
+                for ticket in self._all():
+                    self._end(ticket, "failed", error)
+                self._lanes.clear()
             with self._lock:
                 if not busy and not self._waiting:
                     if not self.threaded:
@@ -245,6 +250,9 @@ class Engine:
         rule.check_length(job.length)
         placed, limit = decode.rows_of(job, seed), model.config.max_len
         rows, keys = [], self._keys
+        if len(keys) > slots.COMPILED:  # they would grow with all that is ever asked
+            keys.clear()
+            self._compiled.clear()
         for i, length in enumerate(job.length_B):
             one = jax.tree.map(lambda x, i=i: x[i : i + 1], placed)
             places, longest = one.tokens_BL.shape[1], job.length
@@ -327,7 +335,7 @@ class Engine:
 
     def _size(self, lane, wanted):
         """The number of slots for so many rows."""
-        now, sizes = len(lane.tickets), _sizes(self.slots, self._parts)
+        now, sizes = len(lane.tickets), slots.sizes(self.slots, self._parts)
         of_row = self._bytes_of(lane.key)
         if of_row and self.memory is not None:
             others = [other for other in self._lanes.values() if other is not lane]
@@ -426,22 +434,17 @@ class Engine:
                 if ticket.at_end:
                     ticket.at_end(ticket)
 
-    def _end_late(self):
-        now = time.monotonic()
+    def _all(self):
         seated = [ticket for lane in self._lanes.values() for ticket in lane.tickets if ticket]
         with self._lock:
-            tickets = [*self._waiting, *seated]
-        for ticket in tickets:
+            return [*self._waiting, *seated]
+
+    def _end_late(self):
+        now = time.monotonic()
+        for ticket in self._all():
             if ticket.deadline is not None and now > ticket.deadline and not ticket.over:
                 spent, limit = now - ticket.submitted, ticket.deadline - ticket.submitted
                 message = (
                     f"the request took {spent:.1f} s, its limit is {limit:.1f} s ({ticket.steps} steps)"
                 )
                 self._end(ticket, "late", TimeoutError(message))
-
-
-def _sizes(most: int, parts: int) -> list[int]:
-    """The numbers of slots that lanes have: few of them, since each is compiled by itself, and not too few,
-    since steps compute empty slots too."""
-    sizes = [parts * 2**n for n in range(20) if parts * 2**n < most]
-    return [*sizes, most]

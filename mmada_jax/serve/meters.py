@@ -45,12 +45,13 @@ class Meters:
         )
         self._ended, self._spent = 0, 0.0
 
-    def count(self, ticket: Ticket) -> None:
-        """Counts a row that has ended."""
-        self._rows.labels(ticket.state).inc()
+    def count(self, ticket: Ticket, enough: bool = False) -> None:
+        """Counts a row that has ended; `enough` if it was given up since all that was wanted is known."""
+        outcome = "done" if enough else ticket.state
+        self._rows.labels(outcome).inc()
         if ticket.first is not None:
             self._first.observe(ticket.first)
-        if ticket.state == "done":
+        if outcome == "done":
             self._seconds.observe(ticket.ended)
             self._steps.observe(ticket.steps)
             self._ended, self._spent = self._ended + 1, self._spent + ticket.ended - ticket.begun

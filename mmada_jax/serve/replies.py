@@ -60,7 +60,7 @@ class TextReply:
 
     def _split(self, text: str, done: bool) -> tuple[str, str]:
         if not done:
-            text = text.rstrip("\ufffd")  # the rest of a character is still hidden
+            text = text.rstrip("\ufffd").rstrip()  # the rest of a character is still hidden
             if THINK.startswith(text):
                 return "", ""
         if not text.startswith(THINK):
@@ -78,18 +78,20 @@ class TextReply:
 
 def _without_part(text: str, stops: tuple[str, ...]) -> str:
     """A text without an end that may be the beginning of one of these."""
-    most = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - most]
+    lengths = (
+        n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+    )
+    return text[: len(text) - max(lengths, default=0)]
 
 
-def usage(jobs: list[Job], tickets: list[Ticket], completion: int) -> dict[str, Any]:
+def usage(jobs: list[Job], tickets: list[Ticket], completion: int, n_image: int = 0) -> dict[str, Any]:
     """The tokens of a request, under the names of both of OpenAI's APIs; `nfe` are the forward passes of
-    all its rows."""
-    prompt = int(jobs[0].rows.valid.sum() - jobs[0].length_B.sum())
+    all its rows. The prompt counts once, however many answers it has; `n_image` of it are a picture's."""
+    prompt = int(jobs[0].rows.valid[0].sum() - jobs[0].length_B[0])
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
         "input_tokens": prompt, "output_tokens": completion, "nfe": sum(ticket.steps for ticket in tickets),
-        "input_tokens_details": {"text_tokens": prompt, "image_tokens": 0},
+        "input_tokens_details": {"text_tokens": prompt - n_image, "image_tokens": n_image},
     }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ UNUSED = (
 )  # fmt: skip
 # Fields of OpenAI's that would change the answer and can't: only these values, or none, are taken.
 NEUTRAL = {
-    "top_p": (1, 1.0), "presence_penalty": (0,), "frequency_penalty": (0,), "logprobs": (False,),
+    "top_p": (1, 1.0), "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "logprobs": (False,),
     "logit_bias": ({},), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
     "response_format": ({"type": "text"}, "b64_json"), "output_format": ("png",),
     "output_compression": (100,), "quality": ("auto", "standard"), "parallel_tool_calls": (True, False),
@@ -69,6 +69,14 @@ class Decoding(Ranged):
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # has no effect: nothing is padded here
+
+
+@dataclasses.dataclass(frozen=True)
 class Chat(Decoding):
     """A request for chat completions, but for its messages."""
 
@@ -78,7 +86,15 @@ class Chat(Decoding):
     think: bool = False
     stop: tuple[str, ...] = ()
     modalities: tuple[Literal["text", "image"], ...] = ("text",)
-    stream_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stream_options: StreamOptions = dataclasses.field(default_factory=lambda: StreamOptions())
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.stop) > 4 or any(len(stop) > 256 for stop in self.stop):
+            raise ValueError("stop has too many texts or a long one; at most 4 of 256 characters are taken")
+        length = self.block_length
+        if length is not None and length & (length - 1):  # each length is compiled by itself
+            raise ValueError(f"block_length is {length}; it must be a power of two")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +132,8 @@ def read(kind: type, body: Any, leave: Sequence[str] = ()) -> Any:
         if value is not None and key not in UNUSED and key not in leave
     }
     for key, known in NEUTRAL.items():
-        if key in given and given.pop(key) not in known:
+        value = given.pop(key, None)
+        if value is not None and not any(type(value) is type(one) and value == one for one in known):
             raise RefusedError(
                 f"{key} is not supported here; leave it out", code="unsupported_value", param=key
             )
@@ -124,6 +141,8 @@ def read(kind: type, body: Any, leave: Sequence[str] = ()) -> Any:
         given["stop"] = [given["stop"]]
     try:
         return from_dict(kind, given)
+    except RecursionError:
+        raise RefusedError("the fields are nested too deeply") from None
     except ValueError as error:
         text = str(error).replace("config key", "field").replace("config lacks", "the request lacks")
         name = re.match(r"unknown field '(\w+)'|(\w+)", text)
@@ -200,8 +219,18 @@ def checked(picture: bytes, where: str) -> bytes:
 # ---- Jobs: they raise ValueError for what the model can't do -----------------------------------------
 
 
+def check_length(model: MMaDA, texts: Sequence[str]) -> None:
+    """Raises RefusedError for texts that can't fit, before they are tokenized."""
+    most, length = 32 * model.config.max_len, sum(map(len, texts))
+    if length > most:
+        raise RefusedError(
+            f"the texts have {length} characters; at most {most} are taken", code="context_length_exceeded"
+        )
+
+
 def chat_job(model: MMaDA, asked: Chat, of: Conversation) -> Job:
     """Answers to a conversation, one for each seed."""
+    check_length(model, [turn["content"] for turn in of.turns])
     most = asked.max_completion_tokens or asked.max_tokens
     # What follows the end of an answer is never read.
     fields = asked.rule | {"block": asked.block_length, "stop": model.vocab.end_turn}
@@ -215,18 +244,29 @@ def chat_job(model: MMaDA, asked: Chat, of: Conversation) -> Job:
 
 def thought_job(model: MMaDA, asked: Chat, of: Conversation) -> Job:
     """Thoughts about what is to be drawn."""
+    check_length(model, [turn["content"] for turn in of.turns])
+    drawing_rule(model, asked)  # what is wrong with it is told before the thought
     turns = records.with_think_prompt(of.turns, records.THINK_DRAW_PROMPT) if asked.think else of.turns
     return model.think_job([turns] * (asked.n or 1), block=asked.block_length, decode=asked.decode)
 
 
 def drawing_rule(model: MMaDA, asked: Decoding) -> ImageRule:
-    """How the drawing of a chat is decoded."""
-    return rule_of(model.defaults.image, None, asked.rule)
+    """How a drawing is decoded."""
+    if asked.steps and asked.steps > model.n_image:
+        raise RefusedError(
+            f"steps is {asked.steps}; a picture has {model.n_image} tokens, and at most as many steps",
+            param="steps",
+        )
+    rule = rule_of(model.defaults.image, None, asked.rule)
+    rule.check_length(model.n_image)
+    return rule
 
 
 def draw_job(model: MMaDA, asked: Chat | Images, of: Conversation | None = None) -> Job:
     """Drawings of a prompt, which is the last turn of a conversation."""
     prompt = of.turns[-1]["content"] if of else asked.prompt
+    check_length(model, [prompt])
+    drawing_rule(model, asked)
     return model.draw_job([prompt] * (asked.n or 1), **asked.rule)
 
 
@@ -234,6 +274,8 @@ def edit_job(model: MMaDA, asked: Images, picture: bytes, mask: bytes | None) ->
     """A picture of which what the mask covers is drawn anew (its transparent or white part), or which is
     extended."""
     n = asked.n or 1
+    check_length(model, [asked.prompt])
+    drawing_rule(model, asked)
     if bool(asked.extend) == (mask is not None):
         raise RefusedError(
             "an edit needs either a mask, whose transparent or white part is redrawn, or `extend`, the "

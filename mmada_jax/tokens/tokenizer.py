@@ -230,12 +230,13 @@ class TextTokenizer:
         return Vocab(image_offset=len(self), codebook_size=codebook_size, rows=rows, **ids)
 
     def replace(self, folder: pathlib.Path) -> None:
-        """Puts this tokenizer in the place of the one in `folder`, if it differs. What tells the strings of
-        the other one's control tokens goes."""
+        """Puts this tokenizer in the place of the one in `folder`, if it differs. Where tokens of it have
+        other strings now, what tells the old ones goes."""
         saved = folder / "tokenizer.json"
-        theirs = read_tokenizer(saved)
-        if theirs.get_vocab() != self._tokenizer.get_vocab():
+        theirs, ours = read_tokenizer(saved).get_vocab(), self._tokenizer.get_vocab()
+        if theirs != ours:
             self.save(saved)
+        if not theirs.items() <= ours.items():  # some have other strings now
             for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                          "chat_template.jinja", "vocab.json", "merges.txt"):  # fmt: skip
                 (folder / name).unlink(missing_ok=True)
@@ -281,18 +282,29 @@ def read_text(text: str, path: str | pathlib.Path) -> Tokenizer:
 
 def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: str | pathlib.Path) -> Tokenizer:
     """Another model's tokenizer with all tokens of CONTROL, of which those in `controls` have these ids."""
-    values = json.loads(tokenizer.to_str())
+    values, given = json.loads(tokenizer.to_str()), {}
     for name in ("bos", "eos", "mask"):
-        theirs = None if name not in controls else tokenizer.id_to_token(controls[name])
-        if tokenizer.token_to_id(CONTROL[name]) is not None:
-            continue
-        if theirs is None:
+        ours, theirs = tokenizer.token_to_id(CONTROL[name]), controls.get(name)
+        wanted = ours if theirs is None else theirs
+        if wanted is None or tokenizer.id_to_token(wanted) is None:
             raise ValueError(
                 f"{path} has no control token {CONTROL[name]!r}, and config.json names no token of its own "
-                f"for it: {name}_token_id is {controls.get(name)}; set it to the id that the model was "
-                "trained with"
+                f"for it: {name}_token_id is {theirs}; set it to the id that the model was trained with"
             )
-        values = _renamed(values, theirs, CONTROL[name])
+        if ours not in (None, wanted):
+            raise ValueError(
+                f"{path} has {CONTROL[name]!r} as {ours}, but {name}_token_id of config.json is {theirs}; "
+                "correct the wrong one"
+            )
+        if wanted in given.values():
+            other = next(known for known, i in given.items() if i == wanted)
+            raise ValueError(
+                f"{other}_token_id and {name}_token_id of config.json are both {wanted}; this model needs "
+                "a token for each, so set one to a token that is unused"
+            )
+        given[name] = wanted
+        if ours is None:
+            values = _renamed(values, tokenizer.id_to_token(wanted), CONTROL[name], path)
     tokenizer = read_text(json.dumps(values), path)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in CONTROL.values()])
     ids = sorted(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -301,13 +313,30 @@ def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: str | path
     return tokenizer
 
 
-def _renamed(values, old, new):
-    """The values of a tokenizer.json in which a token has another string, wherever it is named."""
-    if isinstance(values, dict):
-        return {_renamed(key, old, new): _renamed(value, old, new) for key, value in values.items()}
-    if isinstance(values, list):
-        return [_renamed(value, old, new) for value in values]
-    return new if values == old else values
+def _renamed(values: dict, old: str, new: str, path: str | pathlib.Path) -> dict:
+    """The values of a tokenizer.json in which a token has another string. Raises ValueError for a token
+    that texts are made of."""
+    model = values["model"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
+    if any(old in (*pair, "".join(pair)) for pair in merges):
+        raise ValueError(
+            f"{path}: {old!r} is a part of texts and can't be a control token; config.json names another id"
+        )
+
+    def rename(part):
+        if isinstance(part, dict):
+            return {rename(key): rename(value) for key, value in part.items()}
+        if isinstance(part, list):
+            return [rename(value) for value in part]
+        return new if part == old else part
+
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        vocab = {new if token == old else token: i for token, i in vocab.items()}
+    elif vocab:  # Unigram: pairs of a token and its score
+        vocab = [[new if token == old else token, score] for token, score in vocab]
+    named = {key: rename(values.get(key)) for key in ("added_tokens", "post_processor")}
+    return values | named | {"model": model | ({"vocab": vocab} if vocab else {})}
 
 
 def chat(messages: str | Sequence[Mapping[str, str]], answer: str | None = None) -> Template:

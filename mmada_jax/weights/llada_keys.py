@@ -160,6 +160,7 @@ def control_ids(values: Mapping[str, Any]) -> dict[str, int]:
 # read every one of these fields and have no defaults.
 _PUBLISHED = {
     **{name: allowed[0] for name, allowed in _FIXED.items()},
+    **dict.fromkeys(TIED, False),
     "alibi_bias_max": 8.0,
     "attention_layer_norm_with_affine": True,
     "attention_dropout": 0.0,
