@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, xla_flags
 
+from mmada_jax.data import records
 from mmada_jax.devices import sharding
 from mmada_jax.measure import likelihood
 from mmada_jax.nets import lora, transformer
+from mmada_jax.tokens.tokenizer import chat
 from tests.api_toys import untrained_model  # noqa: F401
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
@@ -221,6 +223,15 @@ def test_a_conversation_is_asked_as_one(model):
     assert made.tok_encode(text + "so")[: len(ids)] == ids
     # The same string that no template has made is text.
     assert v.bos not in HarnessModel(model).tok_encode(text)
+
+
+def test_a_thought_is_asked_for_as_in_training(model):
+    from mmada_jax.measure.harness import HarnessModel
+
+    made, turns = HarnessModel(model, think=True), [{"role": "user", "content": "what is 3 plus 4?"}]
+    text = made.apply_chat_template(turns)
+    asked = records.with_think_prompt(turns, records.THINK_PROMPT)
+    assert made.tok_encode(text) == model.tokenizer.encode(chat(asked))
 
 
 def test_choices_are_scored_behind_a_whole_conversation(model):

@@ -19,6 +19,7 @@ import lm_eval.api.registry
 import numpy as np
 from lm_eval.api.model import TemplateLM
 
+from mmada_jax.data import records
 from mmada_jax.devices import sharding
 from mmada_jax.disk import Growing
 from mmada_jax.measure import likelihood
@@ -77,6 +78,7 @@ class HarnessModel(TemplateLM):
     preset       one of PRESETS: `max_new` and `block` for tasks that say nothing themselves
     max_new, block, steps, decode   how text is generated; a max_new goes before a task's max_gen_toks
     draws        of the likelihood's bound; single tokens are exact
+    think        asks for a thought in a conversation, as stage 2 trains it; what is said holds the thought
     greedy       whether `is_greedy` of a likelihood is looked up, by decoding; False says it never is
     batch_size   rows at a time
     answers      a file of answers, so that an evaluation that was interrupted goes on
@@ -95,6 +97,7 @@ class HarnessModel(TemplateLM):
         greedy: bool = False,
         batch_size: int | str = 16,
         seed: int = 0,
+        think: bool = False,
         answers: str | None = None,
         model_hash: str = "",
         **given_by_the_harness: Any,
@@ -111,6 +114,7 @@ class HarnessModel(TemplateLM):
         rows = 16 if batch_size == "auto" else int(batch_size)
         self._rows = -(-rows // parts) * parts
         self._settings = [model_hash, self._steps, decode, draws, greedy, seed, self._block]
+        self._think = think
         self._answers = Answers(pathlib.Path(answers) if answers else None)
         self._rendered: dict[str, Template] = {}
 
@@ -160,6 +164,8 @@ class HarnessModel(TemplateLM):
         """A conversation as the model reads it."""
         if not add_generation_prompt:
             raise ValueError("answers can't be begun for this model; leave gen_prefix out of the task")
+        if self._think:
+            chat_history = records.with_think_prompt(chat_history, records.THINK_PROMPT)
         made = chat(chat_history)
         self._rendered[str(made)] = made
         return str(made)

@@ -29,6 +29,7 @@ def parser() -> Parser:
     top.add_argument("--include-path", metavar="FOLDER", help="tasks of your own (YAML)")
     top.add_argument("--out", required=True, metavar="FOLDER", help="for the results")
     top.add_argument("--chat", action="store_true", help="ask in the chat template")
+    top.add_argument("--think", action="store_true", help="ask for a thought first (with --chat)")
     top.add_argument("--fewshot", type=int, metavar="N", help="examples before each (default: the task's)")
     top.add_argument("--limit", type=int, metavar="N", help="the first N cases of each task alone")
     group = top.add_argument_group("pictures (--draw)")
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> None:
     for name in ("draws", "batch"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.think and not args.chat:
+        raise ValueError("--think is a part of the chat template; give --chat too")
     quiet()
     if args.draw:
         draw(args)
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
     settings = {
         "preset": args.preset, "max_new": args.max_new, "block": args.block, "steps": args.steps,
         "decode": args.decode, "draws": args.draws, "greedy": args.greedy, "batch_size": args.batch,
-        "seed": args.seed,
+        "seed": args.seed, "think": args.think,
     }  # fmt: skip
     out = pathlib.Path(args.out)
     evaluate(
