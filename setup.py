@@ -7,7 +7,10 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mmada_jax", "mmada_jax.*"]),
     package_data={"mmada_jax.measure": ["*.html"]},
-    entry_points={"console_scripts": ["mmada = mmada_jax.programs.command:main"]},
+    entry_points={
+        "console_scripts": ["mmada = mmada_jax.programs.command:main"],
+        "lmms_eval.models": ["mmada_jax = mmada_jax.measure.pictured:manifest"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",

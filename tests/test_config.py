@@ -191,7 +191,7 @@ ODD = (float("nan"), float("inf"), -float("inf"), -1, -1.0, 0, 0.0, 1e30, 10**9,
 
 
 # What some modules stand on, and isn't installed everywhere.
-EXTRAS = ("fastapi", "gradio", "lm_eval", "prometheus_client", "starlette")
+EXTRAS = ("fastapi", "gradio", "lm_eval", "lmms_eval", "prometheus_client", "starlette")
 
 
 def all_dataclasses():

@@ -187,6 +187,8 @@ def test_tasks_of_the_harness(tasks, model_workdir, model, tmp_path, monkeypatch
     assert {"jax", "lm_eval"} <= set(report["versions"])
     table = (tmp_path / "out" / "results.md").read_text()
     assert "| sums_in_words | exact_match,none | 0.6667" in table
+    assert "sample_len" not in table
+    assert "chat False" in table
 
     # Again: nothing is asked a second time, and a line that was cut off is asked anew.
     answers = tmp_path / "out" / "answers.jsonl"
@@ -205,7 +207,10 @@ def test_tasks_of_the_harness(tasks, model_workdir, model, tmp_path, monkeypatch
     assert again["tasks"] == report["tasks"]
     assert len(asked) == 1
     assert sorted(answers.read_text().splitlines(keepends=True)) == sorted(lines)
-    # Other settings are other answers.
+    # Other settings are other answers, and other results aren't written over these.
+    with pytest.raises(ValueError, match="results of another settings; name another --out"):
+        run(folder, ["which_sum"], tmp_path / "out", model_workdir, seed=1)
+    (tmp_path / "out" / "results.json").unlink()
     run(folder, ["which_sum"], tmp_path / "out", model_workdir, seed=1)
     assert len(answers.read_text().splitlines()) == 6 + 36
 
@@ -265,6 +270,9 @@ def test_what_an_answer_depends_on_is_in_its_key(model, tmp_path):
     short, long = answers(asked(), max_new=4), answers(asked(), max_new=16)
     assert short != long
     assert answers(asked(max_gen_toks=16)) == long
+    before = len((tmp_path / "answers.jsonl").read_text().splitlines())
+    assert answers(*[asked(max_gen_toks=9)] * 3) == answers(asked(max_gen_toks=9)) * 3
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == before + 1
     assert answers(asked(max_gen_toks=16), max_new=4) == short
     # Repeats of a sampled request are draws of their own, and the same ones when it is run again.
     sampled = [asked(do_sample=True, temperature=2.0, max_gen_toks=12)] * 4

@@ -22,7 +22,7 @@ FLOORS = {
     "blip_keys judge_keys older quantized adapters folder inspect convert",
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api replies requests meters guard endpoint canvas page",
-    "measure": "held_out digits totals own report likelihood harness evaluation drawings",
+    "measure": "held_out digits totals own report likelihood answers harness evaluation drawings pictured",
     "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.score_file rl.rewards.workers "
     "rl.rewards.own rl.rewards.pictures rl.rewards.functions "

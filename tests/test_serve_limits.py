@@ -51,7 +51,7 @@ def test_errors_have_the_shape_of_openais(client, picture, monkeypatch):
         ({"n": 99}, 400, "n", "at most 16"),
         ({"extra_body": {"stepz": 1}}, 400, "stepz", "did you mean 'steps'?"),
         ({"extra_body": {"decode": "slow"}}, 400, None, "exact or"),
-        ({"max_tokens": 10_000}, 400, None, "shorten the prompt or lower max_new"),
+        ({"max_tokens": 10_000}, 400, None, "ask for fewer new tokens"),
         ({"messages": []}, 400, "messages", "at least one"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, 400, "messages[0]", "role"),
         ({"messages": with_url("https://example.com/a.png")}, 400, "messages[0]", "nothing is fetched"),
@@ -288,6 +288,20 @@ def test_the_program_finishes_what_runs_and_ends_with_0(model_workdir, free_port
         assert program.wait(60) == 0
         with pytest.raises(openai.APIConnectionError):
             chat(client)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_program_at_once(model_workdir, free_port):
+    command = [ROOT / "launch" / "serve.py", "--model", model_workdir]
+    with Program([*command, "--name", "digits", "--port", free_port]) as program:
+        lines = iter(program.stdout.readline, "")
+        assert any(f":{free_port}/v1" in line for line in lines)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{free_port}/v1", api_key="none", max_retries=0)
+        next(iter(chat(client, **LONG)))
+        for _ in range(2):
+            os.kill(program.pid, signal.SIGTERM)
+            time.sleep(0.1)
+        assert program.wait(10) == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ _JUDGES = {
 }
 
 
+_FORMS = {
+    "geneval": 'lines like {"tag": "single_object", "include": [...], "prompt": "a photo of a bench"}',
+    "dpg": "a folder of .txt files",
+    "wise": 'a list like [{"prompt_id": 1, "Prompt": "..."}]',
+}
+
+
 class Prompt(NamedTuple):
     """A prompt, the name of its pictures, and the line of GenEval's file that it is from."""
 
@@ -51,7 +58,9 @@ def read_prompts(kind: str, path: pathlib.Path) -> list[Prompt]:
         else:
             prompts = [Prompt(str(row["prompt_id"]), row["Prompt"]) for row in read_json(path, list)]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} has not the form of {kind}'s prompts: {error!r}") from error
+        raise ValueError(
+            f"{path} has not the form of {kind}'s prompts, {_FORMS[kind]} ({error!r})"
+        ) from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts of {kind}")
     names = [prompt.name for prompt in prompts]

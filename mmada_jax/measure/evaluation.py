@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from mmada_jax.disk import write_whole
+from mmada_jax.files import read_json
 from mmada_jax.measure.harness import HarnessModel
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.weights import lazy
@@ -48,6 +49,15 @@ def evaluate(
     source = open_folder(folder)
     sha256 = lazy.sha256(source.tensors())
     named = {key: value for key, value in settings.items() if value is not None}
+    about = {"sha256": sha256, "settings": named, "chat": chat, "limit": limit}
+    if (out / RESULTS).is_file():
+        old = read_json(out / RESULTS, dict)
+        differs = [name for name, value in about.items() if old.get(name) != value]
+        if differs:
+            raise ValueError(
+                f"{out} holds results of another {' and '.join(differs)}; name another --out, or remove "
+                f"{RESULTS} there (answers are kept)"
+            )
     model = HarnessModel(MMaDA.load(folder), answers=str(out / ANSWERS), model_hash=sha256, **named)
     found = lm_eval.simple_evaluate(
         model, tasks=list(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager,
@@ -55,8 +65,8 @@ def evaluate(
     )  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     report = {
-        "model": str(source.path), "step": source.step, "sha256": sha256, "settings": named, "chat": chat,
-        "limit": limit, "versions": versions, "devices": [jax.device_count(), jax.devices()[0].device_kind],
+        "model": str(source.path), "step": source.step, **about, "versions": versions,
+        "devices": [jax.device_count(), jax.devices()[0].device_kind],
         "tasks": {
             task: {
                 "counts": found["n-samples"].get(task), "fewshot": found["n-shot"].get(task),
@@ -72,25 +82,30 @@ def evaluate(
 
 def table(report: dict[str, Any]) -> str:
     """The results in Markdown, beside published numbers where there are some."""
-    lines = [
-        f"# {pathlib.Path(report['model']).name}, sha256 {report['sha256'][:16]}\n",
-        "| task | metric | value | cases | MMaDA's paper | measured by others |",
-        "|---|---|---|---|---|---|",
-    ]
+    published = {task: PUBLISHED[task] for task in report["tasks"] if task in PUBLISHED}
+    columns = ["task", "metric", "value", "cases"]
+    columns += ["MMaDA's paper", "measured by others"] if published else []
+    rows = [columns, ["---"] * len(columns)]
     for task, of in report["tasks"].items():
-        cases = (of["counts"] or {}).get("effective", "")
-        paper, others = PUBLISHED.get(task, ("", ""))
+        cases = str((of["counts"] or {}).get("effective", ""))
         for metric, value in of["metrics"].items():
             if "_stderr" not in metric:
                 error = of["metrics"].get(metric.replace(",", "_stderr,"))
                 spread = f" ± {error:.4f}" if isinstance(error, float) else ""
-                lines.append(f"| {task} | {metric} | {value:.4f}{spread} | {cases} | {paper} | {others} |")
-    settings = ", ".join(f"{name} {value}" for name, value in report["settings"].items())
+                known = published.get(task, ("", "")) if published else ()
+                rows.append([task, metric, f"{value:.4f}{spread}", cases, *known])
+    shots = {task: of["fewshot"] for task, of in report["tasks"].items() if of["fewshot"] is not None}
+    settings = report["settings"] | {"chat": report["chat"], "limit": report["limit"], "examples": shots}
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    return "\n".join([*lines, "", f"Settings: {settings or 'defaults'}. {versions}.\n"])
+    title = f"# {pathlib.Path(report['model']).name}, sha256 {report['sha256'][:16]}\n"
+    table_lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([title, *table_lines, "", f"Settings: {told}. {versions}.\n"])
 
 
 def _plain(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Numbers alone."""
-    numbers = {name: x for name, x in metrics.items() if isinstance(x, int | float)}
+    """Numbers alone, without the number of cases, which stands beside them."""
+    numbers = {
+        name: x for name, x in metrics.items() if isinstance(x, int | float) and name != "sample_len"
+    }
     return {name: float(x) for name, x in numbers.items() if not isinstance(x, bool)}

@@ -7,10 +7,8 @@ The second is the harness's own command line, which knows the model "mmada" by t
 """
 
 import collections
-import contextlib
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,8 +19,8 @@ from lm_eval.api.model import TemplateLM
 
 from mmada_jax.data import records
 from mmada_jax.devices import sharding
-from mmada_jax.disk import Growing
 from mmada_jax.measure import likelihood
+from mmada_jax.measure.answers import Answers, cut
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.serve.engine import Engine
@@ -30,44 +28,6 @@ from mmada_jax.tokens.tokenizer import TEMPLATE, Template, chat
 
 # New tokens and tokens of a block, as the models of this kind are evaluated with (LLaDA's settings).
 PRESETS = {"gsm8k": (256, 8), "math": (512, 64), "base": (1024, 1024)}
-
-
-class Answers:
-    """Answers that are known already, by the hash of what was asked, kept in a file line by line. A line
-    that was cut off by the end of a process is asked for anew."""
-
-    def __init__(self, path: pathlib.Path | None):
-        self._known: dict[str, Any] = {}
-        self._file = path and Growing(path, self._lines)
-        for line in path.read_text().splitlines() if path and path.is_file() else ():
-            with contextlib.suppress(ValueError):
-                key, value = json.loads(line)
-                self._known[key] = value
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def _lines(self):
-        return [self._line(key) for key in self._known]
-
-    def _line(self, key):
-        return json.dumps([key, self._known[key]]).encode() + b"\n"
-
-    def key(self, *asked: Any) -> str:
-        """The hash of what is asked and of all that the answer depends on."""
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
-
-    def get(self, key: str) -> Any:
-        """The answer, None if it isn't known."""
-        return self._known.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        """Keeps an answer; it is in the file when this returns."""
-        if self._file:
-            self._file.add()  # what is known already, before this one
-        self._known[key] = value
-        if self._file:
-            self._file.add(self._line(key))
 
 
 @lm_eval.api.registry.register_model("mmada")
@@ -177,16 +137,19 @@ class HarnessModel(TemplateLM):
         once, and each is kept as soon as it is there."""
         del disable_tqdm
         asked = [(request.args[0], self._settled(request.args[1])) for request in requests]
-        # Which of several equal requests it is: those that sample get answers of their own.
-        times = collections.Counter()
-        turns = [(times.update([str(one)]), times[str(one)] - 1)[1] for one in asked]
+        # Equal requests are asked once; those that sample get answers of their own.
+        times, turns = collections.Counter(), []
+        for one in asked:
+            turns.append(times[str(one)] if one[1]["temperature"] else 0)
+            times[str(one)] += 1
         keys = [self._key("generate", *one, turn) for one, turn in zip(asked, turns, strict=True)]
-        left = [i for i, key in enumerate(keys) if self._answers.get(key) is None]
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        left = [i for i, key in enumerate(keys) if self._answers.get(key) is None and first[key] == i]
         with progress("generating", len(left), "it") as bar:
 
             def keep(i, ticket):
                 if ticket.state == "done":
-                    text = _until(self.model.read(ticket.ids).text, asked[i][1]["until"])
+                    text = cut(self.model.read(ticket.ids).text, asked[i][1]["until"])
                     self._answers.put(keys[i], text)
                     bar.update(1)
 
@@ -262,11 +225,6 @@ class HarnessModel(TemplateLM):
 
     def _key(self, kind, *asked):
         return self._answers.key(kind, self._settings, asked)
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]
 
 
 if __name__ == "__main__":

@@ -315,11 +315,17 @@ class Model:
         else:
             new = inputs.counts(max_new, len(given))
             most = max(new)
+        limit = self.config.max_len
         for n, more in zip(given, new, strict=True):
-            if more < 1 or n + more > self.config.max_len:
+            if more < 1:
                 raise ValueError(
-                    f"a prompt of {n} tokens and {more} new ones don't fit: the model was trained on rows "
-                    f"of {trained} and takes {self.config.max_len}; shorten the prompt or lower max_new"
+                    f"a prompt of {n} tokens leaves no room for an answer in rows of {trained}, the "
+                    f"length in training; shorten it, or ask for new tokens (at most {max(0, limit - n)})"
+                )
+            if n + more > limit:
+                raise ValueError(
+                    f"a prompt of {n} tokens and {more} new ones don't fit: the model takes {limit}; "
+                    "shorten the prompt, or ask for fewer new tokens"
                 )
         if rule.cache != "none" and rule.stop is None:
             rule = dataclasses.replace(rule, stop=self.vocab.end_turn)  # what follows is never read

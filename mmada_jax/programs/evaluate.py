@@ -55,8 +55,8 @@ def parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Evaluates, writes and prints the table."""
     args = parser().parse_args(argv)
-    for name in ("draws", "batch"):
-        if getattr(args, name) < 1:
+    for name in ("draws", "batch", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.think and not args.chat:
         raise ValueError("--think is a part of the chat template; give --chat too")
@@ -97,7 +97,8 @@ def draw(args: argparse.Namespace) -> None:
     about = {"model": lazy.sha256(open_folder(args.model).tensors()), "benchmark": args.draw, **settings}
     known = out / "results.json"
     if known.is_file() and (old := json.loads(known.read_text())["of"]) != about:
-        raise ValueError(f"{out} holds pictures of {old}, not of {about}; name another --out")
+        differs = [name for name in {**old, **about} if old.get(name) != about.get(name)]
+        raise ValueError(f"{out} holds pictures of another {' and '.join(differs)}; name another --out")
     write_whole(known, json.dumps({"of": about}) + "\n")
     model = MMaDA.load(args.model)
     report = drawings.draw(model, args.draw, prompts, out, rows=args.batch, **settings)

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 
-from mmada_jax.programs.process import Parser, quiet
+from mmada_jax.programs.process import Parser, listening, quiet
 
 
 def parser() -> Parser:
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
         import gradio
     except ImportError as error:
         raise ImportError('this needs the extra page: pip install "mmada_jax[page]"') from error
+    with listening(args.host, args.port):
+        pass  # a port that is taken is said before the model is loaded
     quiet()
     from mmada_jax.serve.api import MMaDA
     from mmada_jax.serve.page import CSS, Page
@@ -56,3 +58,4 @@ def main(argv: list[str]) -> None:
     over.wait()
     page.blocks.close()
     print("stopped", flush=True)
+    os._exit(0)  # a thread may still compile, and an interpreter that ends meanwhile is aborted

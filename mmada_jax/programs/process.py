@@ -13,6 +13,7 @@ import pathlib
 import platform
 import re
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,6 +119,26 @@ def _lost(error: Exception) -> ConnectionError:
     )
     lost.__cause__ = error
     return lost
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound. Raises OSError, which says what to do, if it can't be."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise OSError(error.errno, f"--host {host} can't be used: {error.strerror}") from error
+    with sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(address)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"port {port} of {host} can't be bound: {error.strerror}; choose another --port",
+            ) from error
+        yield sock
 
 
 def quiet() -> None:

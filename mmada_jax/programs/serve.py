@@ -3,8 +3,8 @@
 mmada serve --model runs/digits
 mmada serve --model mmada-8b --int8 --port 8080 --adapter german=runs/german
 
-SIGTERM or Ctrl-C ends it as soon as what runs is finished, a second one at once. A key that clients must
-send is taken from the environment variable MMADA_API_KEY. Needs the extra `serve`.
+SIGTERM or Ctrl-C ends it as soon as what runs is finished, a second one at once (status 143 or 130). A key
+that clients must send is taken from the environment variable MMADA_API_KEY. Needs the extra `serve`.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import socket
 import sys
 from typing import Any
 
-from mmada_jax.programs.process import Parser, quiet
+from mmada_jax.programs.process import Parser, listening, quiet
 
 
 def parser() -> Parser:
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
         config = uvicorn.Config(
             endpoint.app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="on"
         )
+        sock.listen()  # who reads the address can connect
         print(model)
         print(f"{endpoint.engine.plan(model.rows.length)}")
         host, port = sock.getsockname()[:2]
@@ -92,34 +93,14 @@ def adapters_of(given: list[str]) -> dict[str, str]:
     return named
 
 
-@contextlib.contextmanager
-def listening(host: str, port: int) -> Any:
-    """A socket that is bound. Raises OSError, which says what to do, if it can't be."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, proto)
-    except OSError as error:
-        raise OSError(error.errno, f"--host {host} can't be used: {error.strerror}") from error
-    with sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(address)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"port {port} of {host} can't be bound: {error.strerror}; choose another --port",
-            ) from error
-        yield sock
-
-
 async def serve(server: Any, sock: socket.socket) -> None:
     """Runs uvicorn's server until SIGTERM or Ctrl-C; then it finishes what runs, and takes nothing more."""
     loop = asyncio.get_running_loop()
 
     def stop(number: int) -> None:
-        if server.should_exit:
-            server.force_exit = True
-            return
+        if server.should_exit:  # the second one: the devices may be busy, which nothing else can end
+            os.write(2, b"ended at once; what ran is lost\n")
+            os._exit(128 + number)
         print(f"{signal.Signals(number).name}: finishing what runs", file=sys.stderr, flush=True)
         server.should_exit = True
 

@@ -343,6 +343,7 @@ class Endpoint:
         spans = await watched.result(request)
         pictures = await self._in_thread(self._pictures, spans, drawn.join)
         return JSONResponse({
+            **{name: value for name, value in about.items() if name != "created_at"},
             "created": about["created_at"],
             "data": [
                 {"b64_json": picture, "seed": seed}
@@ -386,6 +387,10 @@ class Endpoint:
     # ---- Running --------------------------------------------------------------------------------
 
     def _submit(self, job: Job, asked: requests.Decoding, adapter: str, **named: Any) -> Watched:
+        if len(job.length_B) > self.limits.queue:
+            raise RefusedError(
+                f"n is {len(job.length_B)}; at most {self.limits.queue} rows may wait", param="n"
+            )
         named |= {"time_limit": self.limits.seconds, "adapter": adapter}
         return Watched(self.engine, self.meters, job, asked.seeds, **named)
 

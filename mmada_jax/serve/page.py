@@ -30,7 +30,7 @@ CSS = """
 """
 # Prompts that the quickstart's model knows, and others.
 DIGITS = {
-    "chat": ["7 + 12", "what is twelve minus three?"],
+    "chat": ["7+2", "8+5"],
     "draw": ["a handwritten seven", "a three and a five"],
     "think": ["draw 3+4", "draw 9-2"],
 }
@@ -48,7 +48,7 @@ class Asked:
     steps: float
     guidance: float
     decode: str
-    seed: float
+    seed: float | None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -171,6 +171,8 @@ class Page:
         said = "".join(self._turn(turn) for turn in turns)
 
         def job():
+            if not prompt.strip():
+                raise ValueError("the prompt is empty; say something")
             fields = asked.fields | {"stop": self.model.vocab.end_turn}
             if picture is None:
                 return self.model.text_job(turns, **fields)
@@ -189,7 +191,13 @@ class Page:
 
     def _draw(self, prompt, *controls) -> Iterator[Any]:
         asked = Asked(*controls)
-        yield from self._drawn(lambda: self.model.draw_job(prompt, **asked.fields), asked)
+
+        def job():
+            if not prompt.strip():
+                raise ValueError("the prompt is empty; say what is to be drawn")
+            return self.model.draw_job(prompt, **asked.fields)
+
+        yield from self._drawn(job, asked)
 
     def _inpaint(self, edited, prompt, *controls) -> Iterator[Any]:
         asked = Asked(*controls)
@@ -257,7 +265,7 @@ class Page:
         try:
             before = None
             made = job()
-            for [ids] in self.model.engine.steps(made, int(asked.seed), self.model.adapter):
+            for [ids] in self.model.engine.steps(made, int(asked.seed or 0), self.model.adapter):
                 yield ids.copy(), before
                 before = ids.copy()
         except (ValueError, OSError, RuntimeError) as error:
