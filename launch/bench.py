@@ -155,7 +155,7 @@ def load_options(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="as for mmada serve")
     parser.add_argument("--clients", type=at_least_one, default=32, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=at_least_one, default=120, help="(default: %(default)s)")
-    parser.add_argument("--warm", type=at_least_one, default=30, help="seconds before (%(default)s)")
+    parser.add_argument("--warm", type=at_least_one, default=75, help="seconds before (%(default)s)")
 
 
 def digits_options(parser: Parser) -> None:
