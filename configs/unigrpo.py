@@ -103,8 +103,11 @@ def of_8b() -> ConfigDict:
             "drawing": {
                 "layout": "t2i",
                 "data": {"path": "drawing.jsonl"},
-                "rewards": {"clip": 0.1},
-                "reward_settings": {"clip": {"folder": "../clip"}},
+                "rewards": {"clip": 0.1, "image_reward": 0.1},
+                "reward_settings": {
+                    "clip": {"folder": "../clip"},
+                    "image_reward": {"folder": "../image_reward"},
+                },
                 "groups": 128,
                 "update_groups": 128,
             },

@@ -178,3 +178,30 @@ def test_rewards_of_images_need_images(name, monkeypatch):
     monkeypatch.setitem(functions.REWARDS, name, functions.exact)
     with pytest.raises(ValueError, match=f"reward '{name}' scores images"):
         Combined({name: 1.0}).check(["q"])
+
+
+def test_long_and_repeated_answers_are_punished():
+    with Combined({"length": 1.0}, {"length": {"most": 4, "over": 8}}) as combined:
+        total, _ = combined(["?"] * 4, ["abcd", "abcdef", "a" * 12, "a" * 99], None, None)[:2]
+    np.testing.assert_allclose(total, [0, -0.25, -1, -1])
+    with Combined({"repetition": 2.0}, {"repetition": {"n": 2}}) as combined:
+        texts = ["a b c d", "a b a b a b", "a", ""]
+        total, _ = combined(["?"] * 4, texts, None, None)[:2]
+    np.testing.assert_allclose(total, [0, -2 * (1 - 2 / 5), 0, 0], rtol=1e-6)
+    for name, settings in (("length", {"over": 0}), ("repetition", {"n": 0})):
+        with pytest.raises(ValueError, match=f"reward '{name}' has"):
+            Combined({name: 1.0}, {name: settings})
+
+
+def test_a_reward_that_teaches_nothing_is_told_once():
+    from mmada_jax.train.rl.report import remarks
+
+    told = set()
+    flat, alive = np.ones(40, np.float32), np.arange(40, dtype=np.float32)
+    some = np.ones(40, np.float32)
+    some[:8] = np.arange(8)  # two of ten groups differ
+    [line] = remarks("sums", {"format": flat, "correct": alive, "exact": some}, 10, told)
+    assert "'format' is the same for all responses in 10 of 10 groups" in line
+    assert "temperature" in line
+    assert not remarks("sums", {"format": flat}, 10, told)
+    assert remarks("drawing", {"format": flat}, 10, told)

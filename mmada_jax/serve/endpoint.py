@@ -289,6 +289,7 @@ class Endpoint:
     async def generations(self, request: Request) -> Response:
         """POST /v1/images/generations."""
         asked = requests.read(requests.Images, await json_of(request))
+        self._adapter(asked.model or self.name)  # raises, before anything is computed
         if asked.extend:
             raise RefusedError("extend is a field of /v1/images/edits", param="extend")
         if not asked.prompt:
@@ -309,6 +310,7 @@ class Endpoint:
         if unknown := files.keys() - {"image", "mask"}:
             raise RefusedError(f"unknown file {min(unknown)!r}; known: image, mask", param=min(unknown))
         asked = requests.read(requests.Images, body)
+        self._adapter(asked.model or self.name)
         if "image" not in files:
             raise RefusedError("an edit needs a file `image`", param="image")
         pictures = {name: requests.checked(data, name) for name, data in files.items()}

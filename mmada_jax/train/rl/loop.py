@@ -21,8 +21,8 @@ from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import connect_axes, together, watch_signals
 from mmada_jax.ranges import warn_without_effect
 from mmada_jax.train import optim
-from mmada_jax.train.metrics import Metrics, tell
-from mmada_jax.train.rl.report import Laps, rollout_metrics, shown_names, transcripts
+from mmada_jax.train.metrics import Metrics, tell, warn
+from mmada_jax.train.rl.report import Laps, remarks, rollout_metrics, shown_names, transcripts
 from mmada_jax.train.rl.resume import (
     InFlight,
     frozen_reference,
@@ -121,6 +121,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: st
 
         with Metrics(workdir, run.iterations, first, began=began) as metrics:
             compiled: set[str] = set()
+            told: set[str] = set()
             for iteration in range(first, run.iterations):
                 name, _ = run.turn(iteration)
                 opened = tasks[name]
@@ -176,6 +177,8 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: st
                     values["lr"] = optim.learning_rate(run.optim, run.iterations * mu, state.opt_state)
                     values["failed_saves"] = checkpoints.failed
                     metrics.write(done, values, opened.at.row * len(host.tokens_RL), shown)
+                    for line in remarks(name, each, opened.task.groups, told) if first_process else ():
+                        warn(line)
                 # One iteration of every task is shown: the first ones of a round of `samples_every`.
                 if run.samples_every and iteration % run.samples_every < len(run.cycle) and first_process:
                     text, png = transcripts(asked, responses, total_R, each, run.objective.responses)

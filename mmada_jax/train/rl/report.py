@@ -31,6 +31,26 @@ class Laps:
         self.seconds[name], self._last = now - self._last, now
 
 
+# A reward that is equal within so large a share of the groups teaches next to nothing.
+FLAT = 0.9
+
+
+def remarks(task: str, each: Mapping[str, np.ndarray], groups: int, told: set[str]) -> list[str]:
+    """A line for each reward [R] that is the same for all responses in most groups, with what helps. A
+    reward whose name is in `told` has had its line; those that get one now are added."""
+    lines = []
+    for reward, value_R in each.items():
+        flat = int(np.sum(np.ptp(np.asarray(value_R).reshape(groups, -1), axis=1) == 0))
+        if flat >= FLAT * groups and f"{task} {reward}" not in told:
+            told.add(f"{task} {reward}")
+            lines.append(
+                f"{task}: the reward {reward!r} is the same for all responses in {flat} of {groups} "
+                "groups, which teach nothing by it. Raise the temperature or config.objective.responses, choose "
+                "prompts that are neither too easy nor too hard, or leave it out once it is learned"
+            )
+    return lines
+
+
 def rollout_metrics(
     opened: OpenTask,
     host: Rollout,

@@ -217,6 +217,36 @@ def well_formed() -> Reward:
     return score
 
 
+def brief(most: int = 1000, over: int = 1000) -> Reward:
+    """0 for completions of up to `most` characters, then falling to -1 at `over` more (the soft punishment
+    of DAPO, arXiv 2503.14476)."""
+    if most < 0 or over < 1:
+        raise ValueError(f"reward 'length' has most={most}, over={over}; they must be at least 0 and 1")
+
+    def score(prompts, completions, images, answers):
+        length = np.array([len(completion) for completion in completions], np.float32)
+        return -np.clip((length - most) / over, 0, 1)
+
+    return score
+
+
+def unrepeated(n: int = 4) -> Reward:
+    """Minus the share of the runs of `n` words in a completion that have been there before: 0 where nothing
+    is said twice, near -1 where one thing is said for ever."""
+    if n < 1:
+        raise ValueError(f"reward 'repetition' has n={n}; it must be at least 1")
+
+    def share(completion):
+        words = completion.split()
+        runs = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+        return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+    def score(prompts, completions, images, answers):
+        return -np.array([share(completion) for completion in completions], np.float32)
+
+    return score
+
+
 class Correct:
     """1 where the answer means the same as the expected one, else 0: numbers with units, words, the letters
     of choices (`answers`), and mathematics in LaTeX (math-verify). `limit` is the time in seconds of one
@@ -317,6 +347,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "correct": Correct,
     "exact": exact,
     "format": well_formed,
+    "length": brief,
+    "repetition": unrepeated,
     "clip": pictures.ClipScore,
     "image_reward": pictures.ImageReward,
     "digit": pictures.digit_probability,
