@@ -45,8 +45,8 @@ def remarks(task: str, each: Mapping[str, np.ndarray], groups: int, told: set[st
             told.add(f"{task} {reward}")
             lines.append(
                 f"{task}: the reward {reward!r} is the same for all responses in {flat} of {groups} "
-                "groups, which teach nothing by it. Raise the temperature or config.objective.responses, choose "
-                "prompts that are neither too easy nor too hard, or leave it out once it is learned"
+                "groups, which teach nothing by it. Raise the temperature or config.objective.responses, "
+                "choose prompts that are neither too easy nor too hard, or leave it out once it is learned"
             )
     return lines
 
