@@ -28,7 +28,7 @@ DECODINGS = (
     "factor", "bound", "all", "engine", "draw",
 )  # fmt: skip
 CACHES = ("none", "prefix", "dual")
-MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
+MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact", "uniform", "top_entropy")
 
 
 def twin_options(parser: Parser) -> None:

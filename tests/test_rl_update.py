@@ -24,6 +24,8 @@ def batch_of(run, opened, rollout, scored, advantage, fresh):
         ("text", "unigrpo", "none"),
         ("text", "exact", "none"),
         ("text", "exact", "dual"),
+        ("text", "uniform", "none"),
+        ("text", "top_entropy", "dual"),
         ("draw", "full", "none"),
     ],
 )

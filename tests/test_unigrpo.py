@@ -81,8 +81,8 @@ def test_prompts_stay_and_at_least_one_token_of_the_response_is_scored(masking):
         assert not (masked.scored_RL & ~np.asarray(ROLLOUT.response_RL)).any()
         counted = masked.weight_R > 0
         assert masked.scored_RL.any(axis=1)[counted].all()
-        assert counted.all() or masking == "every"
-        if masking not in ("trace", "exact", "every"):  # what follows the end of text
+        assert counted.all() or masking in ("every", "top_entropy")
+        if masking not in ("trace", *unigrpo.SAME_STATE):  # what follows the end of text
             tail = np.asarray((ROLLOUT.step_RL >= 0) & ~ROLLOUT.response_RL)
             assert (masked.seen_RL[tail] == MASK).all()
 
@@ -116,7 +116,7 @@ def test_updates_and_seeds_hide_other_tokens():
     for masking in MASKINGS:
         a, b, c = (hide_jit(*at, masking) for at in ((0, 0), (0, 1), (1, 0)))
         assert (a.seen_RL != b.seen_RL).any(), masking
-        assert (a.seen_RL != c.seen_RL).any(), masking
+        assert (a.seen_RL != c.seen_RL).any() or masking == "top_entropy", masking
 
 
 def test_full_hides_the_response_and_some_of_the_prompt():
@@ -139,7 +139,7 @@ def test_coupled_masks_are_complements():
     assert (hide_jit(0, 0, "coupled").scored_RL != hide_jit(0, 2, "coupled").scored_RL).any()
 
 
-@pytest.mark.parametrize("masking", ["trace", "exact", "every"])
+@pytest.mark.parametrize("masking", ["trace", *unigrpo.SAME_STATE])
 def test_reveal_masks_are_states_of_the_rollout(masking):
     step, response = np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.response_RL)
     for n in range(4):
@@ -151,13 +151,14 @@ def test_reveal_masks_are_states_of_the_rollout(masking):
                 # The next tokens in the order of the rollout, fewer only where it ends.
                 rest = (response[r] & (step[r] > step[r][masked.scored_RL[r]].max())).sum()
                 assert masked.scored_RL[r].sum() == 3 or rest == 0
-            elif masking == "exact":
+            elif masking != "every":
                 np.testing.assert_array_equal(masked.scored_RL[r], response[r] & (step[r] == cut))
             else:
                 assert masked.scored_RL[r].sum() == 1
 
 
-def test_exact_is_unbiased_for_the_mean_over_the_rollout():
+@pytest.mark.parametrize("masking", ["exact", "uniform"])
+def test_draws_of_steps_are_unbiased_for_the_mean_over_the_rollout(masking):
     value = RNG.normal(size=(R, L)).astype(np.float32)
     response = np.asarray(ROLLOUT.response_RL)
     want = (value * response).sum(axis=1) / SIZES
@@ -165,18 +166,21 @@ def test_exact_is_unbiased_for_the_mean_over_the_rollout():
     @jax.jit
     def estimate(seed):
         def one(n):
-            masked = hide(jax.random.key(seed), ROLLOUT, n, MASK, "exact", CONFIG)
+            masked = hide(jax.random.key(seed), ROLLOUT, n, MASK, masking, CONFIG)
             sum_R, n_R = (jnp.sum(jnp.where(masked.scored_RL, x, 0), axis=1) for x in (value, 1.0))
             return masked.weight_R * sum_R / n_R, masked.weight_R
 
         return jax.vmap(one)(jnp.arange(4))
 
     got, weights = jax.lax.map(estimate, jnp.arange(1500))
-    assert weights.max() <= 1 / unigrpo.UNIFORM + 1e-3
+    if masking == "exact":
+        assert weights.max() <= 1 / unigrpo.UNIFORM + 1e-3
     got = np.asarray(got, np.float64)
     error = got.mean(axis=(0, 1)) - want
     deviation = got.mean(axis=1).std(axis=0) / np.sqrt(1500) + 1e-6
     assert np.abs(error / deviation).max() < 4.5
+    if masking == "uniform":
+        return
     # And steps that were uncertain are drawn more often.
     often = np.asarray(jax.lax.map(lambda s: hide_jit(s, 0, "exact").scored_RL, jnp.arange(500))).mean(
         axis=0
@@ -185,6 +189,30 @@ def test_exact_is_unbiased_for_the_mean_over_the_rollout():
     together = (step[r][:, None] == step[r][None]) & response[r]
     of_step = np.sum(together * entropy[r], axis=1)
     assert np.corrcoef(often[r][response[r]], of_step[response[r]])[0, 1] > 0.8
+
+
+def test_uniform_draws_every_step_equally_often():
+    drawn = np.asarray(jax.lax.map(lambda s: hide_jit(s, 1, "uniform").scored_RL, jnp.arange(3000)))
+    step, response = np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.response_RL)
+    for r in range(R):
+        steps = np.unique(step[r][response[r]])
+        often = [drawn[:, r, np.flatnonzero(response[r] & (step[r] == at))[0]].mean() for at in steps]
+        error = np.sqrt((1 / len(steps)) * (1 - 1 / len(steps)) / 3000) + 1e-9
+        assert np.abs(np.array(often) - 1 / len(steps)).max() < 4.5 * error + 1e-6
+
+
+def test_top_entropy_takes_the_steps_in_the_order_of_their_mean_entropy():
+    step, response = np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.response_RL)
+    entropy = np.asarray(ROLLOUT.entropy_RL)
+    for r in range(R):
+        steps = np.unique(step[r][response[r]])
+        means = [entropy[r][response[r] & (step[r] == at)].mean() for at in steps]
+        want = steps[np.argsort(means)[::-1]]
+        for n in range(4):
+            masked = jax.device_get(hide_jit(7, n, "top_entropy"))
+            assert masked.weight_R[r] == (n < len(steps))
+            if n < len(steps):
+                np.testing.assert_array_equal(masked.scored_RL[r], response[r] & (step[r] == want[n]))
 
 
 def test_every_reveal_counts_once():

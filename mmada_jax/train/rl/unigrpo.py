@@ -1,8 +1,9 @@
 """UniGRPO: advantages, the masks under which a response is scored, and the objective.
 
 The method is UniGRPO of the MMaDA paper (arXiv 2505.15809). The other masks come from d1 (arXiv
-2504.12216), DiffuCoder (arXiv 2506.20639) and dLLM-RL with TraceRL (arXiv 2509.06949); `exact` and `every`
-are our own. Nothing here knows a model: a policy is an array of log-probabilities.
+2504.12216), DiffuCoder (arXiv 2506.20639), dLLM-RL with TraceRL (arXiv 2509.06949), AGRPO (arXiv
+2510.04019) and EGSPO (arXiv 2603.12554); `exact` and `every` are our own. Nothing here knows a model: a
+policy is an array of log-probabilities.
 
 P prompts, G responses to each, R = P G rows, L positions, T tokens of a response.
 """
@@ -16,7 +17,9 @@ import numpy as np
 
 from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Weight
 
-MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact")
+MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact", "uniform", "top_entropy")
+# Of these, and for `every`, a token is scored in the very state in which the rollout revealed it.
+SAME_STATE = ("exact", "uniform", "top_entropy", "every")
 # Share of the draws of `exact` that are uniform over the tokens of a response instead of following their
 # entropy. It keeps every importance weight at 1 / UNIFORM or less.
 UNIFORM = 0.1
@@ -113,47 +116,22 @@ def hide(
                  that it revealed are scored. The probability of a step is the share of its tokens in the
                  rollout's entropy, mixed with their share in T (UNIFORM). The weight of the row is their
                  share in T divided by that probability, so the mean over draws is the mean over all tokens
+        uniform  as exact, but each step of a row is equally likely (AGRPO): without a bias too
+        top_entropy  as exact, for the steps whose tokens had the highest entropy in the mean: update n
+                 takes the n-th of them. All weigh the same; a row with fewer steps weighs 0 (EGSPO)
         every    as exact, for the step that revealed the n-th token of each row, of which this token alone
                  is scored, with the weight mu / T: over all n that is every token once
     """
-    tokens_RL, valid_RL, response_RL, step_RL, _, entropy_RL = rollout
+    tokens_RL, valid_RL, response_RL, step_RL, _, _ = rollout
     R, L = tokens_RL.shape
     place, each, other = (jax.random.fold_in(key, i) for i in range(3))
     size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
-    length_R1, weight_R1 = size_R1.astype(jnp.float32), jnp.ones((R, 1), jnp.float32)
-
-    def count(p_R1):  # ceil(p T), at least 1 and at most T
-        return jnp.clip(jnp.ceil(p_R1 * length_R1).astype(jnp.int32), 1, size_R1)
-
-    if masking in ("trace", "exact", "every"):
-        # Tokens in the order in which they were revealed, from left to right where a step revealed several.
-        order_RL = jnp.argsort(jnp.where(response_RL, step_RL, np.iinfo(np.int32).max), axis=1)
-        rank_RL = jnp.argsort(order_RL, axis=1)
-        cut_R1 = count(spaced(place, R, n, config.mu)[:, None]) - 1
-        if masking == "every":
-            cut_R1 = jnp.full((R, 1), jnp.minimum(n, L - 1))
-            weight_R1 = jnp.where(cut_R1 < size_R1, config.mu / length_R1, 0)
-        elif masking == "exact":
-            share_RL = jnp.where(response_RL, entropy_RL + np.float32(1e-6), 0)
-            share_RL = (1 - UNIFORM) * share_RL / jnp.sum(share_RL, axis=1, keepdims=True)
-            share_RL = jnp.where(response_RL, share_RL + UNIFORM / length_R1, 0)
-            sums_RL = jnp.cumsum(jnp.take_along_axis(share_RL, order_RL, axis=1), axis=1)
-            point_R1 = spaced(place, R, n, config.mu)[:, None] * sums_RL[:, -1:]
-            cut_R1 = jnp.minimum(jnp.sum(sums_RL < point_R1, axis=1, keepdims=True), size_R1 - 1)
-        at_R1 = jnp.take_along_axis(order_RL, cut_R1, axis=1)
-        at_R1 = jnp.take_along_axis(step_RL, at_R1, axis=1)
-        width = config.trace_next if masking == "trace" else 1
-        scored_RL = response_RL & (rank_RL >= cut_R1) & (rank_RL < cut_R1 + width)
-        if masking == "exact":
-            scored_RL = response_RL & (step_RL == at_R1)
-            weight_R1 = 1 / (length_R1 * jnp.mean(share_RL, axis=1, keepdims=True, where=scored_RL))
-        hidden_RL = (step_RL >= 0) & (step_RL >= at_R1)
-        return Masked(jnp.where(hidden_RL, jnp.int32(mask), tokens_RL), scored_RL, weight_R1[:, 0])
-
+    if masking in ("trace", *SAME_STATE):
+        return _hide_from_a_step(place, rollout, n, mask, masking, config)
     turns, turn = (config.mu // 2, n // 2) if masking == "coupled" else (config.mu, n)
     noise_RL = jax.random.uniform(jax.random.fold_in(each, turn), (R, L))
     rank_RL = jnp.argsort(jnp.argsort(jnp.where(response_RL, noise_RL, 2.0), axis=1), axis=1)
-    n_R1 = count(spaced(place, R, turn, turns)[:, None])
+    n_R1 = _count(spaced(place, R, turn, turns)[:, None], size_R1)
     hidden_RL = (step_RL >= 0) & ~response_RL
     if masking == "full":
         n_R1 = size_R1
@@ -167,7 +145,80 @@ def hide(
     rest_R1 = (n % 2 == 1) & (size_R1 > 1) & (masking == "coupled")
     scored_RL = response_RL & ((rank_RL < n_R1) ^ rest_R1)
     seen_RL = jnp.where(scored_RL | hidden_RL, jnp.int32(mask), tokens_RL)
-    return Masked(seen_RL, scored_RL, weight_R1[:, 0])
+    return Masked(seen_RL, scored_RL, jnp.ones(R, jnp.float32))
+
+
+def _count(p_R1, size_R1):
+    """ceil(p T), at least 1 and at most T."""
+    return jnp.clip(jnp.ceil(p_R1 * size_R1.astype(jnp.float32)).astype(jnp.int32), 1, size_R1)
+
+
+def _hide_from_a_step(place, rollout, n, mask, masking, config):
+    """The masks that hide what was hidden at a step of the rollout."""
+    tokens_RL, _, response_RL, step_RL, _, _ = rollout
+    R, L = tokens_RL.shape
+    size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
+    length_R1, weight_R1 = size_R1.astype(jnp.float32), jnp.ones((R, 1), jnp.float32)
+    # Tokens in the order in which they were revealed, from left to right where a step revealed several.
+    order_RL = jnp.argsort(jnp.where(response_RL, step_RL, np.iinfo(np.int32).max), axis=1)
+    rank_RL = jnp.argsort(order_RL, axis=1)
+    cut_R1 = _count(spaced(place, R, n, config.mu)[:, None], size_R1) - 1
+    if masking == "every":
+        cut_R1 = jnp.full((R, 1), jnp.minimum(n, L - 1))
+        weight_R1 = jnp.where(cut_R1 < size_R1, config.mu / length_R1, 0)
+    elif masking == "top_entropy":
+        first_RL, _, mean_RL = _of_steps(rollout, order_RL)
+        # A step stands where its first token does in the order of the rollout.
+        by_entropy_RL = jnp.where(response_RL & (rank_RL == first_RL), mean_RL, -jnp.inf)
+        nth_R1 = jnp.argsort(-by_entropy_RL, axis=1)[:, jnp.minimum(n, L - 1)][:, None]
+        cut_R1 = jnp.take_along_axis(rank_RL, nth_R1, axis=1)
+        steps_R1 = jnp.sum(by_entropy_RL > -jnp.inf, axis=1, keepdims=True)
+        weight_R1 = jnp.float32(n < steps_R1)
+        cut_R1 = jnp.where(n < steps_R1, cut_R1, 0)
+    elif masking in ("exact", "uniform"):
+        share_RL = _shares(rollout, order_RL, length_R1, masking)
+        sums_RL = jnp.cumsum(jnp.take_along_axis(share_RL, order_RL, axis=1), axis=1)
+        point_R1 = spaced(place, R, n, config.mu)[:, None] * sums_RL[:, -1:]
+        cut_R1 = jnp.minimum(jnp.sum(sums_RL < point_R1, axis=1, keepdims=True), size_R1 - 1)
+    at_R1 = jnp.take_along_axis(order_RL, cut_R1, axis=1)
+    at_R1 = jnp.take_along_axis(step_RL, at_R1, axis=1)
+    width = config.trace_next if masking == "trace" else 1
+    scored_RL = response_RL & (rank_RL >= cut_R1) & (rank_RL < cut_R1 + width)
+    if masking in ("exact", "uniform", "top_entropy"):
+        scored_RL = response_RL & (step_RL == at_R1)
+    if masking in ("exact", "uniform"):
+        weight_R1 = 1 / (length_R1 * jnp.mean(share_RL, axis=1, keepdims=True, where=scored_RL))
+    hidden_RL = (step_RL >= 0) & (step_RL >= at_R1)
+    return Masked(jnp.where(hidden_RL, jnp.int32(mask), tokens_RL), scored_RL, weight_R1[:, 0])
+
+
+def _of_steps(rollout, order_RL):
+    """Of the step that revealed each token of a response: its first place in the order of the rollout, the
+    number of its tokens, their mean entropy."""
+    late = np.iinfo(np.int32).max
+    step_RL = jnp.where(rollout.response_RL, rollout.step_RL, late)
+    sorted_RL = jnp.take_along_axis(step_RL, order_RL, axis=1)
+    first_RL, end_RL = (
+        jax.vmap(lambda x_L, v_L, side=side: jnp.searchsorted(x_L, v_L, side=side))(sorted_RL, step_RL)
+        for side in ("left", "right")
+    )
+    n_RL = jnp.maximum(end_RL - first_RL, 1)
+    entropy_RL = jnp.where(rollout.response_RL, rollout.entropy_RL, 0)
+    sums_RL = jnp.cumsum(jnp.take_along_axis(entropy_RL, order_RL, axis=1), axis=1)
+    sums_RL = jnp.pad(sums_RL, ((0, 0), (1, 0)))
+    of_step_RL = jnp.take_along_axis(sums_RL, end_RL, 1) - jnp.take_along_axis(sums_RL, first_RL, 1)
+    return first_RL, n_RL, of_step_RL / n_RL.astype(jnp.float32)
+
+
+def _shares(rollout, order_RL, length_R1, masking):
+    """How likely the step of each token is drawn because of this token; the shares of a row sum to 1."""
+    if masking == "uniform":
+        _, n_RL, _ = _of_steps(rollout, order_RL)
+        share_RL = jnp.where(rollout.response_RL, 1 / n_RL.astype(jnp.float32), 0)
+        return share_RL / jnp.sum(share_RL, axis=1, keepdims=True)  # the sum is the number of steps
+    share_RL = jnp.where(rollout.response_RL, rollout.entropy_RL + np.float32(1e-6), 0)
+    share_RL = (1 - UNIFORM) * share_RL / jnp.sum(share_RL, axis=1, keepdims=True)
+    return jnp.where(rollout.response_RL, share_RL + UNIFORM / length_R1, 0)
 
 
 def correction(old_RL: jax.Array, recorded_RL: jax.Array) -> jax.Array:

@@ -102,7 +102,7 @@ def make_score(
         # Under these masks a token is scored in the very state in which the rollout revealed it, so the
         # log-probability that the rollout recorded is the old one, and a forward pass is saved. With a
         # cache the rollout drew the token from probabilities that are a little off: both are needed.
-        same_state, cached = objective.masking in ("exact", "every"), at.rule.cache != "none"
+        same_state, cached = objective.masking in unigrpo.SAME_STATE, at.rule.cache != "none"
         old_RL = rollout.logp_RL if same_state and not cached else log_probs(params)
         anchor_RL = old_RL if reference is None else log_probs(reference)
         correction_RL = unigrpo.correction(old_RL, rollout.logp_RL) if same_state and cached else None
