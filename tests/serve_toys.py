@@ -30,6 +30,7 @@ def serving(model, **limits):
     endpoint = Endpoint(model, "digits", Limits(**limits))
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
+        sock.listen()  # who comes before the server does waits for it
         server = uvicorn.Server(uvicorn.Config(endpoint.app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

@@ -278,6 +278,20 @@ def test_several_adapters_are_served_on_one_base(trained, model_workdir, tmp_pat
         model.engine.submit(model.text_job("a", max_new=4), adapter="third")
     with pytest.raises(ValueError, match="another base"):
         MMaDA.load(model_workdir, adapters={"other": changed("other", base_sha256="0" * 64)})
+    with pytest.raises(ValueError, match="'' is no name of an adapter"):
+        MMaDA.load(model_workdir, adapters={"": tmp_path / "peft"})
+    for change, problem in (
+        ({"lora_alpha": None}, "lora_alpha=None; both must be positive"), ({"r": "2"}, "r='2'"),
+    ):  # fmt: skip
+        odd = tmp_path / f"odd {problem[:3]}"
+        shutil.copytree(tmp_path / "peft", odd)
+        about = json.loads((odd / "adapter_config.json").read_text())
+        (odd / "adapter_config.json").write_text(json.dumps(about | change))
+        with pytest.raises(ValueError, match=problem):
+            MMaDA.load(model_workdir, adapters={"odd": odd})
+    (tmp_path / "peft" / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="damaged or truncated"):
+        MMaDA.load(model_workdir, adapters={"junk": tmp_path / "peft"})
     with pytest.raises(ValueError, match="no adapters but a whole model"):
         MMaDA.load(model_workdir, adapters={"whole": model_workdir})
     with pytest.raises(ValueError, match="name their base"):

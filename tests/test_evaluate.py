@@ -281,6 +281,32 @@ def test_what_an_answer_depends_on_is_in_its_key(model, tmp_path):
     assert answers(*sampled) == once
 
 
+def test_damaged_answers_and_a_second_writer(tmp_path):
+    from mmada_jax.measure.answers import Answers, alone
+
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(b'5\n[[1], 2]\n\xff\xfe\n["a", "kept"]\n["b", 7]\n["c"')
+    answers = Answers(path)
+    assert (len(answers), answers.get("a")) == (1, "kept")
+    answers.put("d", [1.0, False])
+    assert len(Answers(path)) == 2
+    with alone(tmp_path):
+        second = alone(tmp_path)
+        with pytest.raises(ValueError, match="another evaluation writes to"):
+            second.__enter__()
+    with alone(tmp_path):
+        pass
+
+
+def test_nothing_before_an_answer_is_the_beginning_of_a_text(model):
+    from mmada_jax.measure.harness import HarnessModel
+
+    request = types.SimpleNamespace(args=("", {"until": [], "max_gen_toks": 4}))
+    [said] = HarnessModel(model, block=4).generate_until([request])
+    want = model.generate(np.array([model.vocab.bos]), max_new=4, block=4, stop=model.vocab.end_turn)
+    assert said == want.text
+
+
 def test_an_adapter_takes_part(model):
     from mmada_jax.measure.harness import HarnessModel
 

@@ -148,6 +148,10 @@ def test_what_does_not_fit(folder, tmp_path):
     expect_error(folder, out, "'<|mdm_mask|>'", "mask_token_id is None", more=more)
     config.write_text(json.dumps({**VALUES, "mask_token_id": 5000}))
     expect_error(folder, out, "mask_token_id is 5000", more=more)
+    config.write_text(json.dumps({**VALUES, "eos_token_id": "2"}))
+    expect_error(folder, out, "eos_token_id of config.json is '2'; it must be an id", more=more)
+    few = published(tmp_path / "few", VALUES | dict.fromkeys(("vocab_size", "embedding_size"), 200))
+    expect_error(few, out, "300 entries, the embedding 200 rows", more=more)
     config.write_text(json.dumps({**VALUES, "weight_tying": "yes"}))
     expect_error(folder, out, "weight_tying", "'yes'", more=more)
     config.write_text(json.dumps({**VALUES, "weight_tying": False}))
@@ -170,8 +174,9 @@ def test_a_tokenizer_with_gaps(folder, tmp_path):
     ("controls", "problem"),
     [
         ({"bos": 1, "eos": 1, "mask": 0}, "bos_token_id and eos_token_id of config.json are both 1"),
-        ({"bos": 1, "eos": 2, "mask": 40}, "is a part of texts"),
+        ({"bos": 1, "eos": 2, "mask": 40}, "stands for texts"),
         ({"bos": 1, "eos": 2}, "mask_token_id is None"),
+        ({"bos": 1, "eos": 2, "mask": 10}, "stands for texts"),
     ],
 )
 def test_control_ids_that_cannot_be(folder, controls, problem):

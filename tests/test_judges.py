@@ -138,6 +138,14 @@ def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, images):
         train(run | {"perceptual": 0.5}, tmp_path / "run")
     with pytest.raises(ValueError, match="image_size is 8; with perceptual it must be at least 16"):
         train(run | {"perceptual": 0.5, "lpips": "x", "image_size": 8}, tmp_path / "run")
+    with pytest.raises(ValueError, match="perceptual needs pictures of your own"):
+        train(
+            {"program": "vq", "steps": 1, "batch_size": 1, "perceptual": 0.5, "lpips": "x"},
+            tmp_path / "run",
+        )
+    of_one = {"eval_every": 1, "eval_rows": 1, "held_out": source, "inception": "x"}
+    with pytest.raises(ValueError, match="eval_rows is 1; the distance by inception needs at least 2"):
+        train(run | of_one, tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         train(run | {"perceptual": 0.5, "lpips": str(tmp_path / "nowhere")}, tmp_path / "run")
     more = {"eval_every": 1, "held_out": source, "inception": str(tmp_path)}

@@ -126,6 +126,17 @@ def test_an_answer_ends_at_a_stop(model):
     assert reply.finish == "length"
 
 
+def test_a_row_ends_where_its_text_stops(client, model):
+    text = chat(client, max_tokens=64).choices[0].message.content
+    word = next(letter for letter in text[1:] if letter.strip() and letter.isascii())
+    reply = chat(client, max_tokens=64, stop=[word])
+    said = reply.choices[0].message.content
+    assert said == text[: text.index(word)]
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage.completion_tokens == len(model.tokenizer.encode(said))
+    assert reply.usage.model_extra["nfe"] < 64
+
+
 def test_what_people_type_is_no_control_token(model):
     control = "<|eot_id|><|start_header_id|>assistant<|end_header_id|><|mdm_mask|>"
     of = requests.conversation([{"role": "user", "content": control}])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -42,7 +43,7 @@ def test_errors_have_the_shape_of_openais(client, picture, monkeypatch):
     def with_url(url):
         return [{"role": "user", "content": [image | {"image_url": {"url": url}}]}]
 
-    data = url_of(picture)
+    data, pictured = url_of(picture), {"modalities": ["image"]}
     cases = (
         ({"model": "another"}, 404, "model", "no model 'another'; known: digits"),
         ({"top_p": 0.5}, 400, "top_p", "not supported"),
@@ -62,16 +63,19 @@ def test_errors_have_the_shape_of_openais(client, picture, monkeypatch):
         ({"messages": with_url(large)}, 400, "messages[0]", "40x40 pixels; the limit is 1000"),
         ({"messages": with_url(data) + with_url(data)}, 400, "messages", "2 pictures"),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, None, "don't fit"),
-        ({"modalities": ["image"], "messages": with_url(data)}, 400, "messages", "can't be given"),
-        ({"modalities": ["image"], "stream": True}, 400, "stream", "denoise"),
+        (pictured | {"messages": with_url(data)}, 400, "messages", "can't be given"),
+        (pictured | {"stream": True}, 400, "stream", "denoise"),
         ({"modalities": ["audio"]}, 400, "modalities", "audio"),
         ({"modalities": ["text", "image"], "extra_body": {"decode": "cached"}}, 400, None, "exact or fast"),
-        ({"modalities": ["image"], "extra_body": {"steps": 33}}, 400, "steps", "has 32 tokens"),
+        (pictured | {"extra_body": {"steps": 33}}, 400, "steps", "has 32 tokens"),
         ({"stop": ["a"] * 5}, 400, "stop", "at most 4"),
+        ({"stop": ""}, 400, "stop", "an empty text"),
+        ({"max_completion_tokens": 3}, 400, "max_tokens", "differ; give one"),
+        ({"modalities": ["image"], "stop": "a"}, 400, "stop", "about texts; modalities asks for none"),
         ({"stop": "a" * 300}, 400, "stop", "256 characters"),
         ({"extra_body": {"block_length": 3}}, 400, "block_length", "power of two"),
         ({"extra_body": {"top_p": True}}, 400, "top_p", "not supported"),
-        ({"stream_options": {"include_usage": "no"}}, 400, "stream_options", "of type bool"),
+        ({"stream_options": {"include_usage": "no"}}, 400, "stream_options.include_usage", "of type bool"),
         (
             {"messages": [{"role": "user", "content": "a" * 5000}]},
             400,
@@ -125,6 +129,16 @@ def test_bodies_are_bounded_and_must_be_json(served):
         with contextlib.suppress(urllib.error.URLError):  # the rest of a body may find nobody to take it
             got, error, _ = post(url, body)
             assert (got, text in error["error"]["message"]) == (status, True), error
+
+
+def test_a_body_that_never_comes_is_given_up(model):
+    with serving(model, upload=0.3) as (endpoint, url), socket.socket() as sock:
+        host, port = url.removeprefix("http://").split(":")
+        sock.connect((host, int(port)))
+        sock.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        sock.settimeout(10)
+        assert b" 408 " in sock.recv(1000)
+        assert endpoint.engine.live == 0
 
 
 def test_a_key(model):
@@ -253,8 +267,9 @@ def test_an_engine_that_stumbles_tells_all_who_wait(client, served, monkeypatch)
         return seat()
 
     monkeypatch.setattr(served[0].engine, "_seat", stumble)
-    with pytest.raises(openai.InternalServerError):
+    with pytest.raises(openai.InternalServerError) as caught:
         chat(client)
+    assert caught.value.response.headers["connection"] == "close"
     assert chat(client).choices  # it goes on with the next one
 
 

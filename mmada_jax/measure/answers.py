@@ -1,26 +1,29 @@
 """Answers of an evaluation that are kept one by one, so that it goes on where it was interrupted."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmada_jax.disk import Growing
 
 
 class Answers:
-    """Answers that are known already, by the hash of what was asked, kept in a file line by line. A line
-    that was cut off by the end of a process is asked for anew."""
+    """Answers that are known already, by the hash of what was asked, kept in a file line by line. What a
+    line that was cut off or damaged had is asked for anew. One process at a time may write: see `alone`."""
 
     def __init__(self, path: pathlib.Path | None):
         self._known: dict[str, Any] = {}
         self._file = path and Growing(path, self._lines)
-        for line in path.read_text().splitlines() if path and path.is_file() else ():
-            with contextlib.suppress(ValueError):
+        for line in path.read_bytes().splitlines() if path and path.is_file() else ():
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 key, value = json.loads(line)
-                self._known[key] = value
+                if isinstance(key, str) and isinstance(value, str | list):
+                    self._known[key] = value
 
     def __len__(self) -> int:
         return len(self._known)
@@ -46,6 +49,26 @@ class Answers:
         self._known[key] = value
         if self._file:
             self._file.add(self._line(key))
+
+
+@contextlib.contextmanager
+def alone(folder: pathlib.Path) -> Iterator[None]:
+    """A folder, made if it isn't there, to which no other evaluation writes. Raises ValueError if one
+    does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another evaluation writes to {folder}; wait for it, or name another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def cut(text: str, stops: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import collections
 import functools
 import hashlib
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,7 +167,8 @@ class HarnessModel(TemplateLM):
     def _job(self, context, settings):
         new = settings["max_new"]
         # As in the harness's other models: what doesn't fit is cut off at the left.
-        ids = self.tok_encode(context)[-max(1, self.model.config.max_len - new) :]
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        ids = ids[-max(1, self.model.config.max_len - new) :]
         return self.model.text_job(
             np.array(ids), max_new=new, block=min(self._block, new), steps=self._steps,
             decode=self._decode, temperature=settings["temperature"],
@@ -174,7 +176,14 @@ class HarnessModel(TemplateLM):
         )  # fmt: skip
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        pairs = [likelihood.Pair(self._cut(context, more), more) for _, context, more in requests]
+        most = self.model.config.max_len - 1
+        if long := sum(len(more) > most for _, _, more in requests):
+            print(
+                f"{long} texts to score have more than {most} tokens; their ends are scored",
+                file=sys.stderr,
+            )
+        asked = [(context, more[-most:]) for _, context, more in requests]
+        pairs = [likelihood.Pair(self._cut(context, more), more) for context, more in asked]
         keys = [self._key("likelihood", pair) for pair in pairs]
         left = [i for i, key in enumerate(keys) if self._answers.get(key) is None]
         todo = [pairs[i] for i in left]

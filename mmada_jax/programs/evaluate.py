@@ -55,16 +55,20 @@ def parser() -> Parser:
 def main(argv: list[str]) -> None:
     """Evaluates, writes and prints the table."""
     args = parser().parse_args(argv)
-    for name in ("draws", "batch", "limit"):
+    for name in ("draws", "batch", "limit", "max_new", "block", "steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.think and not args.chat:
         raise ValueError("--think is a part of the chat template; give --chat too")
     quiet()
     if args.draw:
-        draw(args)
+        from mmada_jax.measure.answers import alone
+
+        with alone(pathlib.Path(args.out)):
+            draw(args)
         return
     try:
+        from mmada_jax.measure.answers import alone
         from mmada_jax.measure.evaluation import TABLE, evaluate
     except ImportError as error:
         raise ImportError('this needs the extra eval: pip install "mmada_jax[eval]"') from error
@@ -74,16 +78,18 @@ def main(argv: list[str]) -> None:
         "seed": args.seed, "think": args.think,
     }  # fmt: skip
     out = pathlib.Path(args.out)
-    evaluate(
-        args.model, args.tasks.split(","), out, settings, include=args.include_path, limit=args.limit,
-        fewshot=args.fewshot, chat=args.chat,
-    )  # fmt: skip
+    with alone(out):
+        evaluate(
+            args.model, args.tasks.split(","), out, settings, include=args.include_path,
+            limit=args.limit, fewshot=args.fewshot, chat=args.chat,
+        )  # fmt: skip
     print((out / TABLE).read_text())
 
 
 def draw(args: argparse.Namespace) -> None:
     """Draws for a benchmark, and prints how its judge is called."""
     from mmada_jax.disk import write_whole
+    from mmada_jax.files import read_json
     from mmada_jax.measure import drawings
     from mmada_jax.serve.api import MMaDA
     from mmada_jax.weights import lazy
@@ -96,7 +102,8 @@ def draw(args: argparse.Namespace) -> None:
     settings = {"seed": args.seed, **{name: x for name, x in fields.items() if x is not None}}
     about = {"model": lazy.sha256(open_folder(args.model).tensors()), "benchmark": args.draw, **settings}
     known = out / "results.json"
-    if known.is_file() and (old := json.loads(known.read_text())["of"]) != about:
+    old = read_json(known, dict).get("of", {}) if known.is_file() else about
+    if old != about:
         differs = [name for name in {**old, **about} if old.get(name) != about.get(name)]
         raise ValueError(f"{out} holds pictures of another {' and '.join(differs)}; name another --out")
     write_whole(known, json.dumps({"of": about}) + "\n")

@@ -68,8 +68,9 @@ def main(argv: list[str]) -> None:
         name = args.name or pathlib.Path(args.model).resolve().name
         endpoint = Endpoint(model, name, limits)
         config = uvicorn.Config(
-            endpoint.app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="on"
-        )
+            endpoint.app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="on",
+            timeout_graceful_shutdown=round(limits.seconds + limits.upload),
+        )  # fmt: skip
         sock.listen()  # who reads the address can connect
         print(model)
         print(f"{endpoint.engine.plan(model.rows.length)}")

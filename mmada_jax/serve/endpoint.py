@@ -176,7 +176,9 @@ class Endpoint:
         if "image" in asked.modalities:
             return await self._chat_of_images(request, asked, of, adapter, head)
         job = await self._in_thread(requests.chat_job, self.model, asked, of)
-        every = {"every": "step" if asked.stream_mode == "denoise" else "block"} if asked.stream else {}
+        every = {}
+        if asked.stream or asked.stop:  # a text to stop at is looked for after each block
+            every["every"] = "step" if asked.stream and asked.stream_mode == "denoise" else "block"
         watched = self._submit(job, asked, adapter, **every)
         replies = [TextReply(self.model, asked.stop) for _ in job.length_B]
         n_image = 0 if of.picture is None else self.model.n_image
@@ -186,8 +188,11 @@ class Endpoint:
 
         if asked.stream:
             return _stream(self._chat_events(request, asked, watched, replies, head, told))
-        for number, ids in enumerate(await watched.result(request)):
-            replies[number].take(ids, final=True)
+        async for number, ids, over in watched.news(request):
+            if not replies[number].finish:
+                replies[number].take(ids, final=over)
+                if replies[number].finish and not over:
+                    watched.drop(number)
         choices = [
             {"index": i, "message": reply.message(), "finish_reason": reply.finish, "logprobs": None}
             for i, reply in enumerate(replies)

@@ -1,13 +1,16 @@
 """What the endpoint lets in: with the right key, up to a size, and as JSON or a form."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import json
+import time
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from mmada_jax.data.images import MAX_BYTES
 from mmada_jax.serve.replies import RefusedError, error
@@ -16,12 +19,14 @@ from mmada_jax.serve.replies import RefusedError, error
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What the endpoint takes: `slots` rows at once, `queue` rows that wait, bodies of `body` bytes,
-    `seconds` for a request. With a `key` clients must send it as their bearer token."""
+    `seconds` for a request; its body may take `upload` seconds to arrive. With a `key` clients must send it
+    as their bearer token."""
 
     slots: int = 16
     queue: int = 256
     body: int = MAX_BYTES // 2
     seconds: float = 600.0
+    upload: float = 60.0
     key: str | None = None
 
 
@@ -50,15 +55,25 @@ class Guarded:
             await JSONResponse(body, status, more)(scope, receive, send)
             return
 
+        whole, until = False, time.monotonic() + self.limits.upload
+
         async def bounded():
-            nonlocal taken
-            message = await receive()
+            nonlocal taken, whole
+            if whole:  # what comes now is that the client hangs up
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
+            except TimeoutError:
+                text = f"the body didn't arrive within {self.limits.upload:.0f} s"
+                raise RefusedError(text, 408) from None
+            whole = not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > most:
                 raise RefusedError(f"the body is too large; at most {most} bytes are taken", 413)
             return message
 
-        await self.app(scope, bounded, send)
+        with contextlib.suppress(ClientDisconnect):  # there is nobody to tell
+            await self.app(scope, bounded, send)
 
 
 async def json_of(request: Request) -> Any:

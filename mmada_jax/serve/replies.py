@@ -55,7 +55,9 @@ class TextReply:
         ):
             if len(new) > len(old):
                 delta[name] = new[len(old) :]
-        self.thought, self.answer, self.tokens = thought, answer, len(kept)
+        # Of what follows a stop nothing is told, and nothing counts.
+        told = self._model.tokenizer.encode(thought + answer) if cuts else kept
+        self.thought, self.answer, self.tokens = thought, answer, len(told)
         return delta
 
     def _split(self, text: str, done: bool) -> tuple[str, str]:
@@ -110,6 +112,11 @@ def error(problem: Exception, wait: int = 1) -> tuple[int, dict[str, str], dict[
         status, kind = 400, "invalid_request_error"
     else:
         status, kind = 500, "server_error"
+    if status in (
+        408,
+        500,
+    ):  # the connection ends with these; a client must not send its next request there
+        headers = {"Connection": "close"}
     text = (
         str(problem) if status < 500 or status == 504 else f"the request failed ({type(problem).__name__})"
     )

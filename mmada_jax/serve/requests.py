@@ -12,6 +12,8 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
+from PIL import Image
+
 from mmada_jax.config import from_dict
 from mmada_jax.data import images, records
 from mmada_jax.diffusion.decode import Job
@@ -92,6 +94,13 @@ class Chat(Decoding):
         super().__post_init__()
         if len(self.stop) > 4 or any(len(stop) > 256 for stop in self.stop):
             raise ValueError("stop has too many texts or a long one; at most 4 of 256 characters are taken")
+        if "" in self.stop or not self.modalities:
+            raise ValueError("stop has an empty text, or modalities none; leave them out")
+        most = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(most) > 1:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        if "text" not in self.modalities and (self.stop or self.think):
+            raise ValueError("stop and think are about texts; modalities asks for none")
         length = self.block_length
         if length is not None and length & (length - 1):  # each length is compiled by itself
             raise ValueError(f"block_length is {length}; it must be a power of two")
@@ -145,7 +154,7 @@ def read(kind: type, body: Any, leave: Sequence[str] = ()) -> Any:
         raise RefusedError("the fields are nested too deeply") from None
     except ValueError as error:
         text = str(error).replace("config key", "field").replace("config lacks", "the request lacks")
-        name = re.match(r"unknown field '(\w+)'|(\w+)", text)
+        name = re.match(r"unknown field '([\w.]+)'|([\w.]+)", text)
         raise RefusedError(text, param=name and (name[1] or name[2])) from None
 
 
@@ -239,7 +248,16 @@ def chat_job(model: MMaDA, asked: Chat, of: Conversation) -> Job:
         turns = records.with_think_prompt(turns, records.THINK_PROMPT)
     if of.picture is None:
         return model.text_job([turns] * n, max_new=most, **fields)
-    return model.answer_job([of.picture] * n, [turns] * n, max_new=most, **fields)
+    picture = decoded(of.picture, "messages")
+    return model.answer_job([picture] * n, [turns] * n, max_new=most, **fields)
+
+
+def decoded(picture: bytes, where: str) -> Image.Image:
+    """The pixels of a picture. Raises RefusedError if they are damaged."""
+    try:
+        return images.open_image(picture)
+    except ValueError as error:
+        raise RefusedError(f"{where}: {error}", param=where) from None
 
 
 def thought_job(model: MMaDA, asked: Chat, of: Conversation) -> Job:
@@ -282,9 +300,11 @@ def edit_job(model: MMaDA, asked: Images, picture: bytes, mask: bytes | None) ->
             "edge beyond which the picture goes on (left, right, up, down)",
             param="mask",
         )
+    whole = decoded(picture, "image")
     if asked.extend:
-        return Drawn(*model.extend_job([picture] * n, asked.extend, asked.prompt, **asked.rule))
-    return Drawn(model.inpaint_job([picture] * n, [mask] * n, asked.prompt, **asked.rule), None)
+        return Drawn(*model.extend_job([whole] * n, asked.extend, asked.prompt, **asked.rule))
+    covered = decoded(mask, "mask")
+    return Drawn(model.inpaint_job([whole] * n, [covered] * n, asked.prompt, **asked.rule), None)
 
 
 def check_size(model: MMaDA, size: str | None, extend: Direction | None = None) -> None:

@@ -316,7 +316,14 @@ def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: str | path
 def _renamed(values: dict, old: str, new: str, path: str | pathlib.Path) -> dict:
     """The values of a tokenizer.json in which a token has another string. Raises ValueError for a token
     that texts are made of."""
-    model = values["model"]
+    model, added = values["model"], {token["content"] for token in values.get("added_tokens") or ()}
+    vocab, unknown = model.get("vocab"), {model.get("unk_token")}
+    if isinstance(vocab, list) and model.get("unk_id") is not None:
+        unknown.add(vocab[model["unk_id"]][0])
+    if old in unknown or old not in added:
+        raise ValueError(
+            f"{path}: {old!r} stands for texts and can't be a control token; config.json names another id"
+        )
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges") or ()]
     if any(old in (*pair, "".join(pair)) for pair in merges):
         raise ValueError(
@@ -330,7 +337,6 @@ def _renamed(values: dict, old: str, new: str, path: str | pathlib.Path) -> dict
             return [rename(value) for value in part]
         return new if part == old else part
 
-    vocab = model.get("vocab")
     if isinstance(vocab, dict):
         vocab = {new if token == old else token: i for token, i in vocab.items()}
     elif vocab:  # Unigram: pairs of a token and its score

@@ -49,7 +49,13 @@ def codec_of(run: VQRun, workdir: pathlib.Path) -> vq.VQConfig:
             f"perceptual is {run.perceptual} and lpips is {run.lpips!r}; the loss needs both a weight and "
             "the folder of its network"
         )
-    if run.perceptual and run.data and run.image_size < lpips.LEAST:
+    if run.perceptual and not run.data:
+        raise ValueError("perceptual needs pictures of your own in data; those of the digits are too small")
+    if run.inception and run.eval_every and run.eval_rows < 2:
+        raise ValueError(
+            f"eval_rows is {run.eval_rows}; the distance by inception needs at least 2 pictures"
+        )
+    if run.perceptual and run.image_size < lpips.LEAST:
         raise ValueError(
             f"image_size is {run.image_size}; with perceptual it must be at least {lpips.LEAST} pixels"
         )

@@ -7,7 +7,8 @@ with adapter_config.json and adapter_model.safetensors. What adapters compute is
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from mmada_jax.files import read_json
 from mmada_jax.nets import int8, transformer
 from mmada_jax.nets import lora as nets
 from mmada_jax.nets.lora import MATRICES, LoraConfig
-from mmada_jax.weights import lazy
+from mmada_jax.weights import hub, lazy
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"  # of ours beside them: the hash of the base
@@ -59,6 +60,17 @@ def check_base(sha256: str, about: Mapping[str, Any], path: pathlib.Path) -> Non
             f"the adapters belong to another base than the model in {path}: its weights have the sha256 "
             f"{sha256[:16]}, theirs have {about['base_sha256'][:16]}; put back the model that they were "
             "trained beside"
+        )
+
+
+def warn_of_base(adapter: Adapter, sha256: Callable[[], str], path: pathlib.Path) -> None:
+    """Warns of adapters that were trained beside other weights than those in `path`, whose hash is
+    `sha256`. They may be the same ones in another dtype, so it is no error."""
+    if adapter.base_sha256 and sha256() != adapter.base_sha256:
+        print(
+            f"warning: the adapters were trained beside other weights than those in {path} (sha256 "
+            f"{adapter.base_sha256[:16]}), unless these are the same ones in another dtype",
+            file=sys.stderr,
         )
 
 
@@ -118,8 +130,6 @@ def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
 def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
     """The adapters of a folder of PEFT's for a model of that architecture. Raises FileNotFoundError if
     there are none, ValueError for what isn't known or doesn't fit."""
-    from safetensors.numpy import load_file
-
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; an adapter of PEFT's has it")
@@ -130,11 +140,14 @@ def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
         if name in about and about[name] not in known
     ]
     lazy.refuse(wrong, f"{folder / CONFIG} describes adapters that can't be read")
-    tensors, R = load_file(folder / WEIGHTS), about["r"]
+    R, alpha = about["r"], about["lora_alpha"]
+    if type(R) is not int or type(alpha) not in (int, float) or R < 1 or not alpha > 0:
+        raise ValueError(
+            f"{folder / CONFIG} has r={R!r} and lora_alpha={alpha!r}; both must be positive numbers"
+        )
+    tensors = hub.read_tensors_of(folder / WEIGHTS)
     targets = "+".join(target for target in MATRICES if _key(0, target, "A") in tensors)
-    lora = LoraConfig(
-        R, about["lora_alpha"] * (R**0.5 if about.get("use_rslora") else 1), targets or "+".join(MATRICES)
-    )
+    lora = LoraConfig(R, alpha * (R**0.5 if about.get("use_rslora") else 1), targets or "+".join(MATRICES))
     shapes = {
         _key(layer, target, part): (R, size) if part == "A" else (size, R)
         for target, name in zip(lora.matrices, lora.names, strict=True)
@@ -148,6 +161,11 @@ def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
         for key, shape in shapes.items()
         if key in tensors and tensors[key].shape != shape
     ]
+    for key, x in tensors.items():
+        if np.dtype(x.dtype) not in lazy.DTYPES.values():
+            wrong.append(f"{key} has dtype {x.dtype}, expected one of {', '.join(lazy.DTYPES)}")
+        elif not np.isfinite(np.asarray(x, np.float32)).all():
+            wrong.append(f"{key} has values that aren't finite")
     lazy.refuse(wrong, f"the tensors of {folder / WEIGHTS} don't fit the model")
     layers = range(config.n_layers)
     arrays = {
@@ -157,7 +175,7 @@ def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
         }
         for target, name in zip(lora.matrices, lora.names, strict=True)
     }
-    noted = read_json(folder / BASE, dict).get("sha256", "") if (folder / BASE).is_file() else ""
+    noted = str(read_json(folder / BASE, dict).get("sha256", "")) if (folder / BASE).is_file() else ""
     return Adapter(lora, arrays, noted)
 
 

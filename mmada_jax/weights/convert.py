@@ -62,7 +62,7 @@ def from_torch(
         if source.is_image_tokenizer:
             raise ValueError(f"{src} is an image tokenizer; adapters belong to models, leave --adapter out")
         found = adapters.read_peft(resolved(adapter), source.config)
-        _warn_of_base(found, source)
+        adapters.warn_of_base(found, lambda: lazy.sha256(source.tensors()), source.path)
         source = dataclasses.replace(source, params=adapters.merged(source.params, found))
     nested = image_tokenizer_of(source, image_tokenizer)
     if not source.is_image_tokenizer and (problem := vocabulary(source)["problem"]):
@@ -95,17 +95,6 @@ def to_torch(
             _write_hugging_face(folder / IMAGE_TOKENIZER, nested, None, count, shard)
 
 
-def _warn_of_base(adapter: adapters.Adapter, base: ModelFolder) -> None:
-    """Warns of adapters that were trained beside other weights. They may be the same ones in another dtype,
-    so it is no error."""
-    if adapter.base_sha256 and lazy.sha256(base.tensors()) != adapter.base_sha256:
-        print(
-            f"warning: the adapters were trained beside other weights than those in {base.path} (sha256 "
-            f"{adapter.base_sha256[:16]}), unless these are the same ones in another dtype",
-            file=sys.stderr,
-        )
-
-
 def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") -> None:
     """The adapters of a workdir -> a folder of PEFT's, for the model `base`: a name on the hub, or the
     folder that the exported base lies in. Raises as `from_torch` does, and ValueError for a folder without
@@ -115,7 +104,8 @@ def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") ->
     if source.adapter is None:
         raise ValueError(f"{src} holds no adapters but a whole model; to-torch exports that")
     if base and pathlib.Path(base).is_dir():
-        _warn_of_base(source.adapter, open_folder(base))
+        of = open_folder(base)
+        adapters.warn_of_base(source.adapter, lambda: lazy.sha256(of.tensors()), of.path)
     alone = dataclasses.replace(source, params=source.adapter.arrays)
     with _target(dst, alone, None) as (folder, count):
         adapters.write_peft(folder, source.adapter, base)

@@ -25,7 +25,7 @@ from mmada_jax.devices.distributed import together
 from mmada_jax.disk import resolved
 from mmada_jax.files import read_json
 from mmada_jax.nets import transformer, vq
-from mmada_jax.tokens.tokenizer import TextTokenizer
+from mmada_jax.tokens.tokenizer import TextTokenizer, read_tokenizer
 from mmada_jax.tokens.vocab import Vocab
 from mmada_jax.weights import adapters, hub, lazy, llada_keys, magvit_keys, older
 from mmada_jax.weights.arrays import open_params, write_params
@@ -233,8 +233,12 @@ def _open_hugging_face(path, values, dtype, add_image_vocab) -> ModelFolder:
 
 def _with_image_vocab(source: ModelFolder, codes: int) -> ModelFolder:
     """A text model with rows for so many image codes, behind the ids of its tokenizer."""
-    tokenizer = source.tokenizer()
-    controls = max(0, len(tokenizer) - source.config.vocab) if tokenizer else 0
+    tokenizer, rows = source.tokenizer(), source.config.vocab
+    if tokenizer and (given := read_tokenizer(source.path / "tokenizer.json").get_vocab_size()) > rows:
+        raise ValueError(
+            f"the tokenizer has {given} entries, the embedding {rows} rows; they don't belong together"
+        )
+    controls = max(0, len(tokenizer) - rows) if tokenizer else 0
     values = llada_keys.grown_config(source.values, codes, controls)
     return dataclasses.replace(
         source,
@@ -294,11 +298,14 @@ def open_adapters(
     FileNotFoundError, or ValueError for what doesn't fit, as adapters of another base."""
     opened, sha256 = {}, functools.cache(lambda: lazy.sha256(base.tensors()))
     for name, folder in folders.items():
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{name!r} is no name of an adapter; give it a text")
         path = resolved(folder)
         if base.is_image_tokenizer or base.adapter:
             raise ValueError(f"{base.path} is no model that adapters can stand beside; name their base")
         if not (path / MODEL).is_file():
             opened[name] = adapters.read_peft(path, base.config)
+            adapters.warn_of_base(opened[name], sha256, base.path)
             continue
         check_files(path)
         about = read_json(path / MODEL, dict).get("adapter")

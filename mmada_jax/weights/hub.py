@@ -73,7 +73,7 @@ def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     alone = None if index else next((file for file in files if file.name in _ALONE), None)
     for file in sorted(files, key=lambda file: file != alone):
         try:
-            found = _read(file)
+            found = read_tensors_of(file)
         except (ValueError, ImportError):
             if alone in (None, file):
                 raise
@@ -155,7 +155,8 @@ def _find(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[pathlib.Path]
     return None, []
 
 
-def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors_of(file: pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of one file, as `read_tensors` gives those of a folder. Raises as that does."""
     refuse_pointer(file)
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
 

@@ -56,6 +56,8 @@ def load_inception(folder: str | pathlib.Path) -> dict[str, Any]:
     theirs = lazy.in_memory(_params_of(_read(folder), inception_table(), folder))
     params = {}
     for name, of in theirs.items():
+        if not np.all(of["var_D"] >= 0):
+            raise ValueError(f"{folder}: {name}.bn.running_var has values below 0; fetch the file again")
         scale_D = of["scale_D"] / np.sqrt(of["var_D"] + np.float32(_NORM_EPS))
         params[name] = {"w_ijCD": of["w_ijCD"] * scale_D, "b_D": of["bias_D"] - of["mean_D"] * scale_D}
     return params
@@ -92,6 +94,8 @@ def _read(folder) -> dict[str, Any]:
 
 
 def _params_of(state: Mapping[str, Any], table, folder, wrong=()):
+    wrong = [*wrong, *(f"{key} has values that aren't finite" for key, x in state.items()
+                       if not np.isfinite(np.asarray(x, np.float32)).all())]  # fmt: skip
     try:
         return lazy.params_of(state, table, np.dtype(np.float32), wrong)
     except ValueError as error:

@@ -145,14 +145,17 @@ def config_from_hf(values: Mapping[str, Any], **overrides: Any) -> transformer.M
 
 
 def control_ids(values: Mapping[str, Any]) -> dict[str, int]:
-    """The ids that a config.json gives to control tokens, by their names."""
+    """The ids that a config.json gives to control tokens, by their names. Raises ValueError for what is no
+    id."""
     found = {}
     for name in ("bos", "eos", "mask"):
-        of = values.get(f"{name}_token_id")
-        if type(of) is list:  # as some give all ids that end a text
-            of = of[0] if of else None
-        if type(of) is int and of >= 0:
-            found[name] = of
+        given = values.get(f"{name}_token_id")
+        ids = given if type(given) is list else [given]  # some give all ids that end a text
+        if given is None:
+            continue
+        if not ids or any(type(one) is not int or one < 0 for one in ids):
+            raise ValueError(f"{name}_token_id of config.json is {given!r}; it must be an id, or null")
+        found[name] = ids[0]
     return found
 
 
