@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import cot, pretrain, unigrpo, vq
 from launch.benchmarks import rl as benchmark_rl
+from mmada_jax.data.images import png_of
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
@@ -115,7 +116,7 @@ def run(workdir: pathlib.Path, form: Form, seed: int) -> dict:
     result["seconds"] = {name: round(rows[-1]["wall_seconds"], 1) for name, rows in histories.items()}
     result["seconds"]["evaluate"] = round(time.perf_counter() - start, 1)
     result["data_wait"] = max(data_wait(histories[name]) for name in ("pretrain", "cot"))
-    write_whole(workdir / "results.png", metrics.png_of(results(pictures)))
+    write_whole(workdir / "results.png", png_of(results(pictures)))
     write_whole(workdir / "report.html", page(result, pictures, curves(histories)))
     write_whole(report, json.dumps(result, indent=1))
     return result

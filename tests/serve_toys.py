@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmada_jax.data.images import png_of
 from tests.api_toys import two_canvases, untrained_model  # noqa: F401
 
 openai = pytest.importorskip("openai", reason="needs the extra serve")
@@ -60,12 +61,6 @@ def chat(client, messages=ASK, **fields):
 def url_of(picture):
     """A picture of Pillow's as a data URL."""
     return "data:image/png;base64," + base64.b64encode(png_of(picture)).decode()
-
-
-def png_of(picture):
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 def opened(b64):

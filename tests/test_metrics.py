@@ -18,6 +18,7 @@ from conftest import xla_flags
 from PIL import Image
 from programs import Program
 
+from mmada_jax.data.images import png_of
 from mmada_jax.disk import Growing, write_whole
 from mmada_jax.train import metrics
 
@@ -257,7 +258,7 @@ def test_tensorboard_and_the_rows_are_the_same_after_a_kill(tmp_path):
 
 
 def test_samples_of_tasks_have_names_of_their_own_on_the_board(tmp_path):
-    png = metrics.png_of(Image.new("L", (2, 2)))
+    png = png_of(Image.new("L", (2, 2)))
     with metrics.Metrics(tmp_path, 9) as m:
         m.save_samples(1, b"drawn", png, "draw")
         m.save_samples(2, b"said", b"", "text")

@@ -138,6 +138,13 @@ def to_bytes(picture: Any, size: tuple[int, int], channels: int, how: Resize = "
     return pixels.reshape(*size, channels)
 
 
+def png_of(picture: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
 def shrunk(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """An image that is an enlargement of `size` (rows, columns) by a whole number, at that size; any other
     as it is."""

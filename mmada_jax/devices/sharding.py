@@ -156,6 +156,11 @@ def row_parts(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def whole_rows(mesh: jax.sharding.Mesh, rows: int) -> int:
+    """The least number of rows, `rows` at least, that `row_parts` divides."""
+    return -(-rows // row_parts(mesh)) * row_parts(mesh)
+
+
 def parts(axis: str) -> int:
     """Into how many parts logical `axis` is split in use; 1 outside of a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

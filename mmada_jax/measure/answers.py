@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mmada_jax.disk import Growing
@@ -54,7 +54,7 @@ class Answers:
 @contextlib.contextmanager
 def alone(folder: pathlib.Path) -> Iterator[None]:
     """A folder, made if it isn't there, to which no other evaluation writes. Raises ValueError if one
-    does."""
+    does. The folder itself is locked: `weights.workdir.locked` leaves a file, and judges read all files."""
     folder.mkdir(parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     try:
@@ -69,9 +69,3 @@ def alone(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(held)
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-    """A text up to the first of `stops`."""
-    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]

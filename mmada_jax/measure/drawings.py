@@ -8,7 +8,6 @@ A picture depends on its prompt's number and the seed alone; what is there alrea
 judges are programs of their own; `judge_of` says how to call them.
 """
 
-import io
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from mmada_jax.data.images import png_of
 from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json, read_text
 from mmada_jax.progress import progress
@@ -108,18 +108,11 @@ def _last(kind: str, out: pathlib.Path, prompt: Prompt) -> pathlib.Path:
 
 def _write(kind: str, out: pathlib.Path, prompt: Prompt, pictures: list[Image.Image]) -> None:
     if kind != "geneval":
-        _save(_last(kind, out, prompt), _grid(pictures))
+        write_whole(_last(kind, out, prompt), png_of(_grid(pictures)))
         return
     for number, picture in enumerate(pictures):
-        _save(out / prompt.name / "samples" / f"{number:04}.png", picture)
+        write_whole(out / prompt.name / "samples" / f"{number:04}.png", png_of(picture))
     write_whole(_last(kind, out, prompt), prompt.line + "\n")
-
-
-def _save(path: pathlib.Path, picture: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    write_whole(path, file.getvalue())
 
 
 def _grid(pictures: list[Image.Image]) -> Image.Image:

@@ -21,11 +21,11 @@ from lm_eval.api.model import TemplateLM
 from mmada_jax.data import records
 from mmada_jax.devices import sharding
 from mmada_jax.measure import likelihood
-from mmada_jax.measure.answers import Answers, cut
+from mmada_jax.measure.answers import Answers
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.serve.engine import Engine
-from mmada_jax.tokens.tokenizer import TEMPLATE, Template, chat
+from mmada_jax.tokens.tokenizer import TEMPLATE, Template, chat, cut
 
 # New tokens and tokens of a block, as the models of this kind are evaluated with (LLaDA's settings).
 PRESETS = {"gsm8k": (256, 8), "math": (512, 64), "base": (1024, 1024)}
@@ -71,9 +71,9 @@ class HarnessModel(TemplateLM):
         self._max_new, self._most = max_new, PRESETS[preset][0]
         self._block = block or PRESETS[preset][1]
         self._steps, self._decode, self._draws, self._greedy = steps, decode, draws, greedy
-        self._seed, parts = seed, sharding.row_parts(self.model.mesh)
+        self._seed = seed
         rows = 16 if batch_size == "auto" else int(batch_size)
-        self._rows = -(-rows // parts) * parts
+        self._rows = sharding.whole_rows(self.model.mesh, rows)
         self._settings = [model_hash, self._steps, decode, draws, greedy, seed, self._block]
         self._think = think
         self._answers = Answers(pathlib.Path(answers) if answers else None)

@@ -62,7 +62,7 @@ def log_likelihoods(
             raise ValueError(f"pair {number} has an empty context or continuation; give each a token")
         if (length := len(pair.context) + len(pair.continuation)) > limit:
             raise ValueError(f"pair {number} has {length} tokens, the model takes {limit}; shorten it")
-    rows = -(-rows // sharding.row_parts(model.mesh)) * sharding.row_parts(model.mesh)
+    rows = sharding.whole_rows(model.mesh, rows)
     of_pair = [1 if len(pair.continuation) == 1 else draws for pair in pairs]
     values, left, told = np.zeros(len(pairs)), list(of_pair), 0
     for batch in _batches(model, pairs, of_pair, seed, rows):

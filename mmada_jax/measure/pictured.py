@@ -18,10 +18,11 @@ from lmms_eval.api.model import lmms
 
 from mmada_jax.data import records
 from mmada_jax.devices import sharding
-from mmada_jax.measure.answers import Answers, cut
+from mmada_jax.measure.answers import Answers
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.serve.engine import Engine
+from mmada_jax.tokens.tokenizer import cut
 
 MODES = ("answer", "draw")
 
@@ -71,8 +72,7 @@ class PicturedModel(lmms):
         self.mode, self._max_new, self._think, self._seed = mode, max_new, think, int(seed)
         self._fields = {"steps": steps, "decode": decode, "guidance": guidance}
         self._block, self._out = block, pathlib.Path(out) if out else None
-        parts = sharding.row_parts(self.model.mesh)
-        self._rows = -(-int(batch_size) // parts) * parts
+        self._rows = sharding.whole_rows(self.model.mesh, int(batch_size))
         self._settings = [str(path), mode, max_new, block, self._fields, think, self._seed]
         if self._out:
             self._out.mkdir(parents=True, exist_ok=True)
@@ -117,8 +117,7 @@ class PicturedModel(lmms):
     def _told(self, args, ids: np.ndarray) -> str:
         _, settings, _, doc_id, task, _ = args
         if self.mode == "answer":
-            until = settings.get("until") or []
-            return cut(self.model.read(ids).text, [until] if isinstance(until, str) else until)
+            return cut(self.model.read(ids).text, settings.get("until") or [])
         path = self._out / f"{task}_{doc_id}.png"
         [drawing] = self.model.drawings(self.model.codes([ids]))
         drawing.image.convert("RGB").save(path)

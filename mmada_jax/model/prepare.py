@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import os
@@ -193,10 +192,8 @@ def read(
         if isinstance(record.image, bytes):
             image, data = images.open_image(record.image), record.image
         else:
-            image, file = images.to_image(record.image), io.BytesIO()
-            if keep:
-                image.save(file, "PNG")
-            data = file.getvalue()
+            image = images.to_image(record.image)
+            data = images.png_of(image) if keep else None
         pixels = images.resize(image, size, how) if size else None
     except ValueError as error:
         return Skip(index, record.key, "unreadable image", str(error))

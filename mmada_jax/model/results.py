@@ -4,13 +4,13 @@ They are made of token ids and pixels; making these is the business of `model.mo
 """
 
 import dataclasses
-import io
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
+from mmada_jax.data.images import png_of
 from mmada_jax.tokens.tokenizer import TextTokenizer, conversation_end
 from mmada_jax.tokens.vocab import Vocab
 
@@ -57,6 +57,4 @@ class Drawing:
         return self.image.resize([scale * side for side in self.image.size], Image.Resampling.NEAREST)
 
     def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.enlarged().save(file, "PNG")
-        return file.getvalue()
+        return png_of(self.enlarged())

@@ -14,6 +14,7 @@ import argparse
 import json
 import pathlib
 
+from mmada_jax.measure.answers import alone
 from mmada_jax.programs.process import Parser, quiet
 from mmada_jax.progress import progress
 
@@ -62,13 +63,10 @@ def main(argv: list[str]) -> None:
         raise ValueError("--think is a part of the chat template; give --chat too")
     quiet()
     if args.draw:
-        from mmada_jax.measure.answers import alone
-
         with alone(pathlib.Path(args.out)):
             draw(args)
         return
     try:
-        from mmada_jax.measure.answers import alone
         from mmada_jax.measure.evaluation import TABLE, evaluate
     except ImportError as error:
         raise ImportError('this needs the extra eval: pip install "mmada_jax[eval]"') from error

@@ -238,8 +238,7 @@ class MMaDA(Model):
         """What decodes the rows of all tasks, at most SLOTS at a time (see `serve.engine`)."""
         with _MAKING:
             if "_engine" not in vars(self):
-                parts = sharding.row_parts(self.mesh)
-                made = Engine(self, slots=-(-SLOTS // parts) * parts, queue=sys.maxsize)
+                made = Engine(self, slots=sharding.whole_rows(self.mesh, SLOTS), queue=sys.maxsize)
                 object.__setattr__(self, "_engine", made)
         return vars(self)["_engine"]
 

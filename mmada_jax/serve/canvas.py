@@ -2,13 +2,13 @@
 
 import base64
 import html
-import io
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mmada_jax.data.images import png_of
 from mmada_jax.model.model import Model
 from mmada_jax.model.results import HIDDEN
 from mmada_jax.tokens.tokenizer import END_THINK, THINK, conversation_end
@@ -59,6 +59,4 @@ def drawing(
 
 
 def _url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png_of(image)).decode()}"

@@ -32,7 +32,7 @@ from mmada_jax.serve.engine import Engine
 from mmada_jax.serve.guard import Guarded, Limits, json_of, value_of
 from mmada_jax.serve.meters import Meters
 from mmada_jax.serve.replies import RefusedError, TextReply, error, png, usage
-from mmada_jax.serve.tickets import FullError, Ticket
+from mmada_jax.serve.tickets import Every, FullError, Ticket
 
 # How often a waiting request looks whether its client is still there, in seconds.
 LOOK_EVERY = 0.2
@@ -41,9 +41,11 @@ LOOK_EVERY = 0.2
 class Watched:
     """The rows of a job, as one request waits for them."""
 
-    def __init__(self, engine: Engine, meters: Meters, job: Job, seeds: list[int], **named: Any):
-        """Submits the job; with `every` all that becomes of its rows is kept in order. Raises what
-        `Engine.submit` raises."""
+    def __init__(
+        self, engine: Engine, meters: Meters, job: Job, seeds: list[int], every: Every | None, **named: Any
+    ):
+        """Submits the job; with `every`, a step or a block, all that becomes of its rows is kept in order.
+        Raises what `Engine.submit` raises."""
         loop, self._news = asyncio.get_running_loop(), asyncio.Queue()
         self.job, self.seeds, self._meters = job, seeds, meters
         self._dropped: set[int] = set()
@@ -52,8 +54,8 @@ class Watched:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(self._news.put_nowait, (ticket.number, ticket.ids, ticket.over))
 
-        if "every" in named:
-            named["progress"] = tell
+        if every:
+            named |= {"every": every, "progress": tell}
         self.tickets = engine.submit(job, seeds, at_end=tell, **named)
 
     async def news(self, request: Request) -> AsyncIterator[tuple[int, np.ndarray, bool]]:
@@ -176,10 +178,10 @@ class Endpoint:
         if "image" in asked.modalities:
             return await self._chat_of_images(request, asked, of, adapter, head)
         job = await self._in_thread(requests.chat_job, self.model, asked, of)
-        every = {}
+        every = None
         if asked.stream or asked.stop:  # a text to stop at is looked for after each block
-            every["every"] = "step" if asked.stream and asked.stream_mode == "denoise" else "block"
-        watched = self._submit(job, asked, adapter, **every)
+            every = "step" if asked.stream and asked.stream_mode == "denoise" else "block"
+        watched = self._submit(job, asked, adapter, every)
         replies = [TextReply(self.model, asked.stop) for _ in job.length_B]
         n_image = 0 if of.picture is None else self.model.n_image
 
@@ -237,7 +239,7 @@ class Endpoint:
             raise RefusedError("a picture can't be given where one is drawn", param="messages")
         make = requests.thought_job if "text" in asked.modalities else requests.draw_job
         job = await self._in_thread(make, self.model, asked, of)
-        watched = self._submit(job, asked, adapter, **({"every": "step"} if asked.stream else {}))
+        watched = self._submit(job, asked, adapter, "step" if asked.stream else None)
         events = self._images_of(request, asked, adapter, watched)
         if asked.stream:
             base = {"object": "chat.completion.chunk", **head}
@@ -268,7 +270,7 @@ class Endpoint:
             thoughts = [self.model.read(ticket.ids) for ticket in watched.tickets]
             rule = requests.drawing_rule(self.model, asked)
             jobs.append(await self._in_thread(self.model.drawing_job, job, thoughts, rule))
-            watched = self._submit(jobs[-1], asked, adapter, **({"every": "step"} if asked.stream else {}))
+            watched = self._submit(jobs[-1], asked, adapter, "step" if asked.stream else None)
         async for number, ids, _ in watched.news(request):
             if asked.stream:
                 yield snapshot(number, {"image": await self._in_thread(self._url, ids)})
@@ -338,8 +340,8 @@ class Endpoint:
             await form.close()
 
     async def _draw(self, request, asked, drawn, event):
-        every = {"every": "step"} if asked.stream else {}
-        watched = self._submit(drawn.job, asked, self._adapter(asked.model or self.name), **every)
+        every = "step" if asked.stream else None
+        watched = self._submit(drawn.job, asked, self._adapter(asked.model or self.name), every)
         tokens = int(drawn.job.length_B.sum())
         about = {"output_format": "png"}
         if drawn.join is None:  # an extended picture is larger
@@ -393,13 +395,13 @@ class Endpoint:
 
     # ---- Running --------------------------------------------------------------------------------
 
-    def _submit(self, job: Job, asked: requests.Decoding, adapter: str, **named: Any) -> Watched:
+    def _submit(self, job: Job, asked: requests.Decoding, adapter: str, every: Every | None) -> Watched:
         if len(job.length_B) > self.limits.queue:
             raise RefusedError(
                 f"n is {len(job.length_B)}; at most {self.limits.queue} rows may wait", param="n"
             )
-        named |= {"time_limit": self.limits.seconds, "adapter": adapter}
-        return Watched(self.engine, self.meters, job, asked.seeds, **named)
+        named = {"time_limit": self.limits.seconds, "adapter": adapter}
+        return Watched(self.engine, self.meters, job, asked.seeds, every, **named)
 
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         if self._preparing >= self.limits.queue:

@@ -1,16 +1,16 @@
 """What the endpoint says: texts as they become known, usage, errors, pictures as PNG."""
 
 import base64
-import io
 from typing import Any
 
 import numpy as np
 
+from mmada_jax.data.images import png_of
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.model.model import Model
 from mmada_jax.model.results import Drawing
 from mmada_jax.serve.tickets import FullError, Ticket
-from mmada_jax.tokens.tokenizer import END_THINK, THINK, conversation_end
+from mmada_jax.tokens.tokenizer import END_THINK, THINK, conversation_end, cut
 
 
 class RefusedError(Exception):
@@ -42,8 +42,9 @@ class TextReply:
         kept = conversation_end(stable, self._model.vocab)
         ended = len(kept) < len(stable)
         thought, answer = self._split(self._model.read(kept).text, ended or final)
-        cuts = [at for stop in self._stops if (at := answer.find(stop)) >= 0]
-        answer, ended = answer[: min(cuts, default=len(answer))], ended or bool(cuts)
+        said = cut(answer, self._stops)
+        stopped = len(said) < len(answer)
+        answer, ended = said, ended or stopped
         if ended or final:
             self.finish = "stop" if ended else "length"
         else:
@@ -56,7 +57,7 @@ class TextReply:
             if len(new) > len(old):
                 delta[name] = new[len(old) :]
         # Of what follows a stop nothing is told, and nothing counts.
-        told = self._model.tokenizer.encode(thought + answer) if cuts else kept
+        told = self._model.tokenizer.encode(thought + answer) if stopped else kept
         self.thought, self.answer, self.tokens = thought, answer, len(told)
         return delta
 
@@ -112,10 +113,8 @@ def error(problem: Exception, wait: int = 1) -> tuple[int, dict[str, str], dict[
         status, kind = 400, "invalid_request_error"
     else:
         status, kind = 500, "server_error"
-    if status in (
-        408,
-        500,
-    ):  # the connection ends with these; a client must not send its next request there
+    # The connection ends with these; a client must not send its next request there.
+    if status in (408, 500):
         headers = {"Connection": "close"}
     text = (
         str(problem) if status < 500 or status == 504 else f"the request failed ({type(problem).__name__})"
@@ -125,6 +124,4 @@ def error(problem: Exception, wait: int = 1) -> tuple[int, dict[str, str], dict[
 
 def png(drawing: Drawing) -> str:
     """A drawing as PNG, in base64."""
-    file = io.BytesIO()
-    drawing.image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(png_of(drawing.image)).decode()

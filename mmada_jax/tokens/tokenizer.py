@@ -399,6 +399,13 @@ def conversation_end(ids: Sequence[int], vocab: Vocab) -> list[int]:
     return ids[: ends[0]] if ends else ids
 
 
+def cut(text: str, stops: str | Sequence[str]) -> str:
+    """A text up to the first of `stops`, of which empty ones count for nothing."""
+    stops = [stops] if isinstance(stops, str) else stops
+    ends = [at for stop in stops if stop and (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
 def split_thought(text: str) -> tuple[str, str]:
     """`<think>thought</think>answer` -> (thought, answer).
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import io
 import json
 import math
 import pathlib
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from mmada_jax.data.images import png_of
 from mmada_jax.devices import chips
 from mmada_jax.disk import Growing, write_whole
 from mmada_jax.train.board import Board
@@ -259,13 +259,6 @@ def _line(row: Mapping[str, float]) -> bytes:
 def _last(rows: Sequence[Mapping[str, float]], name: str) -> float:
     """The last finite value of the field `name`, or 0 if there is none."""
     return next((row[name] for row in reversed(rows) if math.isfinite(row.get(name, math.nan))), 0.0)
-
-
-def png_of(picture: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG file."""
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 def tell(line: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmada_jax.data.images import png_of
 from mmada_jax.nets import vq
-from mmada_jax.train.metrics import png_of
 from mmada_jax.train.rl.rewards import score_file
 from mmada_jax.train.rl.rewards.workers import Workers
 
