@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from configs import cot, pretrain, unigrpo, vq
 from launch.benchmarks import rl as benchmark_rl
 from mmada_jax.data.images import png_of
-from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
 from mmada_jax.measure.report import curves, denoising, page, results
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.storage import write_whole
 from mmada_jax.train import metrics
 from mmada_jax.train.rl import loop as rl
 from mmada_jax.train.supervised import train

@@ -1,7 +1,8 @@
 """Reading files as people have them: bytes, text and JSON, whole, or an error that names the file.
 
 Every reader refuses a pipe or a device, which could block or never end. It also refuses a pointer of git
-LFS, which lies in the place of a file after a clone without git-lfs. Writing is in disk.py.
+LFS, which lies in the place of a file after a clone without git-lfs. Where files lie is known in
+storage.py.
 """
 
 import codecs
@@ -11,6 +12,9 @@ import os
 import re
 import stat
 from typing import Any
+
+from mmada_jax import storage
+from mmada_jax.bucket import Bucket
 
 # The first bytes of a pointer (github.com/git-lfs/git-lfs, docs/spec.md), under today's name of the
 # specification and the two earlier ones.
@@ -29,11 +33,13 @@ def refuse_pointer(source: bytes | Path, name: str = "") -> None:
     `name` is its name in the error, by default the path. Only a regular file is opened.
     """
     if not isinstance(source, bytes):
-        name = name or os.fspath(source)
-        if not os.path.isfile(source):
+        name, where = name or os.fspath(source), storage.path(source)
+        try:
+            if not isinstance(where, Bucket) and not where.is_file():
+                return
+            source = storage.read_range(where, 0, 1024)  # by its specification a pointer is shorter
+        except FileNotFoundError:
             return
-        with open(source, "rb") as file:
-            source = file.read(1024)  # by its specification a pointer is shorter
     # Editors and shells may have saved it again, with a byte order mark or an empty line before it.
     source = source[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
     if source.startswith(_POINTERS):
@@ -48,9 +54,15 @@ def refuse_pointer(source: bytes | Path, name: str = "") -> None:
 def read_bytes(path: Path, limit: int | None = None) -> bytes:
     """All bytes of a regular file. Raises OSError if there is no such file; ValueError for anything that is
     no regular file, for a pointer of git LFS, and for more than `limit` bytes."""
-    name = os.fspath(path)
+    name, where = os.fspath(path), storage.path(path)
+    if isinstance(where, Bucket):
+        data = where.read_bytes() if limit is None else where.read_range(0, limit + 1)
+        if limit is not None and len(data) > limit:
+            raise ValueError(f"{name} has more than {limit} bytes, which is the limit")
+        refuse_pointer(data, name)
+        return data
     try:
-        found = os.stat(path)
+        found = where.stat()
     except ValueError as error:  # the name has a zero byte or half of a surrogate pair
         raise ValueError(f"no file can have the name {name!r:.80}: {error}") from error
     # Opening a pipe that nobody writes to would block.
@@ -58,8 +70,7 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
         raise ValueError(f"{name} is {_kind(found.st_mode)}; name a file")
     if limit is not None and found.st_size > limit:
         raise ValueError(f"{name} has {found.st_size} bytes; the limit is {limit}")
-    with open(path, "rb") as file:
-        data = file.read()
+    data = where.read_bytes()
     refuse_pointer(data, name)
     return data
 

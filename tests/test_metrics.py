@@ -19,7 +19,7 @@ from PIL import Image
 from programs import Program
 
 from mmada_jax.data.images import png_of
-from mmada_jax.disk import Growing, write_whole
+from mmada_jax.storage import Growing, write_whole
 from mmada_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from states import counting, raising, tiny
 
-from mmada_jax import disk
+from mmada_jax import storage
 from mmada_jax.data import digits
 from mmada_jax.nets import transformer
 from mmada_jax.serve.api import MMaDA
@@ -143,7 +143,7 @@ def test_a_start_may_be_killed_at_every_moment(tmp_path, before, n):
         claim_workdir(tmp_path, {"number": 1}, texts)
     if before == "another version":
         (tmp_path / FILES).unlink()
-    write, left = disk.write_whole, [None] * n
+    write, left = storage.write_whole, [None] * n
 
     def cut_off(path, text):
         if not left:
@@ -152,7 +152,7 @@ def test_a_start_may_be_killed_at_every_moment(tmp_path, before, n):
         write(path, text)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(disk, "write_whole", cut_off)
+        patch.setattr(storage, "write_whole", cut_off)
         claim_workdir(tmp_path, {"number": 2}, {"tokenizer.json": "2"}, {"model": 2})
     check_files(tmp_path)
     # The config.json of an older version describes its model, so it stays until model.json is there.

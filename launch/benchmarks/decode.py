@@ -55,11 +55,11 @@ from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
 from mmada_jax.diffusion.rules import PRESETS, TextRule
-from mmada_jax.disk import write_whole
 from mmada_jax.measure.totals import mcnemar
 from mmada_jax.nets import transformer
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.storage import write_whole
 from mmada_jax.tokens import layout
 from mmada_jax.tokens.vocab import SPECIAL_TOKENS, Vocab
 

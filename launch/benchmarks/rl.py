@@ -25,10 +25,10 @@ import numpy as np
 from configs import unigrpo as config_file
 from mmada_jax.data import digits
 from mmada_jax.diffusion.rules import ImageRule
-from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.storage import write_whole
 from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.rewards.functions import Combined

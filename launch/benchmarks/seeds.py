@@ -16,7 +16,7 @@ import pathlib
 import numpy as np
 
 from launch import quickstart_stages
-from mmada_jax.disk import write_whole
+from mmada_jax.storage import write_whole
 
 
 def measure(args: argparse.Namespace) -> dict[int, dict]:

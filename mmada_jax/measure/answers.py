@@ -5,18 +5,18 @@ import fcntl
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from mmada_jax.disk import Growing
+from mmada_jax import storage
+from mmada_jax.storage import Growing
 
 
 class Answers:
     """Answers that are known already, by the hash of what was asked, kept in a file line by line. What a
     line that was cut off or damaged had is asked for anew. One process at a time may write: see `alone`."""
 
-    def __init__(self, path: pathlib.Path | None):
+    def __init__(self, path: storage.Path | None):
         self._known: dict[str, Any] = {}
         self._file = path and Growing(path, self._lines)
         for line in path.read_bytes().splitlines() if path and path.is_file() else ():
@@ -52,7 +52,7 @@ class Answers:
 
 
 @contextlib.contextmanager
-def alone(folder: pathlib.Path) -> Iterator[None]:
+def alone(folder: storage.Path) -> Iterator[None]:
     """A folder, made if it isn't there, to which no other evaluation writes. Raises ValueError if one
     does. The folder itself is locked: `weights.workdir.locked` leaves a file, and judges read all files."""
     folder.mkdir(parents=True, exist_ok=True)

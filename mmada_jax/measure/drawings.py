@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from mmada_jax import storage
 from mmada_jax.data.images import png_of
-from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json, read_text
 from mmada_jax.progress import progress
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.storage import write_whole
 
 PER_PROMPT = {"geneval": 4, "dpg": 4, "wise": 1}
 _JUDGES = {
@@ -45,7 +46,7 @@ class Prompt(NamedTuple):
     line: str = ""
 
 
-def read_prompts(kind: str, path: pathlib.Path) -> list[Prompt]:
+def read_prompts(kind: str, path: storage.Path) -> list[Prompt]:
     """The prompts of a benchmark. Raises FileNotFoundError, or ValueError for a file of another form."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; name the prompts of {kind} (docs/evaluation.md)")
@@ -75,7 +76,7 @@ def draw(
     model: MMaDA,
     kind: str,
     prompts: Sequence[Prompt],
-    out: pathlib.Path,
+    out: storage.Path,
     seed: int = 0,
     rows: int = 16,
     **fields: Any,
@@ -96,17 +97,17 @@ def draw(
     return {"prompts": len(prompts), "pictures": len(prompts) * n, "drawn_now": len(left) * n}
 
 
-def judge_of(kind: str, prompts: pathlib.Path, out: pathlib.Path, side: int) -> str:
+def judge_of(kind: str, prompts: storage.Path, out: storage.Path, side: int) -> str:
     """How a benchmark's own judge is called for pictures of that side in `out`."""
     return _JUDGES[kind].format(prompts=prompts, out=out, side=side)
 
 
-def _last(kind: str, out: pathlib.Path, prompt: Prompt) -> pathlib.Path:
+def _last(kind: str, out: storage.Path, prompt: Prompt) -> storage.Path:
     """The file of a prompt that is written last."""
     return out / prompt.name / "metadata.jsonl" if kind == "geneval" else out / f"{prompt.name}.png"
 
 
-def _write(kind: str, out: pathlib.Path, prompt: Prompt, pictures: list[Image.Image]) -> None:
+def _write(kind: str, out: storage.Path, prompt: Prompt, pictures: list[Image.Image]) -> None:
     if kind != "geneval":
         write_whole(_last(kind, out, prompt), png_of(_grid(pictures)))
         return
@@ -126,7 +127,7 @@ def _grid(pictures: list[Image.Image]) -> Image.Image:
     return grid
 
 
-def pictures_of(kind: str, out: pathlib.Path, prompt: Prompt) -> list[Image.Image]:
+def pictures_of(kind: str, out: storage.Path, prompt: Prompt) -> list[Image.Image]:
     """The pictures of a prompt, out of its files."""
     if kind == "geneval":
         files = sorted((out / prompt.name / "samples").glob("*.png"))

@@ -3,16 +3,16 @@ said, the settings, hashes and versions, and a table beside published numbers.""
 
 import importlib.metadata
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from mmada_jax.disk import write_whole
+from mmada_jax import storage
 from mmada_jax.files import read_json
 from mmada_jax.measure.harness import HarnessModel
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.storage import write_whole
 from mmada_jax.weights import lazy
 from mmada_jax.weights.folder import open_folder
 
@@ -23,9 +23,9 @@ PUBLISHED = {"gsm8k": ("73.4", "40.6")}
 
 
 def evaluate(
-    folder: str | pathlib.Path,
+    folder: storage.Name,
     tasks: Sequence[str],
-    out: pathlib.Path,
+    out: storage.Path,
     settings: dict[str, Any],
     *,
     include: str | None = None,
@@ -98,7 +98,7 @@ def table(report: dict[str, Any]) -> str:
     settings = report["settings"] | {"chat": report["chat"], "limit": report["limit"], "examples": shots}
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
     versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    title = f"# {pathlib.Path(report['model']).name}, sha256 {report['sha256'][:16]}\n"
+    title = f"# {storage.path(report['model']).name}, sha256 {report['sha256'][:16]}\n"
     table_lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([title, *table_lines, "", f"Settings: {told}. {versions}.\n"])
 

@@ -9,7 +9,6 @@ The second is the harness's own command line, which knows the model "mmada" by t
 import collections
 import functools
 import hashlib
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ import lm_eval.api.registry
 import numpy as np
 from lm_eval.api.model import TemplateLM
 
+from mmada_jax import storage
 from mmada_jax.data import records
 from mmada_jax.devices import sharding
 from mmada_jax.measure import likelihood
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         del given_by_the_harness  # device, max_batch_size
         if preset not in PRESETS:
             raise ValueError(f"preset is {preset!r}; known: {', '.join(PRESETS)}")
-        self.model = MMaDA.load(path) if isinstance(path, str | pathlib.Path) else path
+        self.model = MMaDA.load(path) if isinstance(path, storage.Name) else path
         self._max_new, self._most = max_new, PRESETS[preset][0]
         self._block = block or PRESETS[preset][1]
         self._steps, self._decode, self._draws, self._greedy = steps, decode, draws, greedy
@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):
         self._rows = sharding.whole_rows(self.model.mesh, rows)
         self._settings = [model_hash, self._steps, decode, draws, greedy, seed, self._block]
         self._think = think
-        self._answers = Answers(pathlib.Path(answers) if answers else None)
+        self._answers = Answers(storage.path(answers) if answers else None)
         self._rendered: dict[str, Template] = {}
 
     # ---- Texts and ids ---------------------------------------------------------------------------

@@ -8,7 +8,6 @@ lmms-eval finds it by an entry point of this package. (Its own model "mmada" run
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from lmms_eval.api.model import lmms
 
+from mmada_jax import storage
 from mmada_jax.data import records
 from mmada_jax.devices import sharding
 from mmada_jax.measure.answers import Answers
@@ -68,10 +68,10 @@ class PicturedModel(lmms):
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}")
         if mode == "draw" and not out:
             raise ValueError("drawings need a folder: out=FOLDER")
-        self.model = MMaDA.load(path) if isinstance(path, str | pathlib.Path) else path
+        self.model = MMaDA.load(path) if isinstance(path, storage.Name) else path
         self.mode, self._max_new, self._think, self._seed = mode, max_new, think, int(seed)
         self._fields = {"steps": steps, "decode": decode, "guidance": guidance}
-        self._block, self._out = block, pathlib.Path(out) if out else None
+        self._block, self._out = block, storage.path(out) if out else None
         self._rows = sharding.whole_rows(self.model.mesh, int(batch_size))
         self._settings = [str(path), mode, max_new, block, self._fields, think, self._seed]
         if self._out:

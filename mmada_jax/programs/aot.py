@@ -21,9 +21,9 @@ compiler, without collectives and Pallas kernels, and never a throughput.
 
 import json
 import os
-import pathlib
 import sys
 
+from mmada_jax import storage
 from mmada_jax.programs.configured import config_parser, parse
 
 WORKDIR = (
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     reports = []
     for step in steps:
         report = named | aot.report(
-            run, topology, step, args.program, args.task, pathlib.Path(args.workdir)
+            run, topology, step, args.program, args.task, storage.path(args.workdir)
         )
         reports.append(report)
         if not args.json:

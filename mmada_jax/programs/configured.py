@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from mmada_jax import storage
 from mmada_jax.programs.process import Parser
 
 EPILOG = "--config.KEY=VALUE sets any key of the configuration, as --config.optim.lr=1e-3."
@@ -53,8 +54,6 @@ def add_processes(parser: Parser) -> None:
 def connect(args: argparse.Namespace, program: str, parse: Callable[[Any], Any]) -> None:
     """Starts jax and meets the other processes of the run. All must run the same program with the same
     configuration, which `parse` makes whole."""
-    import os
-
     import jax
 
     from mmada_jax.config import to_dict
@@ -66,7 +65,10 @@ def connect(args: argparse.Namespace, program: str, parse: Callable[[Any], Any])
             args.coordinator, args.num_processes, args.process_id, args.distributed, args.connect_timeout
         )
         with together(program, args.connect_timeout) as same:
-            same |= {"config": to_dict(parse(args.config)), "workdir": os.path.abspath(args.workdir)}
+            same |= {
+                "config": to_dict(parse(args.config)),
+                "workdir": str(storage.path(args.workdir).absolute()),
+            }
         # The devices of all processes are asked for when all are sure to do so.
         with together(program, args.connect_timeout) as same:
             same |= {"devices": jax.local_device_count(), "kind of device": jax.devices()[0].device_kind}

@@ -15,8 +15,8 @@ hashes are then written of what is there. A workdir of an older version gets its
 
 import json
 import os
-import pathlib
 
+from mmada_jax import storage
 from mmada_jax.programs.process import Parser, quiet, share_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     from mmada_jax.weights.inspect import inspect
 
     if args.way == "trust":
-        print(*trust(args.src), *describe_older(pathlib.Path(args.src)), sep="\n")
+        print(*trust(args.src), *describe_older(storage.path(args.src)), sep="\n")
         return
     if args.way == "inspect":
         report = inspect(args.src)
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         return
     if args.way == "to-peft":
         to_peft(args.src, args.dst, args.base)
-        print(pathlib.Path(args.dst).absolute())
+        print(storage.path(args.dst).absolute())
         return
     shared = {"dtype": args.dtype, "image_tokenizer": args.image_tokenizer}
     if args.way == "from-torch":
@@ -90,4 +90,4 @@ def main(argv: list[str]) -> None:
         from_torch(args.src, args.dst, **more, **shared)
     else:
         to_torch(args.src, args.dst, **shared)
-    print(pathlib.Path(args.dst).absolute())
+    print(storage.path(args.dst).absolute())

@@ -14,6 +14,7 @@ import argparse
 import json
 import pathlib
 
+from mmada_jax import storage
 from mmada_jax.measure.answers import alone
 from mmada_jax.programs.process import Parser, quiet
 from mmada_jax.progress import progress
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("--think is a part of the chat template; give --chat too")
     quiet()
     if args.draw:
-        with alone(pathlib.Path(args.out)):
+        with alone(storage.path(args.out)):
             draw(args)
         return
     try:
@@ -75,7 +76,7 @@ def main(argv: list[str]) -> None:
         "decode": args.decode, "draws": args.draws, "greedy": args.greedy, "batch_size": args.batch,
         "seed": args.seed, "think": args.think,
     }  # fmt: skip
-    out = pathlib.Path(args.out)
+    out = storage.path(args.out)
     with alone(out):
         evaluate(
             args.model, args.tasks.split(","), out, settings, include=args.include_path,
@@ -86,16 +87,16 @@ def main(argv: list[str]) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """Draws for a benchmark, and prints how its judge is called."""
-    from mmada_jax.disk import write_whole
     from mmada_jax.files import read_json
     from mmada_jax.measure import drawings
     from mmada_jax.serve.api import MMaDA
+    from mmada_jax.storage import write_whole
     from mmada_jax.weights import lazy
     from mmada_jax.weights.folder import open_folder
 
     if args.prompts is None:
         raise ValueError(f"--draw {args.draw} needs --prompts PATH, the prompts of the benchmark")
-    prompts, out = drawings.read_prompts(args.draw, args.prompts)[: args.limit], pathlib.Path(args.out)
+    prompts, out = drawings.read_prompts(args.draw, args.prompts)[: args.limit], storage.path(args.out)
     fields = {"steps": args.steps, "guidance": args.guidance, "decode": args.decode}
     settings = {"seed": args.seed, **{name: x for name, x in fields.items() if x is not None}}
     about = {"model": lazy.sha256(open_folder(args.model).tensors()), "benchmark": args.draw, **settings}

@@ -6,10 +6,10 @@ Open the address that it prints. Ctrl-C or SIGTERM ends it. Needs the extra `pag
 """
 
 import os
-import pathlib
 import signal
 import threading
 
+from mmada_jax import storage
 from mmada_jax.programs.process import Parser, listening, quiet
 
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         signal.signal(number, lambda *_: over.set())
     weights = "int8" if args.int8 else "plain"
     model = MMaDA.load(args.model, image_tokenizer=args.image_tokenizer, weights=weights)
-    page = Page(model, pathlib.Path(args.model).resolve().name)
+    page = Page(model, storage.resolved(args.model).name)
     threading.Thread(target=page.warm_up, daemon=True).start()
     # Fonts of the visitor's own: nothing is fetched from elsewhere.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])

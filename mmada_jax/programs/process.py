@@ -83,7 +83,7 @@ def ending() -> Iterator[None]:
 
 def fail(error: Exception) -> NoReturn:
     """Ends with one line for errors that users can mend, with a traceback for others."""
-    from mmada_jax.disk import FULL
+    from mmada_jax.storage import FULL
 
     jax = sys.modules.get("jax")
     several = jax and jax.distributed.is_initialized()

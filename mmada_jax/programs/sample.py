@@ -9,10 +9,10 @@ mmada sample extend canvas.png --model runs/digits --direction right --prompt "a
 """
 
 import argparse
-import pathlib
 import re
 from typing import TYPE_CHECKING
 
+from mmada_jax import storage
 from mmada_jax.programs.process import Parser, quiet
 
 if TYPE_CHECKING:
@@ -159,14 +159,16 @@ def main(argv: list[str]) -> None:
             drawings = model.extend(images, args.direction or "right", prompt, **of_pictures)
     for name, text in zip(names, texts, strict=False):
         print(f"{name}: {text}")
-    out = pathlib.Path(args.out)
+    from mmada_jax.data.images import png_of
+
+    out = storage.path(args.out)
     if drawings:
         out.mkdir(parents=True, exist_ok=True)
     for i, (name, drawing) in enumerate(zip(names, drawings, strict=False)):
-        name = pathlib.Path(name).stem if args.task in ("inpaint", "extend") else name
+        name = storage.path(name).stem if args.task in ("inpaint", "extend") else name
         slug = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:40]
         path = out / f"{args.task}_{i:02}_{slug}.png"
-        drawing.enlarged(args.scale).save(path)
+        storage.write_whole(path, png_of(drawing.enlarged(args.scale)))
         print(path)
 
 

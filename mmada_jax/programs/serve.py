@@ -10,12 +10,12 @@ that clients must send is taken from the environment variable MMADA_API_KEY. Nee
 import asyncio
 import contextlib
 import os
-import pathlib
 import signal
 import socket
 import sys
 from typing import Any
 
+from mmada_jax import storage
 from mmada_jax.programs.process import Parser, listening, quiet
 
 
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
         limits = Limits(
             args.slots, args.queue, seconds=args.time_limit, key=os.environ.get("MMADA_API_KEY") or None
         )
-        name = args.name or pathlib.Path(args.model).resolve().name
+        name = args.name or storage.resolved(args.model).name
         endpoint = Endpoint(model, name, limits)
         config = uvicorn.Config(
             endpoint.app, log_level="warning", access_log=False, timeout_keep_alive=30, lifespan="on",

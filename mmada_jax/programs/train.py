@@ -10,9 +10,9 @@ Elsewhere start one with --process_id 0, one with 1 and so on:
 All need the same workdir, on a file system that they share.
 """
 
-import os
 from typing import TYPE_CHECKING
 
+from mmada_jax import storage
 from mmada_jax.programs.configured import add_processes, config_parser, connect, parse
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         with config.unlocked():
             config.image_tokenizer = "image_tokenizer"
         check_run(config, workdir, tokenizer)
-        state = train(tokenizer, os.path.join(workdir, config.image_tokenizer))
+        state = train(tokenizer, storage.path(workdir) / config.image_tokenizer)
         if int(state.step) < tokenizer.steps:
             return  # a signal
     train(config, workdir)

@@ -14,7 +14,6 @@ decodes them in `serve.engine`.
 
 import copy
 import dataclasses
-import pathlib
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import decode
 from mmada_jax.diffusion.decode import Job
@@ -66,16 +66,16 @@ class MMaDA(Model):
     @classmethod
     def load(
         cls,
-        path: str | pathlib.Path,
+        path: storage.Name,
         mesh: jax.sharding.Mesh | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         *,
-        image_tokenizer: str | pathlib.Path | None = None,
+        image_tokenizer: storage.Name | None = None,
         image_size: int | tuple[int, int] | None = None,
         max_text: int | None = None,
         step: int | None = None,
         weights: Literal["plain", "int8"] = "plain",
-        adapters: Mapping[str, str | pathlib.Path] | None = None,
+        adapters: Mapping[str, storage.Name] | None = None,
     ) -> "MMaDA":
         """Loads a training workdir (its newest step, or `step`), a checkpoint, or a Hugging Face folder.
 

@@ -9,13 +9,12 @@ import codecs
 import dataclasses
 import itertools
 import json
-import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmada_jax import files
+from mmada_jax import files, storage
 from mmada_jax.tokens.vocab import LLADA, SPECIAL_TOKENS, Vocab
 
 # The strings of the control tokens in a tokenizer that was trained here. LLaDA's tokenizer has the first
@@ -109,7 +108,7 @@ class TextTokenizer:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, path: str | pathlib.Path, controls: Mapping[str, int] | None = None) -> "TextTokenizer":
+    def load(cls, path: storage.Name, controls: Mapping[str, int] | None = None) -> "TextTokenizer":
         """Reads a tokenizer.json, with a byte order mark or without. If it is LLaDA's and lacks the three
         tokens of the chat template (HEADERS), they are added, as MMaDA does.
 
@@ -117,7 +116,7 @@ class TextTokenizer:
         and "mask": these get our strings, and what else it lacks of CONTROL is added behind its ids.
 
         Raises FileNotFoundError, or ValueError for a file that holds no tokenizer."""
-        if not pathlib.Path(path).exists():
+        if not storage.path(path).exists():
             raise FileNotFoundError(f"no tokenizer at {path}")
         tokenizer = read_tokenizer(path)
         tokenizer.no_truncation()
@@ -132,11 +131,9 @@ class TextTokenizer:
         """The text of a tokenizer.json."""
         return self._tokenizer.to_str(pretty=True)
 
-    def save(self, path: str | pathlib.Path) -> None:
+    def save(self, path: storage.Name) -> None:
         """Writes a tokenizer.json, whole or not at all."""
-        temporary = pathlib.Path(path).with_suffix(".tmp")
-        self._tokenizer.save(str(temporary))
-        temporary.replace(path)
+        storage.write_whole(path, self.to_json())
 
     def encode(self, text: str | Template) -> list[int]:
         """Text -> ids. No id is added at the ends.
@@ -229,7 +226,7 @@ class TextTokenizer:
         rows = rows or max(least, -(-(len(self) + codebook_size) // 64) * 64)
         return Vocab(image_offset=len(self), codebook_size=codebook_size, rows=rows, **ids)
 
-    def replace(self, folder: pathlib.Path) -> None:
+    def replace(self, folder: storage.Path) -> None:
         """Puts this tokenizer in the place of the one in `folder`, if it differs. Where tokens of it have
         other strings now, what tells the old ones goes."""
         saved = folder / "tokenizer.json"
@@ -241,7 +238,7 @@ class TextTokenizer:
                          "chat_template.jinja", "vocab.json", "merges.txt"):  # fmt: skip
                 (folder / name).unlink(missing_ok=True)
 
-    def export(self, folder: pathlib.Path) -> None:
+    def export(self, folder: storage.Path) -> None:
         """Completes the tokenizer's files in `folder` for users of PyTorch: with MMaDA's chat template,
         which differs from LLaDA's in a newline, and with the tokens of HEADERS if `load` has added them."""
         path = folder / "tokenizer_config.json"
@@ -266,13 +263,13 @@ _PYTORCH = {
 }
 
 
-def read_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+def read_tokenizer(path: storage.Name) -> Tokenizer:
     """The library's tokenizer in a tokenizer.json, unchanged. Raises OSError, or ValueError for a file that
     holds no tokenizer."""
     return read_text(files.read_text(path), path)
 
 
-def read_text(text: str, path: str | pathlib.Path) -> Tokenizer:
+def read_text(text: str, path: storage.Name) -> Tokenizer:
     """The same of the text of the file at `path`."""
     try:
         return Tokenizer.from_str(text)
@@ -280,7 +277,7 @@ def read_text(text: str, path: str | pathlib.Path) -> Tokenizer:
         raise ValueError(f"{path} is no tokenizer: {error}") from error
 
 
-def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: str | pathlib.Path) -> Tokenizer:
+def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: storage.Name) -> Tokenizer:
     """Another model's tokenizer with all tokens of CONTROL, of which those in `controls` have these ids."""
     values, given = json.loads(tokenizer.to_str()), {}
     for name in ("bos", "eos", "mask"):
@@ -313,7 +310,7 @@ def _adopted(tokenizer: Tokenizer, controls: Mapping[str, int], path: str | path
     return tokenizer
 
 
-def _renamed(values: dict, old: str, new: str, path: str | pathlib.Path) -> dict:
+def _renamed(values: dict, old: str, new: str, path: storage.Name) -> dict:
     """The values of a tokenizer.json in which a token has another string. Raises ValueError for a token
     that texts are made of."""
     model, added = values["model"], {token["content"] for token in values.get("added_tokens") or ()}

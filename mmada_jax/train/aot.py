@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import os
-import pathlib
 import re
 import resource
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.devices import chips, hlo, sharding
 from mmada_jax.diffusion import decode, rules
 from mmada_jax.model import inputs
@@ -47,7 +47,7 @@ from mmada_jax.weights.folder import image_tokenizer_of, open_folder
 from mmada_jax.weights.state import state_shardings
 
 GIB = 2**30
-WORKDIR = pathlib.Path("runs/aot")  # where a run would lie, if nobody says
+WORKDIR = storage.path("runs/aot")  # where a run would lie, if nobody says
 
 
 def devices(topology: chips.Topology) -> list[Any]:
@@ -197,7 +197,7 @@ def lower_rl(
         return update.lower(shapes, _key(), batch, *([base] if frozen else []))
 
 
-def rl_model(run: RLRun, workdir: pathlib.Path) -> Model:
+def rl_model(run: RLRun, workdir: storage.Path) -> Model:
     """The model that a run would load, without its image codec, on no mesh. Where there is no `init` yet,
     the published 8B model is meant, which draws 512 x 512 pixels, unless tasks are about digits."""
     init = relative(run.init, workdir)
@@ -241,7 +241,7 @@ class Subject:
 TRAINING, RL = ("train", "draw", "text", "text_cached"), ("rollout", "score", "update")
 
 
-def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: pathlib.Path = WORKDIR) -> Subject:
+def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: storage.Path = WORKDIR) -> Subject:
     """A step of a run: of TRAINING for a model, of RL for one of its tasks, by default that with the
     longest rows. Raises ValueError for a step that the run doesn't have."""
     known = RL if isinstance(run, RLRun) else TRAINING
@@ -292,7 +292,7 @@ def report(
     step: str = "train",
     program_file: str | None = None,
     task: str = "",
-    workdir: pathlib.Path = WORKDIR,
+    workdir: storage.Path = WORKDIR,
 ) -> dict[str, Any]:
     """Compiles and reports. All figures are per chip; for "draw" and "rollout" they count one step of each
     block. "mfu_ceiling" is None if the step doesn't fit. The program, as text, goes into `program_file`.
@@ -346,7 +346,7 @@ def report(
     if topology.chip.on_host:
         return out | NOT_COMPILED | _on_host(arguments, temporaries, total, chip)
     if program_file:
-        pathlib.Path(program_file).write_text(text)
+        storage.path(program_file).write_text(text)
     program = hlo.CompiledProgram(text, trips=chunks)
     flops = what.passes * transformer.forward_flops(model, what.rows, what.length, what.logits)
     flops //= topology.chips

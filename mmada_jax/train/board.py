@@ -5,7 +5,6 @@ error, and blocks the program once its queue of ten is full.
 """
 
 import math
-import pathlib
 import re
 import socket
 import struct
@@ -13,7 +12,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmada_jax.disk import Growing
+from mmada_jax import storage
+from mmada_jax.storage import Growing
 
 # The names of files with samples: the step and, of a run with several tasks, the task.
 _SAMPLES = re.compile(r"([0-9]{8,})(?:-(.+))?\.md")
@@ -27,7 +27,7 @@ class Board:
     `began` is when the run would have begun if it had never been down, in seconds since 1970.
     """
 
-    def __init__(self, workdir: pathlib.Path, began: float, rows: Sequence[Mapping[str, float]], last: int):
+    def __init__(self, workdir: storage.Path, began: float, rows: Sequence[Mapping[str, float]], last: int):
         self._began = began
         folder, name = (
             workdir / "tensorboard",
@@ -49,12 +49,18 @@ class Board:
                     at = seconds.get(step, 0.0)
                     yield self._samples(step, at, text.read_bytes(), png, name[2] or "")
 
-        self._file = Growing(folder / name, begin)
+        self._file = Growing(folder / name, begin, pause=30)
 
     def begin(self) -> None:
         """Writes the file as it begins, and what has waited. This and all others raise OSError where the
         disk refuses, and what they were to write waits."""
         self._write(b"")
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        if self._old or self._file.waiting:
+            self._file.flush()
+            self._remove_old()
 
     def add(self, row: Mapping[str, float]) -> None:
         """Writes the finite values of a row."""
@@ -67,6 +73,10 @@ class Board:
 
     def _write(self, entry: bytes) -> None:
         self._file.add(entry)
+        if not storage.in_bucket(self._file.path):  # there it is written later
+            self._remove_old()
+
+    def _remove_old(self) -> None:
         for path in self._old:
             path.unlink(missing_ok=True)
         self._old = []

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,9 +12,10 @@ import jax
 import numpy as np
 from PIL import Image
 
+from mmada_jax import storage
 from mmada_jax.data.images import png_of
 from mmada_jax.devices import chips
-from mmada_jax.disk import Growing, write_whole
+from mmada_jax.storage import Growing, write_whole
 from mmada_jax.train.board import Board
 
 _COUNTS = ("skipped", "failed_saves", "failed_writes")  # the progress line shows them unless they are 0
@@ -36,7 +36,7 @@ class Metrics:
 
     def __init__(
         self,
-        workdir: str | pathlib.Path,
+        workdir: storage.Name,
         steps: int,
         resume_step: int = 0,
         flops_per_step: int | Callable[[Mapping[str, float]], float] = 0,
@@ -50,7 +50,7 @@ class Metrics:
         self._peak = (chips.peak_tflops(jax.devices()[0].device_kind) or 0) * 1e12 * jax.device_count()
         if self._silent:
             return
-        self._workdir = pathlib.Path(workdir)
+        self._workdir = storage.path(workdir)
         path = self._workdir / "metrics.jsonl"
         try:
             rows = read(path)
@@ -73,15 +73,19 @@ class Metrics:
         return self
 
     def __exit__(self, *_):
-        if self._silent or not self._file.waiting:
+        if self._silent:
             return
-        with self.surviving():
-            self._file.add()
-        with self.surviving():
-            self._board.begin()
+        self.flush()
         if self._file.waiting:
             rows = self._file.waiting.count(b"\n")
             warn(f"the last {rows} rows of {self._file.path} were never written")
+
+    def flush(self) -> None:
+        """Writes what waits. Call it before a step is saved: a run that goes on from that step doesn't
+        write the rows before it again."""
+        for flush in () if self._silent else (self._file.flush, self._board.flush):
+            with self.surviving():
+                flush()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -198,13 +202,13 @@ class Metrics:
         return time.perf_counter() - self._began
 
 
-def read(path: str | pathlib.Path) -> list[dict[str, float]]:
+def read(path: storage.Name) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl, with nan for null. There are no rows if there is no such file.
 
     Damaged lines are left out, and a warning counts them. The warning doesn't count a last line that a
     crash has cut off. Raises OSError if the file can't be read.
     """
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if not (path.is_file() or path.is_dir()):
         return []
     rows, damaged = [], []
@@ -237,13 +241,13 @@ def _row(line: bytes) -> dict[str, float] | None:
         return None
 
 
-def _set_aside(path: pathlib.Path) -> str:
+def _set_aside(path: storage.Path) -> str:
     """Renames an unreadable file to a free name. Returns a clause that says what happened to the file."""
     aside, again = path.with_name("metrics.unreadable.jsonl"), 1
     while aside.exists():
         aside, again = path.with_name(f"metrics.unreadable.{again}.jsonl"), again + 1
     try:
-        path.rename(aside)
+        storage.rename(path, aside)
     except OSError as error:
         return f"it can't be renamed ({error})"
     return f"it is now called {aside.name}"

@@ -5,8 +5,6 @@ The result are configurations as `train.runs` has them; nothing here trains, and
 """
 
 import dataclasses
-import os
-import pathlib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
@@ -14,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from mmada_jax import config as config_lib
+from mmada_jax import storage
 from mmada_jax.data import images, records, sources
 from mmada_jax.data.texts import sample_texts, text_of
 from mmada_jax.nets import vq
@@ -154,10 +153,9 @@ def source_of(path: str, format: str = "", key: str = "config.data") -> dict[str
     by such files."""
     if not path:
         raise ValueError(f"{key} is empty; name a folder or a file: --{key}=PATH")
-    where = pathlib.Path(path).expanduser().absolute()
+    where = storage.path(path).expanduser().absolute()
     if not where.exists():
-        parent = next(p for p in where.parents if p.exists())
-        raise FileNotFoundError(f"{key}: {where} doesn't exist; the nearest folder that does is {parent}")
+        raise FileNotFoundError(f"{key}: {storage.nothing_at(where)}")
     if set("{}") & set(str(where)):
         raise ValueError(f"{key}: {where} has braces, which name several files; rename it")
     source = {"path": shlex.quote(str(where))}
@@ -171,7 +169,7 @@ def source_of(path: str, format: str = "", key: str = "config.data") -> dict[str
                 f"{', '.join(kinds)}, and folders; or say config.format"
             )
         return source | {"format": kinds[where.suffix]}
-    names = sorted(os.listdir(where))
+    names = sorted(path.name for path in where.iterdir())
     if "metadata.jsonl" in names:  # Hugging Face's folders of images
         path = source_of(str(where / "metadata.jsonl"))["path"]
         return {"path": path, "format": "jsonl", "image": "file_name"}
@@ -229,7 +227,7 @@ def _text_lengths(run, size, data, opened):
     its path, or the number of ids of the one that will be trained."""
     configs = {task: {NAME: sources.SourceConfig(**of_task[NAME])} for task, of_task in data.items()}
     if run.text_tokenizer:
-        path = pathlib.Path(run.text_tokenizer).expanduser().absolute()
+        path = storage.path(run.text_tokenizer).expanduser().absolute()
         path = path / "tokenizer.json" if path.is_dir() else path
         tokenizer, told = TextTokenizer.load(path), str(path)
     else:

@@ -7,7 +7,6 @@ The params are {"encoder", "decoder"}, and beside them what only training needs:
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmada_jax import config as config_lib
+from mmada_jax import storage
 from mmada_jax.data import pipeline
 from mmada_jax.measure.held_out import grid
 from mmada_jax.model.vision import Vision
@@ -34,7 +34,7 @@ HALVES = ("encoder", "decoder")
 COLLAPSED = 0.01
 
 
-def codec_of(run: VQRun, workdir: pathlib.Path) -> vq.VQConfig:
+def codec_of(run: VQRun, workdir: storage.Path) -> vq.VQConfig:
     """The architecture of an image tokenizer that is trained. Raises ValueError for an unknown preset and
     for fields that don't fit each other, FileNotFoundError if what it starts from isn't there."""
     if bool(run.data) != bool(run.image_size):
@@ -68,7 +68,7 @@ def codec_of(run: VQRun, workdir: pathlib.Path) -> vq.VQConfig:
     return config_lib.from_dict(vq.VQConfig, values, "model.")
 
 
-def program(run: VQRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, codec: vq.VQConfig) -> Program:
+def program(run: VQRun, workdir: storage.Path, mesh: jax.sharding.Mesh, codec: vq.VQConfig) -> Program:
     """The program of an image tokenizer of that architecture. Raises where its data or what it starts from
     can't be opened, or don't fit."""
     i, j = grid_of(run, codec)

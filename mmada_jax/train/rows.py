@@ -3,11 +3,9 @@
 How records become rows is in `data.pipeline`; placing rows on devices is in `devices.sharding`.
 """
 
-import pathlib
-
 import jax
 
-from mmada_jax import files
+from mmada_jax import files, storage
 from mmada_jax.data import pipeline, sources
 from mmada_jax.tokens import layout
 from mmada_jax.train.runs import ModelRun, Plan, VQRun, image_tokenizer_path, relative
@@ -17,7 +15,7 @@ from mmada_jax.weights.workdir import DATA, differences, has_step
 
 
 def open_data(
-    run: ModelRun, workdir: pathlib.Path, what: Plan, images: ModelFolder | None = None
+    run: ModelRun, workdir: storage.Path, what: Plan, images: ModelFolder | None = None
 ) -> pipeline.Pipeline:
     """The rows of a run, from its sources; see `open_rows`. Raises where those can't be opened, don't fit
     the model, or where the workdir's run had others."""
@@ -27,7 +25,7 @@ def open_data(
 
 
 def open_pictures(
-    run: VQRun, workdir: pathlib.Path, key: str, size: int, pixels: tuple[int, int, int]
+    run: VQRun, workdir: storage.Path, key: str, size: int, pixels: tuple[int, int, int]
 ) -> pipeline.Pictures:
     """Batches of `size` pictures of so many rows, columns and channels, from the sources under
     config.`key`. Raises where those can't be opened, or where the workdir's run had others."""
@@ -41,7 +39,7 @@ def open_pictures(
     return made
 
 
-def check_unchanged(run: ModelRun | VQRun, workdir: pathlib.Path, rows_of: pipeline.Turns) -> None:
+def check_unchanged(run: ModelRun | VQRun, workdir: storage.Path, rows_of: pipeline.Turns) -> None:
     """Raises ValueError if the run of the workdir had other data."""
     known = workdir / DATA
     if has_step(workdir) and known.is_file() and not run.data_may_change:
@@ -56,7 +54,7 @@ def check_unchanged(run: ModelRun | VQRun, workdir: pathlib.Path, rows_of: pipel
 
 def open_rows(
     run: ModelRun,
-    workdir: pathlib.Path,
+    workdir: storage.Path,
     what: Plan,
     key: str,
     size: int,

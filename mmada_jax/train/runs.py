@@ -5,19 +5,18 @@ Nothing here trains, and the configuration of reinforcement learning is in `trai
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
 
 from mmada_jax import config as config_lib
+from mmada_jax import storage
 from mmada_jax.data import digits, records, sources
 from mmada_jax.data.pipeline import Shape, open_sources, rows_per_task
 from mmada_jax.data.texts import sample_texts
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion.corrupt import LossConfig
-from mmada_jax.disk import resolved
 from mmada_jax.files import read_json
 from mmada_jax.nets import lora, transformer, vq
 from mmada_jax.nets.lora import LoraConfig
@@ -168,7 +167,7 @@ def parse(config: Mapping[str, Any]) -> VQRun | ModelRun:
     return config_lib.from_dict(kinds[name], config)
 
 
-def same_in_all(run: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def same_in_all(run: Any, workdir: storage.Path) -> dict[str, Any]:
     """What must be the same in all processes of a run when it begins."""
     return {
         "config": config_lib.to_dict(run),
@@ -217,7 +216,7 @@ class Plan:
 
 
 def plan(
-    run: ModelRun, workdir: pathlib.Path, vq_config: vq.VQConfig | None = None, start: bool = False
+    run: ModelRun, workdir: storage.Path, vq_config: vq.VQConfig | None = None, start: bool = False
 ) -> Plan:
     """Resolves a run of the model, and raises where it can't work: unknown presets, a task mixture
     or a row length that doesn't fit, no image tokenizer. Nothing is computed or written.
@@ -260,16 +259,16 @@ def held_base(config: transformer.ModelConfig, base_dtype: str) -> transformer.M
     return dataclasses.replace(config, weights="int8" if base_dtype == "int8" else "plain")
 
 
-def describe_adapter(of: LoraConfig, base: ModelFolder, workdir: pathlib.Path) -> dict[str, Any]:
+def describe_adapter(of: LoraConfig, base: ModelFolder, workdir: storage.Path) -> dict[str, Any]:
     """What the model.json of a workdir says of its adapters. Raises ValueError if those that are there
     belong to another base."""
     sha256 = lazy.sha256(base.tensors())
     if has_step(workdir):
         adapters.check_base(sha256, read_json(workdir / MODEL, dict)["adapter"], base.path)
-    return adapters.describe(of, base.path, sha256, resolved(workdir))
+    return adapters.describe(of, base.path, sha256, storage.resolved(workdir))
 
 
-def foresee(run: ModelRun, workdir: pathlib.Path) -> Plan:
+def foresee(run: ModelRun, workdir: storage.Path) -> Plan:
     """The plan of a run whose files needn't be there, to compile its steps.
 
     Tokenizers, and the model to start from, are read if they are there. If they aren't, the preset
@@ -309,7 +308,7 @@ def grid_of(run: ModelRun | VQRun, vq_config: vq.VQConfig) -> tuple[int, int]:
     return I // down, J // down
 
 
-def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: ModelFolder | None) -> TextTokenizer:
+def _text_tokenizer(run: ModelRun, workdir: storage.Path, start: ModelFolder | None) -> TextTokenizer:
     saved = workdir / "tokenizer.json"
     if has_step(workdir):
         return TextTokenizer.load(saved)
@@ -331,7 +330,7 @@ def _text_tokenizer(run: ModelRun, workdir: pathlib.Path, start: ModelFolder | N
     )
 
 
-def open_start(path: pathlib.Path, weights: bool = True) -> ModelFolder:
+def open_start(path: storage.Path, weights: bool = True) -> ModelFolder:
     """Opens and verifies a model to start from; without `weights` only its description.
 
     Raises FileNotFoundError or ValueError if `path` holds no model, or one that isn't ours."""
@@ -350,7 +349,7 @@ def open_start(path: pathlib.Path, weights: bool = True) -> ModelFolder:
     return source
 
 
-def _check_same(old: transformer.ModelConfig, new: transformer.ModelConfig, path: pathlib.Path) -> None:
+def _check_same(old: transformer.ModelConfig, new: transformer.ModelConfig, path: storage.Path) -> None:
     shapes = [jax.tree.map(lambda x: x.shape, transformer.param_shapes(c)) for c in (old, new)]
     fields = [f for f in ("rope_theta", "norm_eps") if getattr(old, f) != getattr(new, f)]
     if shapes[0] != shapes[1] or fields:
@@ -381,15 +380,15 @@ def model_of(run: ModelRun, vocab: Vocab, grid: tuple[int, int]) -> transformer.
     return model
 
 
-def relative(path: str, workdir: str | pathlib.Path) -> pathlib.Path:
+def relative(path: str, workdir: storage.Name) -> storage.Path:
     """A path of a configuration: relative to the run's workdir, or absolute."""
-    return resolved(pathlib.Path(workdir) / path)
+    return storage.resolved(storage.join(workdir, path))
 
 
-def image_tokenizer_path(run: ModelRun, workdir: str | pathlib.Path) -> pathlib.Path:
+def image_tokenizer_path(run: ModelRun, workdir: storage.Name) -> storage.Path:
     """The folder of a run's image tokenizer. A run that goes on has it in its workdir, a new run has it
     where the configuration says, and there it needn't exist yet."""
-    kept = resolved(workdir) / IMAGE_TOKENIZER
+    kept = storage.resolved(workdir) / IMAGE_TOKENIZER
     return kept if has_step(workdir) and kept.is_dir() else relative(run.image_tokenizer, workdir)
 
 
@@ -405,7 +404,7 @@ def describe(run: VQRun | ModelRun, what: Plan | vq.VQConfig) -> dict[str, Any]:
     return about | ({"adapter": dict(what.adapter)} if what.adapter else {})
 
 
-def describe_older(workdir: pathlib.Path) -> list[pathlib.Path]:
+def describe_older(workdir: storage.Path) -> list[storage.Path]:
     """Writes the model.json of a workdir of a model from before there was one, and a copy of the model's
     image tokenizer into it. Returns the files that were written."""
     values = read_config(workdir) if (workdir / CONFIG).is_file() else {}

@@ -13,7 +13,6 @@ configuration amounts to is in `train.runs`, where rows come from in `train.rows
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from mmada_jax import config as config_lib
+from mmada_jax import storage
 from mmada_jax.data import pipeline
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import connect_axes, together, watch_signals
@@ -79,7 +79,7 @@ ABSENT_VQ = {"average": 0.0, "adversarial": 0.0, "model": {}, "image_size": 0, "
 FREE = ("model.attention", "model.dtype", "model.remat", "model.unroll")
 
 
-def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
+def train(config: Mapping[str, Any], workdir: storage.Name) -> TrainState:
     """Trains until `config.steps`, from the newest checkpoint of the workdir if there is one.
 
     Raises ValueError before any compute, if the configuration is wrong or the workdir holds another run.
@@ -88,7 +88,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
     """
     # ---- Configuration --------------------------------------------------------------------------
     began = time.perf_counter()
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     with together("training") as same:
         run, mesh, what = check_run(config, workdir)
         refuse_busy(workdir)
@@ -193,6 +193,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
                         sound = checkpoints.accepted() != int(state.opt_state.accepted)
                     if save and (sound or done == run.steps):
                         with metrics.pausing():
+                            metrics.flush()
                             checkpoints.save(state)
                 if stop:
                     say(f"stopped by {signal.Signals(stop).name} after step {done}; run again to resume")
@@ -201,14 +202,14 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path) -> TrainState:
 
 
 def check_run(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, vq_config: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], workdir: storage.Name, vq_config: Mapping[str, Any] | None = None
 ) -> tuple[VQRun | ModelRun, jax.sharding.Mesh, Plan | vq.VQConfig]:
     """Parses a configuration and raises for whatever is wrong with it; nothing is computed or written.
 
     Returns the run, its mesh, and the plan of a model's run, or the architecture of an image tokenizer.
     `vq_config` is the configuration of the image tokenizer, if that is yet to be trained.
     """
-    run, workdir = parse(config), pathlib.Path(workdir)
+    run, workdir = parse(config), storage.path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
     check_same(run, workdir)
@@ -225,7 +226,7 @@ def check_run(
     return run, mesh, what
 
 
-def check_same(run: VQRun | ModelRun, workdir: pathlib.Path) -> None:
+def check_same(run: VQRun | ModelRun, workdir: storage.Path) -> None:
     """Raises ValueError if the workdir holds another run."""
     kept = ("image_tokenizer",) if has_step(workdir) and (workdir / IMAGE_TOKENIZER).is_dir() else ()
     # The architecture of an image tokenizer may be that of what it starts from.
@@ -334,7 +335,7 @@ def model_objective(run: ModelRun, model: transformer.ModelConfig, vocab: Vocab)
 
 
 def model_program(
-    run: ModelRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh, what: Plan | None = None
+    run: ModelRun, workdir: storage.Path, mesh: jax.sharding.Mesh, what: Plan | None = None
 ) -> Program:
     """The program of a model: its objective, on rows of its data."""
     what = what or plan(run, workdir, start=not has_step(workdir))

@@ -23,8 +23,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from mmada_jax.config import load_module, set_key, to_dict, unknown_key
-from mmada_jax.disk import write_whole
 from mmada_jax.files import read_json
+from mmada_jax.storage import write_whole
 from mmada_jax.train import metrics
 from mmada_jax.train.runs import parse
 from mmada_jax.weights.workdir import locked

@@ -5,19 +5,18 @@ with adapter_config.json and adapter_model.safetensors. What adapters compute is
 """
 
 import json
-import os
-import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmada_jax.disk import write_whole
+from mmada_jax import storage
 from mmada_jax.files import read_json
 from mmada_jax.nets import int8, transformer
 from mmada_jax.nets import lora as nets
 from mmada_jax.nets.lora import MATRICES, LoraConfig
+from mmada_jax.storage import write_whole
 from mmada_jax.weights import hub, lazy
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,11 +39,11 @@ class Adapter(NamedTuple):
     base_sha256: str = ""
 
 
-def describe(lora: LoraConfig, base: pathlib.Path, sha256: str, workdir: pathlib.Path) -> dict[str, Any]:
+def describe(lora: LoraConfig, base: storage.Path, sha256: str, workdir: storage.Path) -> dict[str, Any]:
     """What the model.json of a workdir says of its adapters: their fields, the path of their base as seen
     from the workdir, and the hash of its weights."""
     fields = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
-    return fields | {"base": os.path.relpath(base, workdir), "base_sha256": sha256}
+    return fields | {"base": storage.relative_to(base, workdir), "base_sha256": sha256}
 
 
 def read_lora(about: Mapping[str, Any]) -> LoraConfig:
@@ -52,7 +51,7 @@ def read_lora(about: Mapping[str, Any]) -> LoraConfig:
     return LoraConfig(about["rank"], about["alpha"], about["targets"])
 
 
-def check_base(sha256: str, about: Mapping[str, Any], path: pathlib.Path) -> None:
+def check_base(sha256: str, about: Mapping[str, Any], path: storage.Path) -> None:
     """Raises ValueError if adapters, about which `about` tells, belong to other weights than those with
     this hash in `path`."""
     if sha256 != about["base_sha256"]:
@@ -63,7 +62,7 @@ def check_base(sha256: str, about: Mapping[str, Any], path: pathlib.Path) -> Non
         )
 
 
-def warn_of_base(adapter: Adapter, sha256: Callable[[], str], path: pathlib.Path) -> None:
+def warn_of_base(adapter: Adapter, sha256: Callable[[], str], path: storage.Path) -> None:
     """Warns of adapters that were trained beside other weights than those in `path`, whose hash is
     `sha256`. They may be the same ones in another dtype, so it is no error."""
     if adapter.base_sha256 and sha256() != adapter.base_sha256:
@@ -103,9 +102,9 @@ def _with_delta(name, base, of, scale):
 # ---- PEFT ----------------------------------------------------------------------------------------
 
 
-def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
+def write_peft(folder: storage.Path, adapter: Adapter, base: str) -> None:
     """Writes adapters as PEFT reads them, for the model `base`, a path or a name on the hub."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     lora, tensors = adapter.lora, {}
     for target, name in zip(lora.matrices, lora.names, strict=True):
@@ -122,12 +121,12 @@ def write_peft(folder: pathlib.Path, adapter: Adapter, base: str) -> None:
         "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "task_type": None,
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    write_whole(folder / WEIGHTS, save(tensors, {"format": "pt"}))
     write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     write_whole(folder / BASE, json.dumps({"sha256": adapter.base_sha256}) + "\n")
 
 
-def read_peft(folder: pathlib.Path, config: transformer.ModelConfig) -> Adapter:
+def read_peft(folder: storage.Path, config: transformer.ModelConfig) -> Adapter:
     """The adapters of a folder of PEFT's for a model of that architecture. Raises FileNotFoundError if
     there are none, ValueError for what isn't known or doesn't fit."""
     for name in (CONFIG, WEIGHTS):

@@ -7,8 +7,7 @@ import asyncio
 import collections
 import json
 import math
-import pathlib
-import shutil
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,18 +15,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+from etils import epath
 
-from mmada_jax.disk import refuse_place, resolved
+from mmada_jax import storage
 from mmada_jax.weights.lazy import Lazy, leaves, pieces, refuse, tree
 from mmada_jax.weights.manifest import write_manifest
 
 # Axes of params are stored in chunks of these lengths, so that a process of a sharded restore reads
 # little more than its own part, and a conversion can read a matrix by rows and by columns.
 CHUNKS = {"layers": 1, "embed": 256, "vocab": 8192}
+# A bucket that doesn't answer is an error after half a minute; TensorStore's default is a quarter of an
+# hour.
+_READING = tensorstore.Context(
+    {"gcs_request_retries": {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}}
+)
 
 
 def write_params(
-    folder: str | pathlib.Path,
+    folder: storage.Name,
     params: Mapping[str, Any],
     axes: Any,
     progress: Callable[[int], None] = lambda n: None,
@@ -53,33 +58,37 @@ def write_params(
     streamed = tree(
         (path, _Stream(array, _chunks(array, names.get(path)), progress)) for path, array in leaves(params)
     )
-    folder = resolved(folder)
-    refuse_place(folder)
+    folder = storage.resolved(folder)
+    storage.refuse_place(folder)
     # A data file is held in memory until it has this size, in bytes; then it is written.
     args = ocp.args.PyTreeSave(streamed, ocdbt_target_data_file_size=32 << 20)
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(folder, args=args)
+            checkpointer.save(orbax_path(folder), args=args)
     except Exception as error:
         raise streams.error or error from error
     if streams.error:
-        shutil.rmtree(folder)
+        storage.rmtree(folder)
         raise streams.error
     write_manifest(folder)
 
 
-def open_params(folder: str | pathlib.Path) -> dict[str, Any]:
+def orbax_path(folder: storage.Path) -> epath.Path:
+    """A folder as Orbax takes it."""
+    return epath.Path(os.fspath(folder))
+
+
+def open_params(folder: storage.Name) -> dict[str, Any]:
     """The arrays of a checkpoint's params (or optimizer state) as a tree of Lazy arrays; nothing is read
     yet."""
-    folder = resolved(folder)
+    folder = storage.resolved(folder)
 
     def open_one(path):
         # Orbax writes each leaf as a zarr array, all of them into one OCDBT store.
-        base = {"driver": "file", "path": f"{folder}/"}
-        store = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        store = {"driver": "ocdbt", "base": storage.kvstore(folder), "path": ".".join(path) + "/"}
         # Orbax writes zeros like other numbers. So a chunk that isn't there is lost, and not zero.
         spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False}
-        array = tensorstore.open(spec, read=True).result()
+        array = tensorstore.open(spec, read=True, context=_READING).result()
         return Lazy(array.shape, array.dtype.numpy_dtype, lambda index: array[index].read().result())
 
     return tree((path, open_one(path)) for path in _stored(folder))
@@ -138,21 +147,21 @@ def _chunks(array: Any, names: tuple[str | None, ...] | None) -> tuple[int, ...]
     return tuple(max(1, min(n, CHUNKS.get(name, n))) for n, name in zip(array.shape, names, strict=True))
 
 
-def _stored(folder: pathlib.Path) -> dict[tuple[str, ...], Any]:
+def _stored(folder: storage.Path) -> dict[tuple[str, ...], Any]:
     """Path -> what Orbax recorded (shape, dtype) of every leaf of a checkpoint."""
     try:
-        found = ocp.PyTreeCheckpointHandler().metadata(folder)
+        found = ocp.PyTreeCheckpointHandler().metadata(orbax_path(folder))
     except (ValueError, FileNotFoundError, KeyError) as error:
         raise ValueError(f"{folder} is no readable checkpoint: {error}") from error
     return ocp.tree.to_flat_dict(found.tree)
 
 
-def missing(folder: pathlib.Path) -> list[str]:
+def missing(folder: storage.Path) -> list[str]:
     """Compares the arrays of a checkpoint's params (or optimizer state) with Orbax's own description of
     them; one line for each that is not there, or not all of it."""
     try:
-        base = {"driver": "file", "path": f"{folder}/"}
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        spec = {"driver": "ocdbt", "base": storage.kvstore(folder)}
+        store = tensorstore.KvStore.open(spec, context=_READING).result()
         keys = store.list().result()
         pieces_of = collections.Counter(key.rpartition(b"/")[0].decode() for key in keys)
         wrong = []
@@ -168,7 +177,7 @@ def missing(folder: pathlib.Path) -> list[str]:
     return wrong
 
 
-def check_leaves(folder: pathlib.Path, shapes: Any) -> None:
+def check_leaves(folder: storage.Path, shapes: Any) -> None:
     """Raises ValueError, naming them, if leaves of a checkpoint's params (or optimizer state) are missing
     or have another shape or dtype than `shapes`. Orbax would cast them without a word."""
     stored = _stored(folder)

@@ -1,6 +1,5 @@
 """ImageReward's published file -> params: one strict key table, and the architecture from its shapes."""
 
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from mmada_jax import storage
 from mmada_jax.nets import blip
 from mmada_jax.tokens.tokenizer import read_tokenizer
 from mmada_jax.weights import hub, lazy
@@ -19,13 +19,13 @@ _HEAD = (0, 2, 4, 6, 7)
 _UNUSED = r"blip\.text_encoder\.(embeddings\.position_ids|pooler\..*)"
 
 
-def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], blip.BlipConfig, Tokenizer]:
+def load(folder: storage.Name) -> tuple[dict[str, Any], blip.BlipConfig, Tokenizer]:
     """Params (numpy, float32), architecture and text tokenizer (cuts and fills to MAX_TEXT) of a folder
     with ImageReward's tensors and the tokenizer.json of bert-base-uncased.
 
     Raises FileNotFoundError for a file that isn't there, ValueError for all that doesn't fit.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no tokenizer.json; put that of bert-base-uncased beside ImageReward's weights"

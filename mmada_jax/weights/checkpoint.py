@@ -10,8 +10,6 @@ arrays.py, what else a workdir holds in workdir.py.
 
 import contextlib
 import math
-import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,13 +19,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from mmada_jax import storage
+from mmada_jax.bucket import Bucket
 from mmada_jax.devices.distributed import is_lost, together
-from mmada_jax.disk import refuse_place, resolved
-from mmada_jax.weights.arrays import check_leaves, missing, open_params
+from mmada_jax.weights.arrays import check_leaves, missing, open_params, orbax_path
 from mmada_jax.weights.lazy import leaves, refuse
-from mmada_jax.weights.manifest import MANIFEST, PARTS, find_damage, verify_manifest, write_manifest
+from mmada_jax.weights.manifest import (
+    COMMITTED,
+    MANIFEST,
+    PARTS,
+    find_damage,
+    verify_manifest,
+    write_manifest,
+)
 from mmada_jax.weights.state import TrainState, all_finite
-from mmada_jax.weights.workdir import FILES, claimed, newest_step, record_files
+from mmada_jax.weights.workdir import FILES, claimed, newest_step, record_files, steps
 
 NAMED = {"params": "params are", "opt_state": "numbers of the optimizer are"}
 
@@ -40,10 +46,11 @@ class Checkpoints:
 
     Raises ValueError if another run is writing to the workdir, or if Orbax can't write there."""
 
-    def __init__(self, workdir: str | pathlib.Path, keep: int = 2):
-        self.folder = resolved(workdir) / "checkpoints"
-        refuse_place(self.folder)
+    def __init__(self, workdir: storage.Name, keep: int = 2):
+        self.folder = storage.resolved(workdir) / "checkpoints"
+        storage.refuse_place(self.folder)
         self.failed = 0
+        self._lock: Any = None  # of the first process
         self._saving: TrainState | None = None  # shapes of the state that was saved last
         self._problem = ""  # why the last save failed, empty if it didn't
         after = ocp.options.AsyncOptions(
@@ -57,8 +64,8 @@ class Checkpoints:
         with contextlib.ExitStack() as stack:
             with together("taking the workdir"):
                 if jax.process_index() == 0:
-                    stack.enter_context(claimed(self.folder.parent))
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
+                    self._lock = stack.enter_context(claimed(self.folder.parent))
+            self._manager = ocp.CheckpointManager(orbax_path(self.folder), options=options)
             self._owned = stack.pop_all()
 
     def __enter__(self):
@@ -91,6 +98,11 @@ class Checkpoints:
 
         Raises FloatingPointError, and saves nothing, if params or the optimizer's state aren't finite."""
         step = int(state.step)
+        if getattr(self._lock, "lost", False):
+            raise OSError(
+                f"another process has taken {self.folder.parent}, after this one couldn't reach the "
+                "storage for a minute; it goes on there, so this one ends"
+            )
         if step == self.latest():  # waits too: there is one save at a time, described by `_saving`
             return
         for part in PARTS:
@@ -196,7 +208,11 @@ class Checkpoints:
             aside, again = self.folder / f"{number}.damaged", 1
             while aside.exists():
                 aside, again = self.folder / f"{number}.damaged.{again}", again + 1
-            (self.folder / str(number)).rename(aside)
+            damaged = self.folder / str(number)
+            if isinstance(damaged, Bucket):
+                damaged.rename(aside, last=COMMITTED)
+            else:
+                damaged.rename(aside)
             more = f" and {len(files) - 3} files more" if len(files) > 3 else ""
             print(
                 f"warning: the checkpoint of step {number} is damaged ({'; '.join(files[:3])}{more}) and "
@@ -210,14 +226,14 @@ class Checkpoints:
         """Calls `write`. If it fails, the reason is kept, and the files that it has left are removed."""
         try:
             write()
-        except (OSError, ValueError, RuntimeError) as error:  # Orbax raises any of them for a full disk
+        except storage.failures() as error:  # Orbax raises any of them for a full disk
             if self._problem:
                 return  # a consequence of the first failure, which is known
             # Orbax forgets an old step before it removes the files: reload() reads which steps there are.
             self._manager.reload()
             if self._saving is None or self._saving.step in self._manager.all_steps():
                 return  # the step is saved; the removal of an older step has failed
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
+            with contextlib.suppress(*storage.failures()):
                 # Orbax raises an error once. What is left now would be raised by the next save.
                 self._manager.check_for_errors()
             self._clear()
@@ -226,20 +242,26 @@ class Checkpoints:
                 # The error says that the other processes didn't come to the barrier; this is the reason.
                 cause = cause.__context__
             reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-            free = shutil.disk_usage(self.folder).free
-            nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._saving[1:]))
-            self._problem = (
-                f"the checkpoint of step {self._saving.step} could not be saved ({reason}); it needs "
-                f"{nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
-            )
+            self._problem = f"the checkpoint of step {self._saving.step} could not be saved ({reason})"
+            if (free := storage.free_bytes(self.folder)) is not None:
+                arrays = jax.tree.leaves(self._saving[1:])
+                nbytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+                self._problem += f"; it needs {nbytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
             self.failed += 1
 
     def _clear(self) -> None:
         """Removes the files of failed saves, when no save is under way. It is called again and again, since
         a write that ends late makes its folder anew."""
-        if jax.process_index() == 0:
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+        if jax.process_index() > 0:
+            return
+        left = self.folder.glob("*.orbax-checkpoint-tmp*")
+        if isinstance(self.folder, Bucket):
+            with contextlib.suppress(OSError):  # the network; the next start removes them
+                whole = {str(step) for step in steps(self.folder.parent)}
+                there = [path for path in self.folder.iterdir() if path.name.isdigit()]
+                left = iter([path for path in there if path.name not in whole])
+        for path in left:
+            storage.rmtree(path, ignore_errors=True)
 
     def _warn(self) -> None:
         if self._problem and jax.process_index() == 0:
@@ -254,8 +276,11 @@ class Checkpoints:
 
     def _write_manifest(self) -> None:
         # Orbax calls this in the first process when all processes have written, before it renames the
-        # temporary folder: a step is committed with its manifest or not at all.
-        (folder,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
+        # temporary folder, or marks that of a bucket: a step is committed with its manifest or not at all.
+        if isinstance(self.folder, Bucket):
+            folder = self.folder / str(self._saving.step)
+        else:
+            (folder,) = self.folder.glob(f"{self._saving.step}.orbax-checkpoint-tmp*")
         for part in PARTS:
             # The manifest lists the files as they are now. Files that were damaged or lost since they were
             # written must be found before.
@@ -271,7 +296,7 @@ def _anywhere(here: bool) -> bool:
     )
 
 
-def newest_params(workdir: str | pathlib.Path, step: int | None = None) -> tuple[dict[str, Any], int]:
+def newest_params(workdir: storage.Name, step: int | None = None) -> tuple[dict[str, Any], int]:
     """The verified params of the newest step of a workdir, or of `step`, as `open_params` gives them, and
     the number of the step."""
     folder = newest_step(workdir, step)
@@ -279,16 +304,16 @@ def newest_params(workdir: str | pathlib.Path, step: int | None = None) -> tuple
     return open_params(folder / "params"), int(folder.name)
 
 
-def trust(folder: str | pathlib.Path) -> list[pathlib.Path]:
+def trust(folder: storage.Name) -> list[storage.Path]:
     """Accepts the files of a workdir or a checkpoint as they are now, and returns the files it has written.
 
     The hashes of the small files are written anew, and a manifest for arrays that have none; a manifest
     that is there stays, so that damaged arrays stay damaged. Raises ValueError if `folder` holds no
     arrays, or if arrays without a manifest are not whole.
     """
-    folder = pathlib.Path(folder)
-    steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
-    arrays = dict.fromkeys(steps, PARTS)
+    folder = storage.path(folder)
+    found = [path for path in (folder / "checkpoints").glob("*") if path.name.isdigit()]
+    arrays = dict.fromkeys(found, PARTS)
     if (folder / "params").is_dir():
         arrays[folder / "params"] = ("",)
     if not arrays:
@@ -306,4 +331,17 @@ def trust(folder: str | pathlib.Path) -> list[pathlib.Path]:
     for path in bare:
         write_manifest(path)
     record_files(folder)
-    return [*(path / MANIFEST for path in bare), folder / FILES]
+    return [*(path / MANIFEST for path in bare), *_commit(found), folder / FILES]
+
+
+def _commit(found: list[storage.Path]) -> list[storage.Path]:
+    """Marks steps in a bucket as complete that were copied there from a disk, where Orbax has no such mark.
+    Returns the marks that were written."""
+    marks = []
+    for step in found if found and isinstance(found[0], Bucket) else ():
+        if not (step / COMMITTED).is_file() and not find_damage(step):
+            # The mark of the step comes last.
+            marks += [mark / COMMITTED for mark in (*(step / part for part in PARTS), step)]
+    for mark in marks:
+        mark.write_text(f"Checkpoint commit was successful to {mark.parent}")
+    return marks

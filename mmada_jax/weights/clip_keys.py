@@ -1,12 +1,12 @@
 """CLIP of a Hugging Face folder -> params: one strict key table, and the fields of its config.json."""
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from mmada_jax import storage
 from mmada_jax.files import read_json
 from mmada_jax.nets import clip
 from mmada_jax.tokens.tokenizer import read_tokenizer
@@ -17,12 +17,12 @@ from mmada_jax.weights import hub, lazy
 _WRONG_EOS = 2
 
 
-def load(folder: str | pathlib.Path) -> tuple[dict[str, Any], clip.ClipConfig, Tokenizer]:
+def load(folder: storage.Name) -> tuple[dict[str, Any], clip.ClipConfig, Tokenizer]:
     """Params (numpy, float32), architecture and text tokenizer (cuts and fills to max_text) of a folder.
 
     Raises FileNotFoundError for a file that isn't there, ValueError for all that doesn't fit.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; name the folder of a CLIP from Hugging Face")

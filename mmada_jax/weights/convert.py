@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from mmada_jax.disk import is_full, refuse_place, resolved
+from mmada_jax import storage
+from mmada_jax.bucket import Bucket
 from mmada_jax.progress import progress
+from mmada_jax.storage import is_full
 from mmada_jax.weights import adapters, hub, lazy, llada_keys, magvit_keys
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import (
@@ -25,12 +27,12 @@ from mmada_jax.weights.folder import (
     ModelFolder,
     dtype_of,
     image_tokenizer_of,
+    json_of,
     open_folder,
-    write_json,
 )
 from mmada_jax.weights.inspect import vocabulary
 from mmada_jax.weights.manifest import MANIFEST
-from mmada_jax.weights.workdir import CONFIG, record_files
+from mmada_jax.weights.workdir import CONFIG, UNFINISHED, record_files
 
 _LOCK = "lock"
 # What travels beside the weights. Code never does.
@@ -41,12 +43,12 @@ _TOKENIZER_FILES = (
 
 
 def from_torch(
-    src: str | pathlib.Path,
-    dst: str | pathlib.Path,
+    src: storage.Name,
+    dst: storage.Name,
     dtype: str | None = None,
     add_image_vocab: int = 0,
-    image_tokenizer: str | pathlib.Path | None = None,
-    adapter: str | pathlib.Path | None = None,
+    image_tokenizer: storage.Name | None = None,
+    adapter: storage.Name | None = None,
 ) -> None:
     """Hugging Face folder -> checkpoint, with its tokenizer files and its image tokenizer.
 
@@ -61,7 +63,7 @@ def from_torch(
     if adapter:
         if source.is_image_tokenizer:
             raise ValueError(f"{src} is an image tokenizer; adapters belong to models, leave --adapter out")
-        found = adapters.read_peft(resolved(adapter), source.config)
+        found = adapters.read_peft(storage.resolved(adapter), source.config)
         adapters.warn_of_base(found, lambda: lazy.sha256(source.tensors()), source.path)
         source = dataclasses.replace(source, params=adapters.merged(source.params, found))
     nested = image_tokenizer_of(source, image_tokenizer)
@@ -74,10 +76,10 @@ def from_torch(
 
 
 def to_torch(
-    src: str | pathlib.Path,
-    dst: str | pathlib.Path,
+    src: storage.Name,
+    dst: storage.Name,
     dtype: str | None = None,
-    image_tokenizer: str | pathlib.Path | None = None,
+    image_tokenizer: storage.Name | None = None,
     shard: int = hub.SHARD,
 ) -> None:
     """Checkpoint or workdir -> Hugging Face folder that PyTorch loads, with its own modelling file.
@@ -95,7 +97,7 @@ def to_torch(
             _write_hugging_face(folder / IMAGE_TOKENIZER, nested, None, count, shard)
 
 
-def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") -> None:
+def to_peft(src: storage.Name, dst: storage.Name, base: str = "") -> None:
     """The adapters of a workdir -> a folder of PEFT's, for the model `base`: a name on the hub, or the
     folder that the exported base lies in. Raises as `from_torch` does, and ValueError for a folder without
     adapters."""
@@ -103,7 +105,7 @@ def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") ->
     source = open_folder(src)
     if source.adapter is None:
         raise ValueError(f"{src} holds no adapters but a whole model; to-torch exports that")
-    if base and pathlib.Path(base).is_dir():
+    if base and storage.path(base).is_dir():
         of = open_folder(base)
         adapters.warn_of_base(source.adapter, lambda: lazy.sha256(of.tensors()), of.path)
     alone = dataclasses.replace(source, params=source.adapter.arrays)
@@ -112,22 +114,22 @@ def to_peft(src: str | pathlib.Path, dst: str | pathlib.Path, base: str = "") ->
         count(alone.nbytes)
 
 
-def _write_checkpoint(folder: pathlib.Path, source: ModelFolder, count: Callable[[int], Any]) -> None:
+def _write_checkpoint(folder: storage.Path, source: ModelFolder, count: Callable[[int], Any]) -> None:
     folder.mkdir(exist_ok=True)
+    write_params(folder / "params", source.params, source.axes, count)
     # These fields describe the files of PyTorch.
     values = {k: v for k, v in source.values.items() if k not in ("auto_map", "torch_dtype", "dtype")}
     if source.is_image_tokenizer:
         values |= magvit_keys.config_to_hf(source.config)
-    write_json(folder / CONFIG, values | {"dtype": source.dtype})
     _carry_files(source.path, folder)
     if source.controls and (tokenizer := source.tokenizer()):
         tokenizer.replace(folder)
+    storage.write_whole(folder / CONFIG, json_of(values | {"dtype": source.dtype}))
     record_files(folder)
-    write_params(folder / "params", source.params, source.axes, count)
 
 
 def _write_hugging_face(
-    folder: pathlib.Path,
+    folder: storage.Path,
     source: ModelFolder,
     dtype: np.dtype | None,
     count: Callable[[int], Any],
@@ -149,7 +151,7 @@ def _write_hugging_face(
     values = source.values | {"architectures": [classes["AutoModel"]]}
     if not source.is_image_tokenizer:
         values = llada_keys.resolved(values, source.config)
-    write_json(folder / CONFIG, values | about)
+    storage.write_whole(folder / CONFIG, json_of(values | about))
     code = (pathlib.Path(__file__).parent / f"{module}.py").read_text()
     # A model of LLaDA stays one: transformers compares this line with config.json.
     code = code.replace('model_type = "mmada"', f'model_type = "{source.model_type}"')
@@ -158,10 +160,11 @@ def _write_hugging_face(
     if tokenizer := source.tokenizer():
         tokenizer.export(folder)
     if not source.is_image_tokenizer and not (folder / GENERATION).is_file():
-        write_json(folder / GENERATION, _generation_defaults(values) | dict(source.generation))
+        told = _generation_defaults(values) | dict(source.generation)
+        storage.write_whole(folder / GENERATION, json_of(told))
     hashes = hub.write_tensors(folder, tensors, count, shard)
     files = {name: {"size": (folder / name).stat().st_size, "sha256": h} for name, h in hashes.items()}
-    write_json(folder / MANIFEST, {"files": files})
+    storage.write_whole(folder / MANIFEST, json_of({"files": files}))
 
 
 def _generation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,34 +176,46 @@ def _generation_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return ids | text | {"remasking": "low_confidence"} | image
 
 
-def _carry_files(src: pathlib.Path, dst: pathlib.Path) -> None:
+def _carry_files(src: storage.Path, dst: storage.Path) -> None:
     for name in _TOKENIZER_FILES:
         if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
+            storage.write_whole(dst / name, (src / name).read_bytes())
 
 
-def _new(dst: str | pathlib.Path, src: str | pathlib.Path) -> pathlib.Path:
+def _new(dst: storage.Name, src: storage.Name) -> storage.Path:
     """The folder to write, resolved. Raises ValueError unless it is new or empty, and not in `src`."""
-    dst, src = resolved(dst), resolved(src)
-    refuse_place(dst)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+    dst, src = storage.resolved(dst), storage.resolved(src)
+    storage.refuse_place(dst)
+    unfinished = storage.in_bucket(dst) and (dst / UNFINISHED).is_file()
+    if storage.has_files(dst) and not unfinished:
         raise ValueError(f"{dst} is there already and not an empty folder; name another one")
     if dst.is_relative_to(src):
         raise ValueError(f"{dst} lies in the source {src}; name a folder elsewhere")
-    if dst.is_mount():
+    if not storage.in_bucket(dst) and dst.is_mount():
         raise ValueError(f"{dst} is a mount point and can't be replaced; name a folder in it")
     return dst
 
 
 @contextlib.contextmanager
 def _target(
-    dst: pathlib.Path, source: ModelFolder, nested: ModelFolder | None, dtype: np.dtype | None = None
-) -> Iterator[tuple[pathlib.Path, Callable[[int], Any]]]:
+    dst: storage.Path, source: ModelFolder, nested: ModelFolder | None, dtype: np.dtype | None = None
+) -> Iterator[tuple[storage.Path, Callable[[int], Any]]]:
     """A folder to write into and the count of bytes that are written, shown as a progress bar.
 
-    The folder lies beside `dst`. It is renamed to `dst` if all goes well, and removed if not."""
+    The folder lies beside `dst`. It is renamed to `dst` if all goes well, and removed if not. In a bucket
+    it is `dst` itself, with a lease in it as long as it isn't complete."""
     total = source.n_params * dtype.itemsize if dtype else source.nbytes
     total += nested.nbytes if nested else 0
+    if isinstance(dst, Bucket):
+        with storage.locked(dst / UNFINISHED, f"another conversion is writing {dst}"):
+            dst.rmtree(keep=(dst / UNFINISHED,))  # left by a conversion that was killed
+            try:
+                with progress(dst.name, total) as bar:
+                    yield dst, bar.update
+            except BaseException:
+                storage.rmtree(dst, ignore_errors=True)
+                raise
+        return
     made = [parent for parent in dst.parents if not parent.exists()]
     dst.parent.mkdir(parents=True, exist_ok=True)
     _clear_leftovers(dst)
@@ -232,7 +247,7 @@ def _target(
                 parent.rmdir()
 
 
-def _claim(dst: pathlib.Path) -> tuple[pathlib.Path, int]:
+def _claim(dst: storage.Path) -> tuple[storage.Path, int]:
     """A new folder beside `dst`, and a file in it that is locked as long as it is open.
 
     A lock ends with its process, however the process ends. The number of a process doesn't tell whether
@@ -252,7 +267,7 @@ def _claim(dst: pathlib.Path) -> tuple[pathlib.Path, int]:
             os.close(lock)
 
 
-def _clear_leftovers(dst: pathlib.Path) -> None:
+def _clear_leftovers(dst: storage.Path) -> None:
     """Removes what conversions to `dst` have left that were killed: nobody holds their locks."""
     for left in dst.parent.glob(f".{glob.escape(dst.name)}.unfinished-*"):
         with contextlib.suppress(OSError):  # its process lives, or has just cleared it away

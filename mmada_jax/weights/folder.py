@@ -13,16 +13,14 @@ written here.
 import dataclasses
 import functools
 import json
-import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.devices.distributed import together
-from mmada_jax.disk import resolved
 from mmada_jax.files import read_json
 from mmada_jax.nets import transformer, vq
 from mmada_jax.tokens.tokenizer import TextTokenizer, read_tokenizer
@@ -32,7 +30,7 @@ from mmada_jax.weights.arrays import open_params, write_params
 from mmada_jax.weights.checkpoint import newest_params
 from mmada_jax.weights.lazy import DTYPES, refuse
 from mmada_jax.weights.manifest import MANIFEST, find_damage, verify_manifest
-from mmada_jax.weights.workdir import CONFIG, MODEL, check_files, record_files
+from mmada_jax.weights.workdir import CONFIG, MODEL, UNFINISHED, check_files, write_files
 
 IMAGE_TOKENIZER = "image_tokenizer"
 GENERATION = "generation_config.json"
@@ -56,13 +54,13 @@ class ModelFolder:
                      other strings than ours
     """
 
-    path: pathlib.Path
+    path: storage.Path
     kind: str
     model_type: str
     config: transformer.ModelConfig | vq.VQConfig
     values: dict[str, Any]
     params: dict[str, Any]
-    image_tokenizer: pathlib.Path | None = None
+    image_tokenizer: storage.Path | None = None
     step: int | None = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapter: adapters.Adapter | None = None
@@ -108,7 +106,7 @@ class ModelFolder:
 
 
 def open_folder(
-    path: str | pathlib.Path,
+    path: storage.Name,
     dtype: str | None = None,
     add_image_vocab: int = 0,
     weights: bool = True,
@@ -121,9 +119,14 @@ def open_folder(
     a checkpoint is opened, and `params` are shapes. `step` is an older step of a workdir. Raises
     FileNotFoundError or ValueError.
     """
-    path = resolved(path)
+    path = storage.resolved(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} {_NEITHER}: there is no such folder")
+    if storage.in_bucket(path) and (path / UNFINISHED).is_file():
+        raise FileNotFoundError(
+            f"{path} isn't complete: a conversion is writing it, or has ended before its end; give its "
+            "command again"
+        )
     check_files(path)
     values = read_json(path / CONFIG, dict) if (path / CONFIG).is_file() else {}
     is_workdir = "program" in values or (path / MODEL).is_file()
@@ -153,7 +156,7 @@ def open_folder(
     return source
 
 
-def open_image_tokenizer(path: str | pathlib.Path, weights: bool = True) -> ModelFolder:
+def open_image_tokenizer(path: storage.Name, weights: bool = True) -> ModelFolder:
     """Opens the folder of an image tokenizer. Raises FileNotFoundError if there is none, ValueError if the
     folder holds a model."""
     try:
@@ -168,7 +171,7 @@ def open_image_tokenizer(path: str | pathlib.Path, weights: bool = True) -> Mode
     return source
 
 
-def image_tokenizer_of(source: ModelFolder, given: str | pathlib.Path | None = None) -> ModelFolder | None:
+def image_tokenizer_of(source: ModelFolder, given: storage.Name | None = None) -> ModelFolder | None:
     """The image tokenizer that goes with a model: in the folder `given`, by default the model's own.
 
     Raises ValueError if the folder holds something else, or an image tokenizer with another number of
@@ -272,7 +275,7 @@ def _open_workdir(path, values, weights, step) -> ModelFolder:
         config = (
             magvit_keys.config_from_hf(fields) if is_vq else llada_keys.config_from_hf(fields, **computed)
         )
-        nested = about["image_tokenizer"] and resolved(path / about["image_tokenizer"])
+        nested = about["image_tokenizer"] and storage.resolved(storage.join(path, about["image_tokenizer"]))
     except (KeyError, TypeError, AttributeError) as error:
         name = CONFIG if is_older else MODEL
         raise ValueError(f"{path / name} is damaged: {error!r}") from error
@@ -291,16 +294,14 @@ def _open_workdir(path, values, weights, step) -> ModelFolder:
     )
 
 
-def open_adapters(
-    base: ModelFolder, folders: Mapping[str, str | pathlib.Path]
-) -> dict[str, adapters.Adapter]:
+def open_adapters(base: ModelFolder, folders: Mapping[str, storage.Name]) -> dict[str, adapters.Adapter]:
     """The adapters in workdirs and in PEFT's folders, by name, that stand beside the model `base`. Raises
     FileNotFoundError, or ValueError for what doesn't fit, as adapters of another base."""
     opened, sha256 = {}, functools.cache(lambda: lazy.sha256(base.tensors()))
     for name, folder in folders.items():
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{name!r} is no name of an adapter; give it a text")
-        path = resolved(folder)
+        path = storage.resolved(folder)
         if base.is_image_tokenizer or base.adapter:
             raise ValueError(f"{base.path} is no model that adapters can stand beside; name their base")
         if not (path / MODEL).is_file():
@@ -317,9 +318,9 @@ def open_adapters(
     return opened
 
 
-def _open_base(workdir: pathlib.Path, about: Mapping[str, Any]) -> ModelFolder:
+def _open_base(workdir: storage.Path, about: Mapping[str, Any]) -> ModelFolder:
     """The model beside which the adapters of a workdir were trained."""
-    path = resolved(workdir / about["base"])
+    path = storage.resolved(storage.join(workdir, about["base"]))
     try:
         base = open_folder(path)
     except FileNotFoundError as error:
@@ -330,12 +331,12 @@ def _open_base(workdir: pathlib.Path, about: Mapping[str, Any]) -> ModelFolder:
     return base
 
 
-def _nested(path: pathlib.Path) -> pathlib.Path | None:
+def _nested(path: storage.Path) -> storage.Path | None:
     """The image tokenizer beside the weights of a model."""
     return folder if (folder := path / IMAGE_TOKENIZER).is_dir() else None
 
 
-def _generation(path: pathlib.Path) -> dict[str, Any]:
+def _generation(path: storage.Path) -> dict[str, Any]:
     """What the generation_config.json beside the weights of a model says."""
     return read_json(path / GENERATION, dict) if (path / GENERATION).is_file() else {}
 
@@ -386,17 +387,18 @@ def describe_image_tokenizer(config: vq.VQConfig) -> dict[str, Any]:
     return {"config": fields, "computed": {}, "generation": {}, "image_tokenizer": None}
 
 
-def keep_image_tokenizer(workdir: pathlib.Path, source: ModelFolder) -> None:
+def keep_image_tokenizer(workdir: storage.Path, source: ModelFolder) -> None:
     """Copies an image tokenizer into a workdir, which then needs nothing of the folder that it came from.
     The copy is there whole or not at all. All processes of a run call this, and the first one writes.
 
     Raises ValueError if the workdir holds another image tokenizer."""
-    folder = resolved(workdir) / IMAGE_TOKENIZER
+    folder = storage.resolved(workdir) / IMAGE_TOKENIZER
     if source.path == folder:
         return
     with together("looking for the image tokenizer of the workdir") as same:
         # All processes look before the first one writes: what is opened is verified by all together.
-        same["image tokenizer of the workdir"] = kept = folder.is_dir()
+        # In a bucket its config.json comes last.
+        same["image tokenizer of the workdir"] = kept = (folder / CONFIG).is_file()
     with together("keeping the image tokenizer"):
         if kept:
             if lazy.sha256(open_image_tokenizer(folder).tensors()) != lazy.sha256(source.tensors()):
@@ -409,21 +411,23 @@ def keep_image_tokenizer(workdir: pathlib.Path, source: ModelFolder) -> None:
             write_image_tokenizer(folder, values, source.params)
 
 
-def write_image_tokenizer(folder: pathlib.Path, values: Mapping[str, Any], params: Any) -> None:
+def write_image_tokenizer(folder: storage.Path, values: Mapping[str, Any], params: Any) -> None:
     """Writes an image tokenizer as a checkpoint, whole or not at all; one process does.
 
     values  the fields of its config.json
     params  a tree of Lazy arrays
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
+    # A folder of a bucket can't be renamed. There the object that readers look for comes last.
+    in_place = storage.in_bucket(folder)
+    unfinished = folder if in_place else folder.with_name(f".{folder.name}.unfinished")
+    storage.rmtree(unfinished, ignore_errors=True)  # left by a run that was killed
     unfinished.mkdir(parents=True)
-    write_json(unfinished / CONFIG, values)
-    record_files(unfinished)
     write_params(unfinished / "params", params, None)
-    unfinished.rename(folder)
+    write_files(unfinished, {CONFIG: json_of(values)})
+    if not in_place:
+        unfinished.rename(folder)
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes an object as JSON that people can read."""
-    path.write_text(json.dumps(dict(values), indent=2) + "\n")
+def json_of(values: Mapping[str, Any]) -> str:
+    """An object as JSON that people can read."""
+    return json.dumps(dict(values), indent=2) + "\n"

@@ -5,11 +5,17 @@ Which model the tensors are of is known in folder.py.
 Nothing is executed: .bin files are unpickled by torch's weights-only loader, or not at all.
 """
 
+import atexit
+import contextlib
+import functools
 import hashlib
 import json
+import math
 import pathlib
 import pickle
+import shutil
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +24,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mmada_jax import storage
+from mmada_jax.bucket import Bucket
 from mmada_jax.files import read_json, refuse_pointer
 from mmada_jax.weights.lazy import ROWS, Lazy, pieces, refuse
 
@@ -25,6 +33,7 @@ from mmada_jax.weights.lazy import ROWS, Lazy, pieces, refuse
 _ALONE = ("model.safetensors", "pytorch_model.bin")
 # Hugging Face's own limit of a shard, in bytes.
 SHARD = 5_000_000_000
+_MAX_HEADER = 100_000_000  # bytes, as in the library
 
 _SAFETENSORS = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -32,12 +41,12 @@ _SAFETENSORS = {
 }  # fmt: skip
 
 
-def holds_tensors(folder: pathlib.Path) -> bool:
+def holds_tensors(folder: storage.Path) -> bool:
     """Whether `read_tensors` finds anything to read there."""
     return any(_find(folder))
 
 
-def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors(folder: storage.Name) -> dict[str, np.ndarray]:
     """All tensors of a folder as read-only arrays over its files.
 
     Without an index `model.safetensors` is the model, and files whose tensors have other names are left
@@ -45,7 +54,7 @@ def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     truncated file, a pointer of git LFS, an index that doesn't fit the files, a doubled key, or a pickle
     that holds more than tensors.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     index, files = _find(folder)
     where: dict[str, str] | None = None
     if index:
@@ -54,7 +63,7 @@ def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{index} is no index of tensors: {error}") from error
         outside = [
-            n for n in where.values() if not isinstance(n, str) or not n or pathlib.Path(n).name != n
+            n for n in where.values() if not isinstance(n, str) or not n or storage.path(n).name != n
         ]
         refuse([f"{name!r} is no plain file name" for name in outside], f"{index} can't be followed")
         names = list(dict.fromkeys(where.values()))
@@ -100,7 +109,7 @@ def read_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def write_tensors(
-    folder: pathlib.Path,
+    folder: storage.Path,
     tensors: Mapping[str, Lazy],
     progress: Callable[[int], None] = lambda n: None,
     shard: int = SHARD,
@@ -124,7 +133,7 @@ def write_tensors(
     where = {key: name for name, part in zip(names, shards, strict=True) for key in part}
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    storage.write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     return hashes
 
 
@@ -140,7 +149,7 @@ def ahead(thunks: Iterable[Callable[[], Any]], workers: int = 3) -> Iterator[Any
             yield waiting.pop(0).result()
 
 
-def _find(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[pathlib.Path]]:
+def _find(folder: storage.Path) -> tuple[storage.Path | None, list[storage.Path]]:
     """The index of a folder, or else its files; safetensors come first."""
     for kind in ("*.safetensors", "pytorch_model*.bin"):
         indices = sorted(folder.glob(f"{kind}.index.json"))
@@ -155,26 +164,33 @@ def _find(folder: pathlib.Path) -> tuple[pathlib.Path | None, list[pathlib.Path]
     return None, []
 
 
-def read_tensors_of(file: pathlib.Path) -> dict[str, np.ndarray]:
+def read_tensors_of(file: storage.Path) -> dict[str, np.ndarray]:
     """The tensors of one file, as `read_tensors` gives those of a folder. Raises as that does."""
     refuse_pointer(file)
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: storage.Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
+    head = storage.read_range(path, 0, 8)
+    length = int.from_bytes(head, "little")
+    text = storage.read_range(path, 8, min(length, _MAX_HEADER))
     try:
-        with safe_open(path, "np"):  # checks the header, every offset, and the length of the file
+        # It checks the header, every offset, and the length of the file.
+        with _of_this_machine(path, head + text) as file, safe_open(file, "np"):
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    header = json.loads(text)
     header.pop("__metadata__", None)
     unknown = [f"{k} has dtype {t['dtype']}" for k, t in header.items() if t["dtype"] not in _SAFETENSORS]
     refuse(unknown, f"{path} holds tensors of dtypes that are not read here")
+    if isinstance(path, Bucket):
+        return {
+            key: _ranged(path, 8 + length + t["data_offsets"][0], tuple(t["shape"]), t["dtype"])
+            for key, t in header.items()
+        }
     data = np.memmap(path, np.uint8, "r", offset=8 + length) if any(
         np.prod(t["shape"]) for t in header.values()
     ) else np.empty(0, np.uint8)  # fmt: skip
@@ -184,11 +200,53 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
-def _read_bin(path: pathlib.Path) -> dict[str, np.ndarray]:
+@contextlib.contextmanager
+def _of_this_machine(path: storage.Path, start: bytes) -> Iterator[storage.Path]:
+    """A file itself; of an object of a bucket a file of its size with its first bytes and nothing else,
+    which takes no room on the disk."""
+    if not isinstance(path, Bucket):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
+        file.write(start)
+        file.truncate(path.stat().st_size)
+        file.flush()
+        yield pathlib.Path(file.name)
+
+
+def _ranged(path: Bucket, start: int, shape: tuple[int, ...], kind: str) -> Lazy:
+    """A tensor in an object, of which those rows are fetched that are asked for."""
+    dtype = np.dtype(_SAFETENSORS[kind])
+
+    def read(index):
+        if not shape:
+            return np.frombuffer(path.read_range(start, dtype.itemsize), dtype)[0:1].reshape(())
+        rows, row = index[0], math.prod(shape[1:]) * dtype.itemsize
+        data = path.read_range(start + rows.start * row, (rows.stop - rows.start) * row)
+        of_rows = np.frombuffer(data, dtype).reshape(rows.stop - rows.start, *shape[1:])
+        return of_rows[(slice(None), *index[1:])]
+
+    return Lazy(shape, dtype, read)
+
+
+@functools.cache
+def _fetched(path: Bucket) -> pathlib.Path:
+    """An object as a file of this machine, which is removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="mmada_jax-")
+    atexit.register(folder.cleanup)
+    file = pathlib.Path(folder.name) / path.name
+    with storage.open_file(path, 32 << 20) as source, file.open("wb") as target:
+        shutil.copyfileobj(source, target, 32 << 20)
+    return file
+
+
+def _read_bin(path: storage.Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:
         raise ImportError(f"reading {path} needs PyTorch: pip install 'mmada_jax[torch]'") from error
+    if isinstance(path, Bucket):
+        path = _fetched(path)  # PyTorch reads files of this machine alone
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is damaged or truncated, or was saved before PyTorch 1.6: it is no zip archive"
@@ -225,7 +283,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_safetensors(
-    path: pathlib.Path, tensors: Mapping[str, Lazy], progress: Callable[[int], None]
+    path: storage.Path, tensors: Mapping[str, Lazy], progress: Callable[[int], None]
 ) -> str:
     """Writes a file and returns its sha256."""
     names = {np.dtype(kind): name for name, kind in _SAFETENSORS.items()}
@@ -242,7 +300,7 @@ def _write_safetensors(
     text += b" " * (-len(text) % 8)
     text = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(text)
-    with path.open("wb") as file:
+    with storage.writing(path) as file:
         file.write(text)
         reads = (
             lambda tensor=tensor, index=index: np.ascontiguousarray(tensor[index])

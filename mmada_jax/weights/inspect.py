@@ -1,8 +1,8 @@
 """A report of what a folder holds, with hashes that a conversion doesn't change."""
 
-import pathlib
 from typing import Any
 
+from mmada_jax import storage
 from mmada_jax.progress import progress
 from mmada_jax.weights import lazy
 from mmada_jax.weights.arrays import open_params
@@ -10,7 +10,7 @@ from mmada_jax.weights.folder import ModelFolder, open_folder
 from mmada_jax.weights.manifest import verify_manifest
 
 
-def inspect(src: str | pathlib.Path) -> dict[str, Any]:
+def inspect(src: storage.Name) -> dict[str, Any]:
     """What a folder holds: kind, model type, parameters, dtype, hash, and whether its vocabulary fits.
 
     `sha256` hashes the parameters as PyTorch lays them out, in the order of PyTorch's keys, so that it is

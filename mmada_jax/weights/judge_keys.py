@@ -4,7 +4,6 @@ One strict key table for each. What the published files hold beside the weights 
 counters) is known by name and left out.
 """
 
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.nets import inception, lpips
 from mmada_jax.weights import hub, lazy
 
@@ -22,7 +22,7 @@ _UNUSED = r"classifier\..*|lins\..*|fc\..*|AuxLogits\..*|.*num_batches_tracked"
 _NORM_EPS = 1e-3
 
 
-def load_lpips(folder: str | pathlib.Path) -> dict[str, Any]:
+def load_lpips(folder: storage.Name) -> dict[str, Any]:
     """The params of `nets.lpips`, Lazy, of a folder with VGG16 and the heads of LPIPS 0.1: the state dict
     of the package lpips, or that of torchvision's VGG16 with these heads. Raises FileNotFoundError, or
     ValueError for all that doesn't fit."""
@@ -50,7 +50,7 @@ def lpips_table() -> dict[str, lazy.Rule]:
     return table
 
 
-def load_inception(folder: str | pathlib.Path) -> dict[str, Any]:
+def load_inception(folder: storage.Name) -> dict[str, Any]:
     """The params of `nets.inception`, arrays of the host, of a folder with the weights that FID is computed
     by. Their keys are those of torchvision's Inception v3. Raises as `load_lpips` does."""
     theirs = lazy.in_memory(_params_of(_read(folder), inception_table(), folder))
@@ -87,7 +87,7 @@ def _weight(path, shape):
 
 
 def _read(folder) -> dict[str, Any]:
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; docs/own_data.md says what belongs there")
     return {key: x for key, x in hub.read_tensors(folder).items() if not re.fullmatch(_UNUSED, key)}

@@ -4,11 +4,10 @@ A run that is resumed writes its model.json, and so does `mmada convert trust`. 
 fewer. Nothing but `open_folder` and that command asks.
 """
 
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from mmada_jax.disk import resolved
+from mmada_jax import storage
 from mmada_jax.files import read_json
 from mmada_jax.nets import vq
 from mmada_jax.weights import magvit_keys
@@ -18,7 +17,7 @@ from mmada_jax.weights.workdir import CONFIG, MODEL, read_config
 DESCRIPTION = ("architecture", "computed", "generation")
 
 
-def describe(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def describe(workdir: storage.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """The model.json that a workdir with this config.json would have.
 
     Raises KeyError for a damaged config.json, and ValueError for a workdir that has lost its model.json, or
@@ -49,22 +48,22 @@ def describes_rl(config: Mapping[str, Any]) -> bool:
     return config.get("program") == "rl" and "architecture" in config
 
 
-def _computed(workdir: pathlib.Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def _computed(workdir: storage.Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """How the model of a workdir of RL is computed. Where its config.json doesn't say it, the model that
     the run began with does, if it is a workdir and still there; the run changes some of it."""
     if "computed" in config:
         return config["computed"]
-    files = [resolved(workdir / config["init"]) / name for name in (MODEL, CONFIG)]
+    files = [storage.resolved(storage.join(workdir, config["init"])) / name for name in (MODEL, CONFIG)]
     told = [read_json(path, dict) for path in files if path.is_file()]
     return next((values["computed"] for values in told if "computed" in values), {}) | config["model"]
 
 
-def _image_tokenizer(workdir: pathlib.Path, config: Mapping[str, Any]) -> pathlib.Path:
+def _image_tokenizer(workdir: storage.Path, config: Mapping[str, Any]) -> storage.Path:
     """The image tokenizer of a workdir of RL: in there, or where the run that it began with has it."""
     while not (workdir / "image_tokenizer").is_dir() and "program" in config:
         if config["image_tokenizer"]:
-            return resolved(workdir / config["image_tokenizer"])
-        begun = resolved(workdir / config["init"])
+            return storage.resolved(storage.join(workdir, config["image_tokenizer"]))
+        begun = storage.resolved(storage.join(workdir, config["init"]))
         if not (begun / CONFIG).is_file():
             break  # the run that it began with has moved
         workdir, config = begun, read_config(begun)

@@ -12,22 +12,18 @@ WORKDIR/image_tokenizer     a copy of the model's image tokenizer, a checkpoint 
 
 import codecs
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import pathlib
-import socket
-import sys
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 
-from mmada_jax import disk, files
-from mmada_jax.weights.manifest import MANIFEST, VERSION
+from mmada_jax import files, storage
+from mmada_jax.bucket import Bucket
+from mmada_jax.weights.manifest import COMMITTED, MANIFEST, VERSION
 
+UNFINISHED = ".unfinished"  # in a bucket: the lease of a conversion that is writing the folder
 LOCK, BUSY = ".lock", "another process has this workdir, {}"
 FILES = "files.sha256.json"
 MISSING = "missing"  # stands for the hash of a file that isn't written yet
@@ -37,61 +33,24 @@ NAMES = CONFIG, MODEL, TOKENIZER, DATA = "config.json", "model.json", "tokenizer
 # ---- One owner -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def locked(path: str | pathlib.Path, busy: str) -> Iterator[TextIO]:
-    """Holds the lock of the file `path`, which is made with its folders. The kernel releases the lock when
-    the process ends, however it ends.
-
-    Raises ValueError, with the text `busy` and the owner, if another process has the lock. If the file
-    system knows no locks, a warning says so.
-    """
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", errors="replace") as file:
-        _take(file, busy)
-        about = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}\n"
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the owner's name
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), about.encode())
-        yield file
+def claimed(workdir: storage.Name) -> contextlib.AbstractContextManager[Any]:
+    """Holds the lock of a workdir, or in a bucket its lease. Raises ValueError if another run has it."""
+    return storage.locked(storage.path(workdir) / LOCK, BUSY.format(workdir))
 
 
-def claimed(workdir: str | pathlib.Path) -> contextlib.AbstractContextManager[TextIO]:
-    """Holds the lock of a workdir. Raises ValueError if another run has it."""
-    return locked(pathlib.Path(workdir) / LOCK, BUSY.format(workdir))
-
-
-def refuse_busy(workdir: str | pathlib.Path) -> None:
+def refuse_busy(workdir: storage.Name) -> None:
     """Raises ValueError if another run has the workdir. Asked early, it saves reading data for a run that
     can't begin. The first process asks; nothing is written."""
-    path = pathlib.Path(workdir) / LOCK
-    if jax.process_index() == 0 and path.is_file():
-        with path.open("a+", errors="replace") as file:
-            _take(file, BUSY.format(workdir))
-
-
-def _take(file: TextIO, busy: str) -> None:
-    """Locks a file until it is closed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.seek(0)
-        owner = file.read(200).strip() or "a process that isn't known"
-        raise ValueError(f"{busy} (taken by {owner}); wait or end it") from error
-    except OSError as error:
-        print(
-            f"warning: {file.name} can't be locked ({error.strerror}); make sure that no "
-            "other program writes there",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+    if jax.process_index() == 0:
+        storage.refuse_locked(storage.path(workdir) / LOCK, BUSY.format(workdir))
 
 
 # ---- Files ---------------------------------------------------------------------------------------
 
 
-def write_files(workdir: str | pathlib.Path, texts: Mapping[str, str]) -> None:
+def write_files(workdir: storage.Name, texts: Mapping[str, str]) -> None:
     """Writes files of a workdir, texts by their names, each whole or not at all, and their hashes."""
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     old = _hashes(workdir)
     there = {name: _hash(path) for name in texts if (path := workdir / name).is_file()}
@@ -102,20 +61,20 @@ def write_files(workdir: str | pathlib.Path, texts: Mapping[str, str]) -> None:
     # whenever this program is killed.
     _write_hashes(workdir, old | {name: [there.get(name, MISSING), new[name]] for name in new})
     for name, text in texts.items():
-        disk.write_whole(workdir / name, text)
+        storage.write_whole(workdir / name, text)
     _write_hashes(workdir, old | {name: [new[name]] for name in new})
 
 
-def record_files(folder: str | pathlib.Path) -> None:
+def record_files(folder: storage.Name) -> None:
     """Writes the hashes that the small files of a workdir or a checkpoint have now."""
-    there = [path for name in NAMES if (path := pathlib.Path(folder) / name).is_file()]
-    _write_hashes(pathlib.Path(folder), {path.name: [_hash(path)] for path in there})
+    there = [path for name in NAMES if (path := storage.path(folder) / name).is_file()]
+    _write_hashes(storage.path(folder), {path.name: [_hash(path)] for path in there})
 
 
-def check_files(folder: str | pathlib.Path) -> None:
+def check_files(folder: storage.Name) -> None:
     """Raises FileNotFoundError or ValueError, naming it, if a small file of a workdir or a checkpoint is
     missing or has changed. A folder of an older version has no hashes, and is taken as it is."""
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     told = f"put it back (if you changed it yourself: mmada convert trust --src {folder})"
     if not (folder / FILES).is_file() and _is_recent(folder):
         raise FileNotFoundError(f"{folder} has no {FILES}; {told}")
@@ -131,16 +90,16 @@ def check_files(folder: str | pathlib.Path) -> None:
             )
 
 
-def _changed(folder: pathlib.Path, name: str) -> bool:
+def _changed(folder: storage.Path, name: str) -> bool:
     return _hash(folder / name) not in _hashes(folder).get(name, [])
 
 
-def _hash(path: pathlib.Path) -> str:
+def _hash(path: storage.Path) -> str:
     """The SHA-256 of a file of text, without the byte order mark that some editors add."""
     return hashlib.sha256(path.read_bytes().removeprefix(codecs.BOM_UTF8)).hexdigest()
 
 
-def _is_recent(folder: pathlib.Path) -> bool:
+def _is_recent(folder: storage.Path) -> bool:
     """Whether the newest step of a workdir, or the params of a checkpoint, were written by a version that
     also writes hashes of the small files."""
     arrays = newest_step(folder) if has_step(folder) else folder / "params"
@@ -150,7 +109,7 @@ def _is_recent(folder: pathlib.Path) -> bool:
         return False  # a damaged manifest is reported where the arrays are read
 
 
-def _hashes(folder: pathlib.Path) -> dict[str, list[str]]:
+def _hashes(folder: storage.Path) -> dict[str, list[str]]:
     path = folder / FILES
     if not path.is_file():
         return {}
@@ -165,23 +124,23 @@ def _hashes(folder: pathlib.Path) -> dict[str, list[str]]:
     return hashes
 
 
-def _write_hashes(folder: pathlib.Path, hashes: Mapping[str, list[str]]) -> None:
-    disk.write_whole(folder / FILES, json.dumps(dict(hashes), indent=1))
+def _write_hashes(folder: storage.Path, hashes: Mapping[str, list[str]]) -> None:
+    storage.write_whole(folder / FILES, json.dumps(dict(hashes), indent=1))
 
 
 # ---- The configuration ---------------------------------------------------------------------------
 
 
-def read_config(workdir: str | pathlib.Path) -> dict[str, Any]:
+def read_config(workdir: storage.Name) -> dict[str, Any]:
     """config.json of a workdir. Raises FileNotFoundError if there is none, ValueError if it is damaged."""
-    path = pathlib.Path(workdir) / CONFIG
+    path = storage.path(workdir) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} is no workdir of a training run: {path.name} is missing")
     return files.read_json(path, dict)
 
 
 def check_workdir(
-    workdir: str | pathlib.Path,
+    workdir: storage.Name,
     config: dict[str, Any],
     fixed: tuple[str, ...],
     free: tuple[str, ...] = (),
@@ -192,7 +151,7 @@ def check_workdir(
     The top-level groups of the configuration in `fixed` must be those of the run that made the workdir,
     but for the keys in `free`. Other groups may change when a run is resumed. `absent` are the values that
     groups had before there were fields for them, in older versions."""
-    path = pathlib.Path(workdir) / CONFIG
+    path = storage.path(workdir) / CONFIG
     check_files(workdir)
     if not path.is_file():
         if has_step(workdir):
@@ -216,7 +175,7 @@ def check_workdir(
 
 
 def claim_workdir(
-    workdir: str | pathlib.Path,
+    workdir: storage.Name,
     config: Mapping[str, Any],
     texts: Mapping[str, str] | None = None,
     model: Mapping[str, Any] | None = None,
@@ -241,21 +200,29 @@ def differences(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]
 # ---- Steps ---------------------------------------------------------------------------------------
 
 
-def newest_step(workdir: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+def newest_step(workdir: storage.Name, step: int | None = None) -> storage.Path:
     """The folder of the newest complete step of a workdir, or of `step`. The folder has a manifest.
 
     Raises FileNotFoundError if there is no such step. Nothing is created or cleaned up.
     """
-    folder = disk.resolved(workdir) / "checkpoints"
-    if not has_step(workdir):
+    folder, known = storage.resolved(workdir) / "checkpoints", steps(workdir)
+    if not known:
         raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name another workdir")
-    known = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
     if step is not None and step not in known:
         raise FileNotFoundError(f"no step {step} in {folder}; it has {', '.join(map(str, known))}")
     return folder / str(known[-1] if step is None else step)
 
 
-def has_step(workdir: str | pathlib.Path) -> bool:
-    """Whether a workdir has a complete step. Orbax writes a step under another name and then renames it."""
-    folder = pathlib.Path(workdir) / "checkpoints"
-    return folder.is_dir() and any(p.name.isdigit() for p in folder.iterdir())
+def has_step(workdir: storage.Name) -> bool:
+    """Whether a workdir has a complete step."""
+    return bool(steps(workdir))
+
+
+def steps(workdir: storage.Name) -> list[int]:
+    """The complete steps of a workdir, in order. On a disk Orbax writes a step under another name and then
+    renames it. In a bucket it writes under the final name, and at last an object that commits the step."""
+    folder = storage.path(workdir) / "checkpoints"
+    if isinstance(folder, Bucket):
+        there = [path for path in folder.iterdir() if path.name.isdigit()]
+        return sorted(int(path.name) for path in there if (path / COMMITTED).is_file())
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []

@@ -1,13 +1,21 @@
 """Shards of ArrayRecord with our own records, which `mmada prepare` has written."""
 
 import json
-import os
+import posixpath
 
 import numpy as np
 
-from mmada_jax import files
+from mmada_jax import files, nearby, storage
 from mmada_jax.data.records import Record, unpack
-from mmada_jax.data.sources.paths import below, find_inputs, locate, read_json, relative_names, stamp_of
+from mmada_jax.data.sources.paths import (
+    below,
+    find_inputs,
+    locate,
+    read_json,
+    relative_names,
+    stamp_of,
+    start_of,
+)
 from mmada_jax.data.sources.source import Records, SourceConfig
 
 
@@ -17,10 +25,10 @@ class ArrayRecords(Records):
     def __init__(self, config: SourceConfig, root: str):
         paths, info, counts = find_inputs(config, root), {}, {}
         remedy = "fetch or write it again"
-        if len(paths) == 1 and os.path.isdir(paths[0]):
+        if len(paths) == 1 and not start_of(paths[0]) and storage.path(paths[0]).is_dir():
             folder = paths[0]
             info = read_json(
-                os.path.join(folder, "dataset.json"),
+                f"{folder}/dataset.json",
                 "mmada prepare writes it at its end; name shards that lack one by a glob",
             )
             counts = info.get("shards")
@@ -32,11 +40,12 @@ class ArrayRecords(Records):
                 raise ValueError(f"{folder}/dataset.json doesn't add up; prepare the records again")
             paths = [below(folder, name) for name in counts]
             remedy = "delete it and run mmada prepare again"
-        for path in paths:
-            if os.path.isdir(path):
+        for path, start in zip(paths, nearby.each(start_of, paths), strict=True):
+            if not start and storage.path(path).is_dir():
                 raise ValueError(f"{path} is a folder among several paths; make it a source of its own")
         self._names = relative_names(paths)
-        self._shards = [open_shard(p, counts.get(os.path.basename(p)), remedy) for p in paths]
+        counted = lambda path: open_shard(path, counts.get(posixpath.basename(path)), remedy)  # noqa: E731
+        self._shards = nearby.each(counted, paths)
         self._ends = np.cumsum([len(shard) for shard in self._shards])
         stamp = stamp_of(paths, json.dumps(info, sort_keys=True).encode())
         ignored = info.get("skipped")  # the counts of records that `mmada prepare` left out
@@ -56,11 +65,14 @@ def open_shard(path: str, count: int | None, remedy: str):
     """A reader of one shard. Raises ValueError if the shard isn't whole or doesn't have `count` records."""
     import grain
 
-    if not os.path.isfile(path):
+    # The library waits for a bucket that can't be reached, without an end, so this asks for the object
+    # first.
+    start = start_of(path)
+    if not start and not storage.path(path).is_file():
         raise FileNotFoundError(f"the shard {path} is missing; {remedy}")
-    files.refuse_pointer(path)
+    files.refuse_pointer(start, path)
     try:
-        shard = grain.sources.ArrayRecordDataSource(path)
+        shard = grain.sources.ArrayRecordDataSource(nearby.nearest(path))
     except RuntimeError as error:
         raise ValueError(
             f"{path} is no whole ArrayRecord ({str(error) or 'truncated'}); {remedy}"

@@ -2,10 +2,10 @@
 
 import collections
 import hashlib
-import os
+import posixpath
 from collections.abc import Iterator, Sequence
 
-from mmada_jax import files
+from mmada_jax import files, storage
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     IMAGES,
@@ -28,7 +28,8 @@ class ImageFolder(Records):
 
     def __init__(self, config: SourceConfig, root: str):
         self._folder = find_folder(config, root)
-        classes = sorted(e.name for e in os.scandir(self._folder) if e.is_dir() and e.name[0] != ".")
+        inside = storage.scan(storage.path(self._folder))
+        classes = sorted(e.name for e in inside if e.is_dir and e.name[0] != ".")
         labels = find_labels(config, root)
         self._texts = [name.replace("_", " ") for name in classes]
         if labels:
@@ -38,17 +39,16 @@ class ImageFolder(Records):
         ignored: collections.Counter[str] = collections.Counter()
         seen = hashlib.sha256()
         if not classes:
-            classes, self._texts = [""], [os.path.basename(self._folder).replace("_", " ")]
+            classes, self._texts = [""], [posixpath.basename(self._folder).replace("_", " ")]
         else:
-            for entry in os.scandir(self._folder):
-                if not entry.is_dir() and _is_image(entry.name):
+            for entry in inside:
+                if not entry.is_dir and _is_image(entry.name):
                     ignored["image outside of the folders of classes"] += 1
         for number, name in enumerate(classes):
-            for path, size, caption in _images_below(self._folder, name, ignored):
+            for path, size, caption, length in _images_below(self._folder, name, ignored):
                 self._files.append((number, path, caption))
                 seen.update(f"{path}:{size}\n".encode(errors="replace"))
                 if caption:
-                    length = os.path.getsize(os.path.join(self._folder, caption))
                     seen.update(f"{caption}:{length}\n".encode(errors="replace"))
         if classes == [""] and any(caption for _, _, caption in self._files):
             ignored["no caption"] += sum(not caption for _, _, caption in self._files)
@@ -68,16 +68,16 @@ class ImageFolder(Records):
 
 def _images_below(
     folder: str, name: str, ignored: collections.Counter[str]
-) -> Iterator[tuple[str, int, str]]:
-    """(path below `folder`, size in bytes, path of the caption) of each image at any depth below the folder
-    `name`, in order. The latter is empty if there is no text file beside the image.
+) -> Iterator[tuple[str, int, str, int]]:
+    """(path below `folder`, size in bytes, path of the caption, its size) of each image at any depth below
+    the folder `name`, in order. The path is empty if there is no text file beside the image.
 
     `ignored` counts the files that are left out. Hidden files are counted only if they are pictures.
     """
-    entries = sorted(os.scandir(os.path.join(folder, name)), key=lambda entry: entry.name)
+    entries = sorted(storage.scan(storage.path(folder) / name), key=lambda entry: entry.name)
     stems = {entry.name.rpartition(".")[0] for entry in entries if _is_image(entry.name)}
-    captions = {e.name[:-4]: e.name for e in entries if _suffix(e.name) == "txt" and e.name[:-4] in stems}
-    beside = set(captions.values())
+    captions = {e.name[:-4]: e for e in entries if _suffix(e.name) == "txt" and e.name[:-4] in stems}
+    beside = {entry.name for entry in captions.values()}
     prefix = f"{name}/" if name else ""
     for entry in entries:
         path = f"{prefix}{entry.name}"
@@ -86,21 +86,21 @@ def _images_below(
         if entry.name[0] == ".":
             ignored["hidden file"] += _is_image(entry.name)
             continue
-        if entry.is_dir(follow_symlinks=False):
+        if entry.is_dir and not entry.is_link:
             yield from _images_below(folder, path, ignored)
-        elif entry.is_dir():
+        elif entry.is_dir:
             ignored["link to a folder"] += 1  # the link may lead to a folder above it
         elif not _is_image(entry.name):
             ignored["no image"] += 1
-        elif not entry.is_file():
+        elif not entry.is_file:
             ignored["broken link or no regular file"] += 1
         elif _suffix(entry.name) in UNREAD_IMAGES:
             ignored["format of images that isn't read"] += 1
         else:
             caption = captions.get(entry.name.rpartition(".")[0])
-            if caption and not os.path.getsize(os.path.join(folder, prefix + caption)):
+            if caption and not caption.size:
                 caption = None  # an empty file says nothing
-            yield path, entry.stat().st_size, prefix + caption if caption else ""
+            yield path, entry.size, *((prefix + caption.name, caption.size) if caption else ("", 0))
 
 
 def _is_image(name: str) -> bool:

@@ -1,8 +1,10 @@
 """JSON lines: files with one JSON object in each line."""
 
+import io
+
 import numpy as np
 
-from mmada_jax import files
+from mmada_jax import files, nearby, storage
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     find_image_root,
@@ -34,7 +36,7 @@ class JsonLines(Records):
             turns="" if config.text else "turns messages conversations",
             short="short",
         )
-        lines = [_find_lines(path) for path in self._paths]
+        lines = nearby.each(_lines_of, self._paths)
         self._lines = np.concatenate(lines)  # [n, 3]: line number, offset, size
         self._ends = np.cumsum([len(part) for part in lines])
         super().__init__(config, len(self._lines), stamp_of(self._paths, self._lines.tobytes()))
@@ -49,21 +51,35 @@ class JsonLines(Records):
         return make_record(self._key(index), row, self._columns, self._folders[file])
 
 
+def _lines_of(path: str) -> np.ndarray:
+    """The lines of a file, as `_find_lines` gives them. The lines of an object of a bucket are kept."""
+
+    def found():
+        data = io.BytesIO()
+        np.save(data, _find_lines(path), allow_pickle=False)
+        return data.getvalue()
+
+    if not storage.in_bucket(path):
+        return _find_lines(path)
+    return np.load(io.BytesIO(nearby.kept(path, "lines", found)), allow_pickle=False)
+
+
 def _find_lines(path: str) -> np.ndarray:
     """The number (from 1), offset and size in bytes of each line that isn't blank, [n, 3]."""
-    edges, at = [np.zeros(1, np.int64)], 0
-    with open(path, "rb") as file:
-        while block := file.read(16 << 20):
-            edges.append(at + 1 + np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")))
-            at += len(block)
-    starts = np.concatenate([*edges, [at]])
-    sizes = np.diff(starts)
-    lines = np.stack([np.arange(1, len(starts)), starts[:-1], sizes], axis=1)
-    lines = lines[sizes > len("\r\n")]
-    blank = [_is_blank(path, at, size) for _, at, size in lines.tolist() if size <= _BLANK]
-    lines[lines[:, 2] <= _BLANK, 2] *= ~np.array(blank, bool)
-    return lines[lines[:, 2] > 0]
-
-
-def _is_blank(path: str, at: int, size: int) -> bool:
-    return not read_file(path, at, size).strip()
+    parts, at, number, left = [], 0, 1, b""  # `left` is the beginning of a line, at byte `at`
+    with storage.open_file(storage.path(nearby.nearest(path)), 16 << 20) as file:
+        while True:
+            block = file.read(16 << 20)
+            data = left + block
+            ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + 1
+            if not block and data:
+                ends = np.append(ends, len(data))  # the last line may have no end
+            sizes = np.diff(ends, prepend=0)
+            lines = np.stack([number + np.arange(len(ends)), at + ends - sizes, sizes], axis=1)
+            short = np.flatnonzero(sizes <= _BLANK)
+            blank = [not data[ends[i] - sizes[i] : ends[i]].strip() for i in short.tolist()]
+            parts.append(np.delete(lines, short[np.array(blank, bool)], axis=0))
+            done = int(ends[-1]) if len(ends) else 0
+            at, number, left = at + done, number + len(ends), data[done:]
+            if not block:
+                return np.concatenate(parts)

@@ -1,10 +1,13 @@
 """Rows of Parquet files. A row group is read as a whole, and the groups that were read last are kept."""
 
 import collections
+import io
 import threading
+from typing import Any
 
 import numpy as np
 
+from mmada_jax import nearby, storage
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import find_image_root, find_inputs, locate, relative_names, stamp_of
 from mmada_jax.data.sources.rows import choose_columns, make_record
@@ -18,19 +21,13 @@ class Parquet(Records):
     """A record from each row of all files, in the order of the files."""
 
     def __init__(self, config: SourceConfig, root: str):
-        import pyarrow.parquet
-
         self._paths = find_inputs(config, root, "*.parquet")
         self._names = relative_names(self._paths)
         self._folders = [find_image_root(config, root, path) for path in self._paths]
         self._files, self._groups = [], []
         alone = {"text": ""} if config.turns else {"turns": ""} if config.text else {}
-        for number, path in enumerate(self._paths):
-            try:
-                with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                    footer, known = file.metadata, file.schema_arrow.names
-            except Exception as error:  # Arrow, Thrift and the system each raise their own
-                raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error
+        described = nearby.each(_describe, self._paths)
+        for number, (path, (footer, known)) in enumerate(zip(self._paths, described, strict=True)):
             columns = choose_columns(config, known, path, **_USUAL | alone)
             if columns.turns and not columns.image:
                 # A conversation about a picture is never read without the picture.
@@ -88,7 +85,29 @@ class Parquet(Records):
         footer, columns = self._files[number]
         names = [*columns.image, *columns.text, *columns.turns, *columns.short]
         # Checksums are optional in the format. Arrow checks the checksums of a file only if it is asked to.
-        with pyarrow.parquet.ParquetFile(
-            self._paths[number], metadata=footer, page_checksum_verification=True
-        ) as file:
+        with (
+            _open(self._paths[number]) as data,
+            pyarrow.parquet.ParquetFile(
+                data, metadata=footer, page_checksum_verification=True, pre_buffer=True
+            ) as file,
+        ):
             return file.read_row_group(part, columns=names, use_threads=False)
+
+
+def _open(path: str) -> io.BufferedIOBase:
+    """A file, of which a bucket is asked for what the library reads."""
+    return storage.open_file(storage.path(nearby.nearest(path)), block=0)
+
+
+def _describe(path: str) -> tuple[Any, list[str]]:
+    """The footer of a file and the names of its columns."""
+    import pyarrow.parquet
+
+    try:
+        with (
+            _open(path) as data,
+            pyarrow.parquet.ParquetFile(data, page_checksum_verification=True) as file,
+        ):
+            return file.metadata, file.schema_arrow.names
+    except Exception as error:  # Arrow, Thrift and the system each raise their own
+        raise ValueError(f"{path} is no whole Parquet file: {error}; fetch it again") from error

@@ -4,16 +4,15 @@ import fnmatch
 import glob
 import hashlib
 import os
-import pathlib
 import re
 import shlex
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmada_jax import files
+from mmada_jax import files, nearby, storage
+from mmada_jax.bucket import Bucket
 from mmada_jax.data.sources.source import SourceConfig
 
 # Suffixes of pictures. images.open_image reads the formats of IMAGES, and doesn't read UNREAD_IMAGES.
@@ -41,13 +40,12 @@ def find_inputs(config: SourceConfig, root: str, pattern: str = "") -> list[str]
     """The files of a source. Raises ValueError for a pointer of git LFS, for a path that is no regular
     file, and if the signature of the first file belongs to another format."""
     paths = find_files(config.path, root, pattern)
+    nearby.each(start_of, paths)
     for path in paths:
-        if not os.path.isdir(path) and not os.path.isfile(path):
+        if not storage.in_bucket(path) and not os.path.isdir(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file")
-        files.refuse_pointer(path)
-    if os.path.isfile(paths[0]):
-        with open(paths[0], "rb") as file:
-            start = file.read(512).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        files.refuse_pointer(start_of(path), path)
+    if start := start_of(paths[0]).removeprefix(b"\xef\xbb\xbf"):  # a byte order mark
         looks = next((name for at, mark, name in _SIGNATURES if start[at:].startswith(mark)), config.format)
         if looks == "gzip":
             raise ValueError(f"{paths[0]} is compressed, which has no random access; decompress it first")
@@ -60,32 +58,69 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
     """The absolute paths of the files that `words` name, in order. With a pattern, a folder stands for
     all files below it that match."""
     found: list[str] = []
-    if "://" in words:
-        raise ValueError(f"{words} is no local path; mount the bucket (Cloud Storage FUSE) and name that")
-    for word in shlex.split(words):
-        for name in _braces(word):
-            path = os.path.abspath(os.path.join(root, name))
-            inside = [path]
-            if not os.path.exists(path) and re.search(r"[*?\[]", name):
-                inside = glob.glob(os.path.join(glob.escape(os.path.abspath(root)), name), recursive=True)
-                inside = sorted(file for file in inside if os.path.isfile(file))
-            elif pattern and os.path.isdir(path):
-                inside = _files_below(path, pattern)
-                path = os.path.join(path, pattern)
-            elif not os.path.exists(path):
-                parent = next(p for p in pathlib.Path(path).parents if p.exists())
-                raise FileNotFoundError(f"{path} doesn't exist; the nearest folder that does is {parent}")
-            if not inside:
-                raise FileNotFoundError(f"no file matches {path}")
-            found += inside
+    names = [name for word in shlex.split(words) for name in _braces(word)]
+    paths = [storage.join(root, name) for name in names]
+    # What names one object of a bucket; the bucket is asked for many of them side by side.
+    plain = [str(p) for p in paths if isinstance(p, Bucket) and not re.search(r"[*?\[]", str(p))]
+    is_object = dict(zip(plain, nearby.each(lambda path: nearby.look(Bucket(path)), plain), strict=True))
+    for path, name in zip(paths, names, strict=True):
+        path = path if isinstance(path, Bucket) else storage.path(os.path.abspath(path))
+        is_pattern, inside = bool(re.search(r"[*?\[]", name)), [str(path)]
+        if is_pattern and isinstance(path, Bucket):
+            inside = _matches(path)
+        elif is_object.get(str(path)):
+            pass
+        elif is_pattern and not path.exists():
+            inside = glob.glob(os.path.join(glob.escape(os.path.abspath(root)), name), recursive=True)
+            inside = sorted(file for file in inside if os.path.isfile(file))
+        elif pattern and path.is_dir():
+            inside = _files_below(path, pattern)
+            path = path / pattern
+        elif not path.exists():
+            raise FileNotFoundError(storage.nothing_at(path))
+        if not inside:
+            raise FileNotFoundError(f"no file matches {path}")
+        found += inside
     if not found:
         raise ValueError("a source has an empty path; name its files")
     return list(dict.fromkeys(found))
 
 
-def _files_below(folder: str, pattern: str) -> list[str]:
+def _matches(pattern: Bucket) -> list[str]:
+    """The objects that a pattern matches, whose ** stands for any number of folders."""
+    parts = pattern.key.split("/")
+    fixed = next(n for n, part in enumerate(parts) if re.search(r"[*?\[]", part))
+    folder, rest = Bucket("/".join([pattern.bucket, *parts[:fixed]])), parts[fixed:]
+    fits = re.compile("".join(_expression(rest)))
+    there = [entry for entry in folder.list(recursive=len(rest) > 1) if entry.item]
+    there = [entry for entry in there if fits.fullmatch(str(entry.path.relative_to(folder)))]
+    for entry in there:
+        nearby.note(entry)
+    return [str(entry.path) for entry in there]
+
+
+def _expression(parts: Sequence[str]) -> Iterator[str]:
+    """The regular expression of a pattern of glob."""
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        if part == "**":
+            yield ".*" if last else "(?:.*/)?"
+            continue
+        # fnmatch takes * for any characters, and glob for all but a slash.
+        yield fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
+        yield "" if last else "/"
+
+
+def _files_below(folder: storage.Path, pattern: str) -> list[str]:
     """The files below a folder that match a pattern such as *.tar. Upper case matches too."""
-    below = [p for p in pathlib.Path(folder).rglob("*") if p.name[0] != "." and p.is_file()]
+    if isinstance(folder, Bucket):
+        there = folder.list(recursive=True)
+        for entry in there:
+            nearby.note(entry)
+        below = [entry.path for entry in there]
+    else:
+        below = [path for path in folder.rglob("*") if path.is_file()]
+    below = [path for path in below if path.name[0] != "."]
     fits = sorted(str(p) for p in below if fnmatch.fnmatch(p.name.lower(), pattern))
     packed = [p for p in below if fnmatch.fnmatch(p.name.lower().removesuffix(p.suffix.lower()), pattern)]
     packed = [p for p in packed if p.suffix.lower() in _PACKED]
@@ -100,7 +135,7 @@ def _files_below(folder: str, pattern: str) -> list[str]:
 def find_folder(config: SourceConfig, root: str) -> str:
     """The folder of a source that consists of one folder. Raises ValueError if it doesn't."""
     paths = find_files(config.path, root)
-    if len(paths) != 1 or not os.path.isdir(paths[0]):
+    if len(paths) != 1 or not storage.path(paths[0]).is_dir():
         raise ValueError(f"{config.path} isn't one folder, which format {config.format!r} expects")
     return paths[0]
 
@@ -125,23 +160,52 @@ def _braces(word: str) -> Iterator[str]:
 
 
 def relative_names(paths: Sequence[str]) -> list[str]:
-    """The paths relative to the deepest folder that contains all of them."""
-    common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-    return [os.path.relpath(path, common) for path in paths]
+    """The paths relative to the deepest folder that contains all of them, or to the root if the paths lie
+    in several buckets."""
+    plain = [path.replace("gs:/", "", 1) if storage.in_bucket(path) else path for path in paths]
+    common = os.path.commonpath([os.path.dirname(path) for path in plain]) if paths else ""
+    return [os.path.relpath(path, common) for path in plain]
+
+
+_ENDS = 256 << 10  # bytes of the beginning and of the end of a file that tell it from others
 
 
 def stamp_of(paths: Sequence[str], more: bytes = b"") -> bytes:
     """A hash that differs between different files. It is made of the names, the sizes, the first 256 KiB
     and the last 256 KiB of the files, and of `more`."""
     seen = hashlib.sha256(more)
-    for path, name in zip(paths, relative_names(paths), strict=True):
-        size = os.path.getsize(path)
+    ends = nearby.each(_end, paths)
+    for path, name, end in zip(paths, relative_names(paths), ends, strict=True):
+        size = size_of(path)
         seen.update(f"{name}:{size}\n".encode(errors="replace"))
-        with open(path, "rb") as file:
-            seen.update(file.read(256 << 10))
-            file.seek(max(file.tell(), size - (256 << 10)))
-            seen.update(file.read(256 << 10))
+        seen.update(start_of(path))
+        seen.update(end)
     return seen.digest()
+
+
+def _end(path: str) -> bytes:
+    """The last 256 KiB of a file, without what is among the first 256 KiB."""
+    size = size_of(path)
+    at = max(_ENDS, size - _ENDS)
+    if at >= size:
+        return b""
+    return nearby.kept(path, "end", lambda: storage.read_range(storage.path(path), at, size - at))
+
+
+def start_of(path: str) -> bytes:
+    """The first 256 KiB of a file; nothing of a folder."""
+    where = storage.path(path)
+    if not isinstance(where, Bucket):
+        return storage.read_range(where, 0, _ENDS) if where.is_file() else b""
+    if nearby.facts(path) is None:
+        return b""
+    return nearby.kept(path, "start", lambda: where.read_range(0, _ENDS))
+
+
+def size_of(path: str) -> int:
+    """The size of a file in bytes."""
+    facts = nearby.facts(path) if storage.in_bucket(path) else None
+    return facts.size if facts else storage.path(path).stat().st_size
 
 
 def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
@@ -153,42 +217,42 @@ def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
 def find_image_root(config: SourceConfig, root: str, path: str) -> str:
     """The folder that contains the images that the file at `path` names."""
     if not config.image_root:
-        return os.path.dirname(path)
+        return str(storage.path(path).parent)
     return find_files(config.image_root, root)[0]
 
 
 def below(folder: str, name: str) -> str:
     """The path of `name` in `folder`. Raises ValueError for a name that leads out of the folder."""
-    if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
+    if os.path.isabs(name) or "://" in name or ".." in re.split(r"[/\\]", name):
         raise ValueError(f"path {name!r} leads out of {folder}")
-    return os.path.join(folder, name)
+    return f"{folder}/{name}" if storage.in_bucket(folder) else os.path.join(folder, name)
 
 
 def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_IMAGE) -> bytes:
     """The `size` bytes of a file from byte `at` on, or all its bytes. Raises ValueError if these are no
-    bytes, or more than `limit`."""
-    # Each read opens the file. That takes microseconds, and threads and processes share no handle.
-    # O_NONBLOCK keeps a pipe without a writer from blocking.
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        found = os.fstat(file)
-        if not stat.S_ISREG(found.st_mode):
+    bytes, or more than `limit`. A bucket is asked once."""
+    where = storage.path(nearby.nearest(path))
+    whole = size is None
+    if whole and isinstance(where, Bucket):
+        data = where.read_range(0, limit + 1)
+        size = len(data)
+    elif whole:
+        size = os.stat(where).st_size
+        if not where.is_file():
             raise ValueError(f"{path} is no regular file")
-        size = found.st_size if size is None else size
-        if not 0 < size <= limit:
-            raise ValueError(f"{size} bytes in {path}, expected 1 to {limit}")
-        data = os.pread(file, size, at)
-    finally:
-        os.close(file)
+    if not 0 < size <= limit:
+        raise ValueError(f"{size} bytes in {path}, expected 1 to {limit}")
+    if not (whole and isinstance(where, Bucket)):
+        data = storage.read_range(where, at, size)
     if len(data) != size:
         raise ValueError(f"{path} ends before byte {at + size}; it has changed since it was opened")
-    files.refuse_pointer(data, path if len(data) == found.st_size else f"what {path} has at byte {at}")
+    files.refuse_pointer(data, path if whole else f"what {path} has at byte {at}")
     return data
 
 
 def read_json(path: str, remedy: str, kind: type = dict) -> Any:
     """The value in a JSON file. Raises FileNotFoundError or ValueError, each with the remedy."""
-    if not os.path.isfile(path):
+    if not storage.path(path).is_file():
         raise FileNotFoundError(f"{path} doesn't exist; {remedy}")
     try:
         return files.read_json(path, kind)

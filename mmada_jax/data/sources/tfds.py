@@ -1,12 +1,11 @@
 """Data sets that TFDS has prepared as ArrayRecord. Images stay encoded."""
 
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
 
-from mmada_jax import files
+from mmada_jax import files, storage
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.arrayrecord import open_shard
 from mmada_jax.data.sources.imagefolder import find_labels, read_labels
@@ -22,13 +21,13 @@ class Tfds(Records):
         import tensorflow_datasets as tfds
 
         folder = find_folder(config, root)
-        if not os.path.isfile(os.path.join(folder, "dataset_info.json")):
-            found = sorted(pathlib.Path(folder).rglob("dataset_info.json"))
+        if not (storage.path(folder) / "dataset_info.json").is_file():
+            found = sorted(storage.path(folder).rglob("dataset_info.json"))
             hint = f", such as {found[0].parent}" if found else ""
             raise FileNotFoundError(
                 f"{folder} has no dataset_info.json; name the folder of a prepared version{hint}"
             )
-        for path in pathlib.Path(folder).glob("*.json"):
+        for path in storage.path(folder).glob("*.json"):
             files.refuse_pointer(path)
         try:
             builder = tfds.builder_from_directory(folder)

@@ -3,16 +3,17 @@
 import collections
 import csv
 import io
+import json
 import os
 import pathlib
 import re
 import tarfile
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from mmada_jax import files
+from mmada_jax import files, nearby, storage
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     IMAGES,
@@ -24,6 +25,7 @@ from mmada_jax.data.sources.paths import (
     read_file,
     read_json,
     relative_names,
+    size_of,
     stamp_of,
 )
 from mmada_jax.data.sources.rows import Columns, check_columns, choose_columns, make_record
@@ -60,7 +62,7 @@ class Tars(Records):
         if config.captions and self._columns.asked:
             raise ValueError(f"{config.path}: captions replace the keys {', '.join(self._columns.asked)}")
         suffixes = ("json",) if self._columns.asked else CAPTIONS
-        self._root, self._template, self._about, side_files = os.path.abspath(root), "", None, []
+        self._root, self._template, self._about, side_files = root, "", None, []
         if "{" in config.captions:
             self._template = config.captions
         elif config.captions:
@@ -68,9 +70,11 @@ class Tars(Records):
             self._columns = Columns(text=("captions",), turns=("turns",))
             self._about = _read_captions(side_files[0])
         ignored, tables, keys = collections.Counter(), [], bytearray()
-        for number, path in enumerate(self._tars):
+        scanned = nearby.each(_samples_of, self._tars)
+        for number, (samples, unused) in enumerate(scanned):
             table = []
-            for key, members in _scan(path, ignored).items():
+            ignored.update(unused)
+            for key, members in samples.items():
                 image = next((members[s] for s in IMAGES if s in members), None)
                 ignored["another image of a sample"] += max(0, sum(s in members for s in IMAGES) - 1)
                 suffix = next((s for s in suffixes if s in members), "")
@@ -128,13 +132,30 @@ class Tars(Records):
         values = {"dir": os.path.dirname(tar), "tar": pathlib.Path(tar).stem, "key": key.rpartition("/")[2]}
         # str.format isn't used, since it would also read attributes of the values.
         path = re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), self._template)
-        return os.path.join(self._root, path)
+        return str(storage.join(storage.path(self._root).absolute(), path))
 
 
 def _decode(data: bytes, name: str) -> str:
     if b"\0" in data:
         raise ValueError(f"{name} has zero bytes, as a file has where it was never written; fetch it again")
     return files.decode(data, name)
+
+
+_Samples = dict[str, dict[str, tuple[int, int]]]
+
+
+def _samples_of(path: str) -> tuple[_Samples, collections.Counter]:
+    """The samples of a tar, and the counts of what can't be used. Those of an object of a bucket are
+    kept."""
+
+    def scanned():
+        ignored = collections.Counter()
+        return _scan(path, ignored), ignored
+
+    if not storage.in_bucket(path):
+        return scanned()
+    samples, ignored = json.loads(nearby.kept(path, "tar", lambda: json.dumps(scanned()).encode()))
+    return samples, collections.Counter(ignored)
 
 
 def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[int, int]]]:
@@ -146,9 +167,12 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     passed_over: set[str] = set()  # keys of unusable images, which `ignored` counts
     others: set[str] = set()  # keys of parts that are neither an image nor a text
-    size, count, end = os.path.getsize(path), 0, 0
+    size, count, end = size_of(path), 0, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with (
+            storage.open_file(storage.path(nearby.nearest(path))) as opened,
+            tarfile.open(fileobj=opened, mode="r:") as tar,
+        ):
             while member := tar.next():
                 tar.members.clear()  # tarfile would keep all members
                 end, count = tar.offset, count + 1
@@ -187,6 +211,7 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
                     ignored["name that comes again"] += suffix in found
                     found[suffix] = (member.offset_data, member.size)
             end = tar.offset
+            _check_end(path, opened, size, end)
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is no tar, or is damaged after byte {end}: {error}; fetch it again"
@@ -195,20 +220,17 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
         if not any(suffix in samples[key] for suffix in IMAGES):
             del samples[key]  # the image of this text is counted already
     ignored["no image"] += len(others - samples.keys() - passed_over)
-    _check_end(path, end)
     return samples
 
 
-def _check_end(path: str, end: int) -> None:
+def _check_end(path: str, file: BinaryIO, size: int, end: int) -> None:
     """Raises ValueError unless a tar has the mark of an archive's end at byte `end`, and nothing after it.
 
     tarfile takes a header that is cut off or damaged for the end of the tar. It also takes the first
     block of zeros for the end, even if data follow.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         raise ValueError(
             f"{path} is truncated at a header: the file ends at byte {size} without the mark of an "
@@ -216,7 +238,7 @@ def _check_end(path: str, end: int) -> None:
         )
     if any(block):
         raise ValueError(f"{path} is damaged: there is no header at byte {end}; fetch it again")
-    data = _first_data(path, end)
+    data = _first_data(file, end)
     if data is not None:
         raise ValueError(
             f"{path} goes on at byte {data}, after the mark of an archive's end at byte {end}: part of it "
@@ -232,15 +254,14 @@ def _check_end(path: str, end: int) -> None:
         )
 
 
-def _first_data(path: str, at: int) -> int | None:
+def _first_data(file: BinaryIO, at: int) -> int | None:
     """The place of the first byte from `at` on that isn't zero, or None if all bytes are zero."""
-    with open(path, "rb") as file:
-        file.seek(at)
-        while block := file.read(1 << 20):
-            found = np.flatnonzero(np.frombuffer(block, np.uint8))
-            if len(found):
-                return at + int(found[0])
-            at += len(block)
+    file.seek(at)
+    while block := file.read(1 << 20):
+        found = np.flatnonzero(np.frombuffer(block, np.uint8))
+        if len(found):
+            return at + int(found[0])
+        at += len(block)
     return None
 
 

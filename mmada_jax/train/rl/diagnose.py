@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mmada_jax import storage
 from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
 from mmada_jax.nets.lora import LoraConfig
@@ -28,7 +28,7 @@ from mmada_jax.train.rl.update import Chosen, UpdateBatch, choose, make_objectiv
 
 def diagnose(
     config: Mapping[str, Any],
-    workdir: str | pathlib.Path,
+    workdir: storage.Name,
     maskings: Sequence[str],
     batches: int,
     allow_code: str = "",
@@ -57,7 +57,7 @@ def diagnose(
     run = dataclasses.replace(run, lora=LoraConfig())
     for masking in maskings:  # raises for a mu that doesn't fit
         dataclasses.replace(run.objective, masking=masking)
-    model, params, _ = load_policy(run, pathlib.Path(workdir), mesh)
+    model, params, _ = load_policy(run, storage.path(workdir), mesh)
     check_tasks(run, model, prompts, rewards)
     found = {}
     with contextlib.ExitStack() as stack, jax.set_mesh(mesh):

@@ -6,7 +6,6 @@ does. The functions are made elsewhere (`tasks`); here is only the order in whic
 """
 
 import contextlib
-import pathlib
 import signal
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mmada_jax import storage
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import connect_axes, together, watch_signals
 from mmada_jax.ranges import warn_without_effect
@@ -40,7 +40,7 @@ from mmada_jax.weights.state import TrainState, init_state, start_state
 from mmada_jax.weights.workdir import refuse_busy
 
 
-def train(config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: str = "") -> TrainState:
+def train(config: Mapping[str, Any], workdir: storage.Name, allow_code: str = "") -> TrainState:
     """Trains until `config.iterations`, from the newest checkpoint of the workdir if there is one.
 
     Raises ValueError or OSError for whatever doesn't fit, before any compute. SIGTERM and Ctrl-C save
@@ -49,7 +49,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: st
     """
     # ---- Configuration --------------------------------------------------------------------------
     began = time.perf_counter()
-    workdir = pathlib.Path(workdir)
+    workdir = storage.path(workdir)
     with together("reinforcement learning") as same:
         run, mesh, prompts, rewards = open_run(config, workdir, allow_code)
         refuse_busy(workdir)
@@ -195,6 +195,7 @@ def train(config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: st
                         sound = checkpoints.accepted() != int(state.opt_state.accepted)
                     if save and (sound or done == run.iterations):
                         with metrics.pausing():
+                            metrics.flush()
                             checkpoints.save(to_checkpoint(state, reference, ahead))
                 if stop:
                     name = signal.Signals(stop).name

@@ -12,14 +12,13 @@ Nothing here is tokenised or scored.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mmada_jax import files
+from mmada_jax import files, storage
 from mmada_jax.data import digits, images
 from mmada_jax.data.records import without_image_tag
 from mmada_jax.data.sources.paths import below
@@ -50,10 +49,10 @@ class Prompt(NamedTuple):
 
     text: str
     answer: str | Mapping[str, Any]
-    image: np.ndarray | Image.Image | pathlib.Path | None = None
+    image: np.ndarray | Image.Image | storage.Path | None = None
 
 
-def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequence[Prompt]:
+def open_prompts(config: PromptsConfig, root: storage.Name = "") -> Sequence[Prompt]:
     """All prompts of a source. A relative path is below `root`.
 
     Raises FileNotFoundError or ValueError, naming the line, where a prompt, an answer or an image is
@@ -66,7 +65,7 @@ def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequen
         problems = [task.problem(i) for i in range(config.count)]
         task.close()
         return [Prompt(question, entry) for question, _, entry in problems]
-    path = pathlib.Path(root) / config.path
+    path = storage.join(root, config.path)
     if not path.exists():
         raise FileNotFoundError(f"no prompts at {path}; name a file with a JSON object a line")
     prompts = []
@@ -85,7 +84,7 @@ def open_prompts(config: PromptsConfig, root: str | pathlib.Path = "") -> Sequen
     return prompts
 
 
-def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
+def _of_row(row: Mapping[str, Any], folder: storage.Path) -> Prompt:
     """The prompt of one line, its image below `folder`. Raises ValueError or OSError where it isn't one."""
     for name in ("prompt", "answer"):
         value = row.get(name)
@@ -102,7 +101,7 @@ def _of_row(row: Mapping[str, Any], folder: pathlib.Path) -> Prompt:
         return Prompt(text, row["answer"])
     if not isinstance(name, str):
         raise ValueError(f"'image' is {name!r:.80}; name a file")
-    image = pathlib.Path(below(str(folder), name))
+    image = storage.path(below(str(folder), name))
     if not image.is_file():
         kind = "is no regular file" if image.exists() else "isn't there"
         raise FileNotFoundError(f"it names the image {image}, which {kind}")

@@ -2,7 +2,6 @@
 opened, and the workdir is prepared. All that doesn't fit is an error here, before any compute."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 
 from mmada_jax import config as config_lib
+from mmada_jax import storage
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import together
 from mmada_jax.model.model import Model, open_model
@@ -46,14 +46,14 @@ FREE_FIELDS = tuple(
 
 
 def open_run(
-    config: Mapping[str, Any], workdir: str | pathlib.Path, allow_code: str = ""
+    config: Mapping[str, Any], workdir: storage.Name, allow_code: str = ""
 ) -> tuple[RLRun, jax.sharding.Mesh, dict[str, Sequence[Prompt]], dict[str, Combined]]:
     """The run, its mesh, and the prompts and the rewards of each task by its name. `allow_code` is a file
     of the user's, whose functions are the rewards own:NAME.
 
     Raises ValueError, OSError or ImportError, naming the task, for whatever is wrong with them.
     """
-    run, workdir = config_lib.from_dict(RLRun, config), pathlib.Path(workdir)
+    run, workdir = config_lib.from_dict(RLRun, config), storage.path(workdir)
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rollout_rows(run, mesh)
     check_same_run(run, workdir)
@@ -70,7 +70,7 @@ def open_run(
     return run, mesh, prompts, rewards
 
 
-def _reward_settings(task: Task, workdir: pathlib.Path, allow_code: str) -> dict[str, dict[str, Any]]:
+def _reward_settings(task: Task, workdir: storage.Path, allow_code: str) -> dict[str, dict[str, Any]]:
     """The settings of a task's rewards, with the paths in `folder` relative to the workdir, and the file
     that is allowed in the settings of the user's own ones. Raises ValueError if a configuration names that
     file: it would run code."""
@@ -92,7 +92,7 @@ def _reward_settings(task: Task, workdir: pathlib.Path, allow_code: str) -> dict
     return found
 
 
-def check_same_run(run: RLRun, workdir: pathlib.Path) -> None:
+def check_same_run(run: RLRun, workdir: storage.Path) -> None:
     """Raises ValueError if the workdir belongs to another run."""
     fixed, free = FIXED_GROUPS, FREE_FIELDS
     if run.ahead:
@@ -156,7 +156,7 @@ def check_tasks(
 
 
 def load_policy(
-    run: RLRun, workdir: pathlib.Path, mesh: jax.sharding.Mesh
+    run: RLRun, workdir: storage.Path, mesh: jax.sharding.Mesh
 ) -> tuple[Model, Any, ModelFolder | None]:
     """The model without its params, the float32 params on the mesh that the run starts from, and the
     model's image tokenizer, None for a model of text alone.
@@ -189,7 +189,7 @@ def load_policy(
     return dataclasses.replace(model, config=config), params, images
 
 
-def write_workdir(run: RLRun, workdir: pathlib.Path, model: Model, images: ModelFolder | None) -> None:
+def write_workdir(run: RLRun, workdir: storage.Path, model: Model, images: ModelFolder | None) -> None:
     """Writes what the workdir holds of the run and of its model beside the steps. All processes call this,
     and the first one writes."""
     if images:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import grain
 import jax
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
 from mmada_jax.train.metrics import warn
@@ -48,7 +48,7 @@ class OpenTask:
     generate: Callable[..., Rollout]
     score: Callable[..., Scored]
     update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    unreadable: set[pathlib.Path] = dataclasses.field(default_factory=set)
+    unreadable: set[storage.Path] = dataclasses.field(default_factory=set)
 
 
 def open_task(

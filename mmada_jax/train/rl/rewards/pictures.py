@@ -1,12 +1,12 @@
 """Rewards of pictures: how well they fit their prompts by CLIP, by ImageReward, and by scans of digits."""
 
 import functools
-import pathlib
 import re
 
 import jax
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.data import digits
 from mmada_jax.nets import blip, clip
 from mmada_jax.weights import blip_keys, clip_keys
@@ -41,7 +41,7 @@ class ClipScore:
     `folder` is a CLIP from Hugging Face; `batch` is the number of images or texts in one call of it.
     """
 
-    def __init__(self, folder: str | pathlib.Path = "", batch: int = 32):
+    def __init__(self, folder: storage.Name = "", batch: int = 32):
         if not folder:
             raise ValueError("reward 'clip' needs a model: set its folder to a CLIP from Hugging Face")
         params, config, self._tokenizer = clip_keys.load(folder)
@@ -66,7 +66,7 @@ class ImageReward:
     images in one call of it.
     """
 
-    def __init__(self, folder: str | pathlib.Path = "", batch: int = 16):
+    def __init__(self, folder: storage.Name = "", batch: int = 16):
         if not folder:
             raise ValueError("reward 'image_reward' needs a model: set its folder to one with ImageReward")
         params, config, self._tokenizer = blip_keys.load(folder)
