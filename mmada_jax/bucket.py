@@ -356,26 +356,29 @@ def _fs() -> Any:
 @functools.lru_cache(maxsize=1)
 def _connect(pid: int) -> Any:
     del pid
-    # Orbax and TFDS use gcsfs too, through a file system that they make themselves. A listing that is kept
-    # would hide what other processes write.
+    connect()
+    import gcsfs
+
+    return gcsfs.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
+
+
+@functools.cache
+def connect() -> None:
+    """Prepares libraries for paths of gs://. Raises ImportError with the remedy if they aren't installed."""
     # The search for hierarchical buckets warns at each call where there are no credentials.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import fsspec.config
-        import gcsfs
+        import gcsfs  # noqa: F401
     except ImportError as error:
         raise ImportError("a path of gs:// needs gcsfs: pip install 'mmada_jax[gcp]'") from error
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+    # Orbax and TFDS make a file system of gcsfs themselves. A listing that is kept would hide what other
+    # processes write.
+    for scheme in ("gcs", "gs"):
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     # What it logs is a traceback of the error that is raised here in one line.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)
     logging.getLogger("google.auth").setLevel(logging.ERROR)
-    return gcsfs.GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
-
-
-def connect() -> None:
-    """Makes ready for paths of gs://, before libraries use them. Raises ImportError with the remedy."""
-    _fs()
 
 
 def _call(path: Bucket, method: str, where: str, /, *args: str, **params: Any) -> Any:

@@ -44,8 +44,9 @@ def path(name: Name) -> Path:
         return name
     text = os.fspath(name)
     if text.startswith(bucket.SCHEME):
+        where = Bucket(text)
         bucket.connect()
-        return Bucket(text)
+        return where
     if found := _SCHEME.match(text):
         raise ValueError(
             f"{text} can't be read or written: name a folder of this machine or a bucket, gs://BUCKET/NAME "

@@ -256,7 +256,10 @@ def test_paths_may_be_lists_globs_braces_folders_and_quoted(tmp_path):
         ("x{3..0}.jsonl", r"\{3..0\} in x\{3..0\}.jsonl is neither a range"),
         ("x{a}.jsonl", "neither a range"),
         ("'x", "No closing quotation"),
-        ("s3://bucket/x.jsonl", "s3://bucket/x.jsonl can't be read or written: name a folder of this machine or a bucket"),
+        (
+            "s3://bucket/x.jsonl",
+            "s3://bucket/x.jsonl can't be read or written: name a folder of this machine or a bucket",
+        ),
         ("blank.jsonl", "blank.jsonl has no record that can be used"),
     ],
 )
