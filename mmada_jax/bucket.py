@@ -364,7 +364,8 @@ def _connect(pid: int) -> Any:
 
 @functools.cache
 def connect() -> None:
-    """Prepares libraries for paths of gs://. Raises ImportError with the remedy if they aren't installed."""
+    """Prepares libraries for paths of gs://. Raises ImportError with the remedy if they aren't
+    installed."""
     # The search for hierarchical buckets warns at each call where there are no credentials.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
