@@ -341,7 +341,8 @@ def _commit(found: list[storage.Path]) -> list[storage.Path]:
     for step in found if found and isinstance(found[0], Bucket) else ():
         if not (step / COMMITTED).is_file() and not find_damage(step):
             # The mark of the step comes last.
-            marks += [mark / COMMITTED for mark in (*(step / part for part in PARTS), step)]
+            places = [*(step / part for part in PARTS), step]
+            marks += [mark for place in places if not (mark := place / COMMITTED).is_file()]
     for mark in marks:
         mark.write_text(f"Checkpoint commit was successful to {mark.parent}")
     return marks
