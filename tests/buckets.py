@@ -135,6 +135,8 @@ class Proxy:
             while head := await _head(reader):
                 first, headers = head
                 method, target, _ = first.split(" ", 2)
+                if headers.pop("Expect", None):  # the server would answer twice
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 body = await _body(reader, headers, of_request=True)
                 request = Request(method, target, headers)
                 self.requests.append(request)

@@ -87,10 +87,15 @@ def find_damage(folder: storage.Name, part: str = "") -> list[str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = [f"{MANIFEST} can't be read: {error!r}"]
     if jax.process_count() > 1:
-        counts = multihost_utils.process_allgather(np.int32(len(wrong)))
-        if not wrong and counts.any():
-            wrong = [f"process {int(np.flatnonzero(counts)[0])} found damaged files"]
+        told = "\n".join(wrong).encode()[:_TOLD].ljust(_TOLD)
+        found = multihost_utils.process_allgather(np.frombuffer(told, np.uint8))
+        texts = [bytes(np.asarray(text)).decode(errors="replace").strip() for text in found]
+        # All of them say the same: the first process prints it.
+        wrong = [line for text in texts for line in text.splitlines()]
     return wrong
+
+
+_TOLD = 2000  # bytes of what a process tells the others of its damaged files
 
 
 def _home(folder: storage.Path) -> storage.Path:
