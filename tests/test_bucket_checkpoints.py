@@ -118,6 +118,22 @@ def test_a_save_that_the_network_refuses_costs_that_save_alone(workdir, proxy, m
     assert steps(workdir) == [1, 3] and steps_in(workdir) == ["1", "3"]
 
 
+@pytest.mark.slow
+def test_a_storage_that_is_overloaded_holds_a_run_up_for_less_than_a_minute(workdir, proxy, capsys):
+    with Checkpoints(workdir, keep=3) as checkpoints:
+        checkpoints.save(tiny(1))
+        checkpoints.latest()
+        left = [None] * 4  # the fault begins in the middle of a save, when TensorStore writes
+        proxy.fails = lambda request: request.method == "POST" and (left.pop() if left else 503)
+        began = time.monotonic()
+        checkpoints.save(tiny(2))
+        assert checkpoints.latest() == 1 and checkpoints.failed == 1
+        assert time.monotonic() - began < 60
+        proxy.fails = lambda request: None
+        checkpoints.save(tiny(3))
+    assert "503" in capsys.readouterr().err and steps(workdir) == [1, 3]
+
+
 def test_a_last_save_that_fails_is_an_error(workdir, proxy):
     checkpoints = Checkpoints(workdir)
 

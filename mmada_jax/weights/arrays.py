@@ -5,6 +5,7 @@ When a run saves, and which step it restores, is in checkpoint.py.
 
 import asyncio
 import collections
+import contextlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import tensorstore
 from etils import epath
 
 from mmada_jax import storage
+from mmada_jax.bucket import Bucket
 from mmada_jax.weights.lazy import Lazy, leaves, pieces, refuse, tree
 from mmada_jax.weights.manifest import write_manifest
 
@@ -26,9 +28,8 @@ from mmada_jax.weights.manifest import write_manifest
 CHUNKS = {"layers": 1, "embed": 256, "vocab": 8192}
 # A bucket that doesn't answer is an error after half a minute; TensorStore's default is a quarter of an
 # hour.
-_READING = tensorstore.Context(
-    {"gcs_request_retries": {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}}
-)
+_RETRIES = {"gcs_request_retries": {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}}
+_READING = tensorstore.Context(_RETRIES)
 
 
 def write_params(
@@ -74,7 +75,14 @@ def write_params(
 
 
 def orbax_path(folder: storage.Path) -> epath.Path:
-    """A folder as Orbax takes it."""
+    """A folder as Orbax takes it. Saves into a bucket that doesn't answer then fail soon."""
+    if isinstance(folder, Bucket):
+        # Orbax has no setting for this, and the default would hold a run up for a quarter of an hour.
+        with contextlib.suppress(ImportError):
+            from orbax.checkpoint._src.serialization import tensorstore_utils
+
+            for name in ("_BASE_TS_CONTEXT", "_DEFAULT_OCDBT_TS_CONTEXT"):
+                getattr(tensorstore_utils, name, {}).update(_RETRIES)
     return epath.Path(os.fspath(folder))
 
 

@@ -82,9 +82,11 @@ class Checkpoints:
             self._clear()
         sys.unraisablehook = self._hook
         if self._problem and kind is None:
+            remedy = f"make room in {self.folder}"
+            if isinstance(self.folder, Bucket):
+                remedy = "see that the bucket can be reached and written to"
             raise OSError(
-                f"{self._problem}; the newest complete step is {newest or 'none'}: make room in "
-                f"{self.folder} and run again"
+                f"{self._problem}; the newest complete step is {newest or 'none'}: {remedy} and run again"
             )
         self._warn()
 

@@ -91,7 +91,7 @@ def find_damage(folder: storage.Name, part: str = "") -> list[str]:
         found = multihost_utils.process_allgather(np.frombuffer(told, np.uint8))
         texts = [bytes(np.asarray(text)).decode(errors="replace").strip() for text in found]
         # All of them say the same: the first process prints it.
-        wrong = [line for text in texts for line in text.splitlines()]
+        wrong = list(dict.fromkeys(line for text in texts for line in text.splitlines()))
     return wrong
 
 
