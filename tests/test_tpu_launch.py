@@ -20,7 +20,8 @@ TRAIN = (
     "--note",
     "it's $HOME",
 )
-JOBSET = ("jobset", "--topology", "16x16", "--image", "IMAGE", "--bucket", "my-bucket")
+JOBSET = ("jobset", "--topology", "16x16", "--image", "IMAGE")
+SIZE = ("--accelerator", "v5litepod-64")
 ACTIVE = '{"name": "mmada", "state": {"state": "ACTIVE"}}'
 GCLOUD = "gcloud compute tpus queued-resources"
 HERE = "--zone=us-central1-a --project=MY_PROJECT"
@@ -36,7 +37,7 @@ def cloud(tmp_path):
 @pytest.mark.parametrize(
     "argv",
     [
-        ("create", *PLACE),
+        ("create", *PLACE, *SIZE),
         ("create", *PLACE, "--slices", "4", "--spot", "--name", "big-1", "--accelerator", "v6e-256"),
         ("wait", *PLACE),
         ("status", *PLACE),
@@ -66,7 +67,7 @@ def test_a_dry_run_prints_what_is_run_and_runs_nothing(cloud, argv):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        ((), "--accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite --node-id=mmada"),
+        (SIZE, "--accelerator-type=v5litepod-64 --runtime-version=v2-alpha-tpuv5-lite --node-id=mmada"),
         (
             ("--accelerator", "v5p-128", "--reserved"),
             "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5 --node-id=mmada --reserved",
@@ -104,9 +105,9 @@ def test_the_command_reaches_the_worker_s_shell_as_it_was_given(cloud):
     [
         (("create", "--accelerator", "v4-8"), ("v4-8", "v5litepod-N, v5p-N, v6e-N", "--runtime")),
         (("create", "--accelerator", "v5p"), ("--accelerator v5p:", "v5p-N")),
-        (("create", "--slices", "0"), ("--slices 0", "least is 1")),
-        (("create", "--name", "My_Slice"), ("My_Slice", "at most 40", "try mmada-1")),
-        (("create", "--name", "a" * 41), ("at most 40",)),
+        (("create", *SIZE, "--slices", "0"), ("--slices 0", "least is 1")),
+        (("create", *SIZE, "--name", "My_Slice"), ("My_Slice", "at most 40", "try mmada-1")),
+        (("create", *SIZE, "--name", "a" * 41), ("at most 40",)),
         (("wait", "--poll", "0"), ("--poll 0", "least is 1")),
         (("stop", "--grace", "-1"), ("--grace -1", "least is 0")),
         (("mount", "gs://my-bucket"), ("gs://my-bucket", "without gs://")),
@@ -129,8 +130,10 @@ def test_a_wrong_value_is_one_line_that_says_what_is_right(cloud, argv, words):
     [
         (),
         ("launch",),
-        ("create", "--spot", "--reserved"),
-        ("create", "--slices", "two"),
+        ("create", "--spot"),
+        ("watch", *TRAIN),
+        ("create", *SIZE, "--spot", "--reserved"),
+        ("create", *SIZE, "--slices", "two"),
         ("start",),
         ("start", "--"),
         ("start", "python"),
@@ -148,12 +151,14 @@ def test_help_has_examples_and_every_command_has_help(cloud):
     top = cloud.run("--help").stdout
     assert "tpu.py start -- python launch/train.py" in top
     verbs = re.findall(r"^    ([a-z-]+)\s", top, re.M)
-    assert len(verbs) == 13
+    assert len(verbs) == 14
     for verb in verbs:
         assert "--dry-run" in cloud.run(verb, "--help").stdout
 
 
-@pytest.mark.parametrize(("argv", "program"), [(("create",), "gcloud"), (("jobset-delete",), "kubectl")])
+@pytest.mark.parametrize(
+    ("argv", "program"), [(("create", *SIZE), "gcloud"), (("jobset-delete",), "kubectl")]
+)
 def test_a_missing_program_is_one_line_with_the_remedy(cloud, argv, program):
     cloud.path = str(cloud.folder)
     done = cloud.run(*argv)
@@ -161,7 +166,9 @@ def test_a_missing_program_is_one_line_with_the_remedy(cloud, argv, program):
     assert re.fullmatch(rf"error: {program} isn't on PATH; install .*\n", done.stderr)
 
 
-@pytest.mark.parametrize("argv", [("create",), ("wait",), ("copy",), ("jobset-delete",), (*JOBSET, *TRAIN)])
+@pytest.mark.parametrize(
+    "argv", [("create", *SIZE), ("wait",), ("copy",), ("jobset-delete",), (*JOBSET, *TRAIN)]
+)
 def test_a_failing_program_s_status_and_message_are_passed_on(cloud, argv):
     cloud.tell(message="ERROR: Permission denied", status=3)
     done = cloud.run(*argv)
@@ -209,6 +216,67 @@ def test_status_asks_the_workers_only_when_there_are_some(cloud):
     assert len(cloud.calls()) == 1
 
 
+WATCH = ("watch", *SIZE, "--spot", "--poll", "1")
+
+
+def verbs_of(cloud):
+    """What was called, in short."""
+    found = []
+    for call in cloud.calls():
+        worker = re.search(r"worker\.sh (\w+)", call[-1])
+        found.append(worker[1] if worker else call[4] if call[0] == "gcloud" else call[0])
+    return [verb for verb in found if verb not in ("bash", "rm", "scp", "unpack")]
+
+
+def test_watch_brings_back_a_slice_that_was_taken_away(cloud):
+    states = ["ACTIVE", "ACTIVE", "SUSPENDED", "PROVISIONING", "ACTIVE", "ACTIVE", "ACTIVE"]
+    cloud.tell(
+        answers="\n".join(map(state, states)),
+        workers="\n".join(["a: running (process 1)", "a: running (process 1);b: ended with status 1",
+                           "a: ended with status 0;b: ended with status 0"]),
+    )  # fmt: skip
+    done = cloud.run(*WATCH, *TRAIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert verbs_of(cloud) == [
+        "describe", "install", "start", "describe", "status", "describe", "delete", "create", "describe",
+        "describe", "install", "start", "describe", "status", "describe", "status",
+    ]  # fmt: skip
+    (created,) = [call for call in cloud.calls() if call[4:5] == ["create"]]
+    assert "--accelerator-type=v5litepod-64" in created and "--spot" in created
+    assert "costs money until it is deleted" in done.stdout
+
+
+def test_watch_ends_when_its_tries_are_used_up(cloud):
+    cloud.tell(answers="\n".join([state("ACTIVE")] * 9), workers="\n".join(["a: ended with status 1"] * 9))
+    done = cloud.run(*WATCH, "--tries", "2", *TRAIN)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: mmada is ACTIVE, and 2 tries .* used up.*\n", done.stderr)
+    assert verbs_of(cloud).count("start") == 2
+
+
+def test_watch_does_not_take_a_run_that_sigterm_stopped_for_finished(cloud):
+    cloud.tell(
+        answers="\n".join([state("ACTIVE")] * 9),
+        workers="\n".join(["a: ended with status 0, stopped by SIGTERM", "a: ended with status 0"]),
+    )
+    done = cloud.run(*WATCH, *TRAIN)
+    assert done.returncode == 0 and verbs_of(cloud).count("start") == 2
+
+
+def test_watch_survives_looks_that_fail_and_not_for_ever(cloud):
+    cloud.tell(status=1, answers="")
+    done = cloud.run(*WATCH, *TRAIN)
+    assert done.returncode == 1 and verbs_of(cloud) == ["describe"] * 5
+
+
+def test_watch_says_before_what_it_would_run(cloud):
+    done = cloud.run(*WATCH, "--dry-run", *TRAIN)
+    words = [line.split()[4] for line in done.stdout.splitlines() if line.startswith("gcloud")]
+    assert (
+        words == ["describe", "ssh", "delete", "create", "scp", "ssh", "ssh", "ssh"] and not cloud.calls()
+    )
+
+
 # JobSet
 
 
@@ -241,6 +309,11 @@ def test_a_jobset_s_manifest(cloud):
     assert [port["containerPort"] for port in container["ports"]] == [8471, 8080]
     assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
     assert (container["image"], container["args"]) == ("IMAGE", list(TRAIN[1:]))
+    assert "volumeMounts" not in container and "volumes" not in pod
+    mounted = load_jobset(cloud, "--bucket", "my-bucket")
+    template = mounted["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    assert template["metadata"] == {"annotations": {"gke-gcsfuse/volumes": "true"}}
+    pod, (container,) = template["spec"], template["spec"]["containers"]
     assert container["volumeMounts"] == [{"name": "bucket", "mountPath": "/mnt/my-bucket"}]
     assert pod["volumes"][0]["csi"]["volumeAttributes"] == {
         "bucketName": "my-bucket",

@@ -188,7 +188,7 @@ def test_install_makes_an_environment_once(worker, tmp_path):
     calls = (tmp_path / "pip").read_text().splitlines()
     assert (
         calls
-        == ["-m pip install -q --upgrade pip", f"-m pip install -q -e {worker.root}/code jax[tpu]"] * 2
+        == ["-m pip install -q --upgrade pip", f"-m pip install -q -e {worker.root}/code[gcp] jax[tpu]"] * 2
     )
 
 

@@ -15,6 +15,10 @@ if [ -f "$STUBS/answers" ] && [[ " $* " == *" describe "* ]]; then
   head -n 1 "$STUBS/answers"
   sed -i 1d "$STUBS/answers"
 fi
+if [ -f "$STUBS/workers" ] && [[ " $* " == *"worker.sh status"* ]]; then
+  head -n 1 "$STUBS/workers" | tr ';' '\n'
+  sed -i 1d "$STUBS/workers"
+fi
 [ ! -f "$STUBS/message" ] || cat "$STUBS/message" >&2
 exit "$(cat "$STUBS/status" 2>/dev/null || echo 0)"
 """

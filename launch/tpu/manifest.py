@@ -29,10 +29,7 @@ spec:
         completions: {hosts}
         backoffLimit: 0
         template:
-          metadata:
-            annotations:
-              gke-gcsfuse/volumes: "true"
-          spec:
+{annotations}          spec:
             restartPolicy: Never
             terminationGracePeriodSeconds: {grace}
             nodeSelector:
@@ -65,9 +62,18 @@ spec:
                   google.com/tpu: {chips}
                 limits:
                   google.com/tpu: {chips}
+{volumes}"""
+
+# What mounts a bucket, for programs that don't read gs://.
+ANNOTATIONS = """\
+          metadata:
+            annotations:
+              gke-gcsfuse/volumes: "true"
+"""
+VOLUMES = """\
               volumeMounts:
               - name: bucket
-                mountPath: {mount}
+                mountPath: /mnt/{bucket}
             volumes:
             - name: bucket
               csi:
@@ -95,8 +101,8 @@ def write_manifest(args: argparse.Namespace) -> str:
         topology=args.topology,
         image=json.dumps(args.image),
         command=json.dumps(args.command),
-        mount=f"/mnt/{args.bucket}",
-        bucket=args.bucket,
+        annotations=ANNOTATIONS if args.bucket else "",
+        volumes=VOLUMES.format(bucket=args.bucket) if args.bucket else "",
     )
 
 

@@ -19,18 +19,18 @@ A slice of TPU VMs, from nothing to nothing (README.md, beside this file, has th
   python launch/tpu/tpu.py wait
   python launch/tpu/tpu.py copy
   python launch/tpu/tpu.py install
-  python launch/tpu/tpu.py mount my-bucket
   python launch/tpu/tpu.py start -- python launch/train.py --config configs/pretrain.py:8b,phase=1 \\
-      --workdir /mnt/my-bucket/runs/phase1 --distributed
+      --workdir gs://my-bucket/runs/phase1 --distributed
   python launch/tpu/tpu.py logs
+  python launch/tpu/tpu.py watch --accelerator v5litepod-64 --spot --tries 10 -- python launch/train.py ...
   python launch/tpu/tpu.py stop
   python launch/tpu/tpu.py delete
 
 The same on a GKE cluster that has the node pools:
 
   python launch/tpu/tpu.py jobset --accelerator tpu-v5-lite-podslice --topology 8x8 --slices 2 \\
-      --image IMAGE --bucket my-bucket -- python launch/train.py --config configs/pretrain.py:8b,phase=1 \\
-      --workdir /mnt/my-bucket/runs/phase1 --distributed
+      --image IMAGE -- python launch/train.py --config configs/pretrain.py:8b,phase=1 \\
+      --workdir gs://my-bucket/runs/phase1 --distributed
   python launch/tpu/tpu.py jobset-logs
   python launch/tpu/tpu.py jobset-delete
 
@@ -191,6 +191,67 @@ def logs(args: argparse.Namespace) -> None:
     execute(on_workers(args, "logs", args.lines, node=args.slice, worker=args.worker), args.dry_run)
 
 
+def watch(args: argparse.Namespace) -> None:
+    """Keeps the command going until it ends with status 0 on all workers: a slice that was taken away is
+    deleted and asked for again, and a command that isn't there is started. Each of that is a try."""
+    tries, missed, set_up = args.tries, 0, False
+    if args.dry_run:
+        execute(describe(args), dry_run=True)
+        execute(on_workers(args, "status"), dry_run=True)
+    while not args.dry_run:
+        try:
+            state, reason = read_state(ask(describe(args)))
+            doing = work_of(ask(on_workers(args, "status"))) if state == "ACTIVE" and set_up else ""
+            missed = 0
+        except Failed:
+            # The network, or a slice that is just being taken away.
+            missed += 1
+            if missed == MISSES:
+                raise
+            state, reason, doing = "UNKNOWN", "", ""
+        print(time.strftime("%F %T"), f"{args.name}: {state} {doing or reason}".rstrip(), flush=True)
+        if doing == "done":
+            print(f"{args.name} costs money until it is deleted. Next: delete")
+            return
+        try:
+            if state in OVER or (state == "ACTIVE" and doing in ("", "idle")):
+                tries, set_up = _try(args, tries, state), state == "ACTIVE"
+        except Failed as failed:
+            print(f"that failed with status {failed.status}", flush=True)
+        time.sleep(args.poll)
+    _try(args, 1, "SUSPENDED")
+    _try(args, 1, "ACTIVE")
+
+
+MISSES = 5  # looks in a row that may fail
+
+
+def _try(args: argparse.Namespace, tries: int, state: str) -> int:
+    """Asks for a slice again, or starts the command on one that is ACTIVE. Returns how many tries are left;
+    raises ValueError if there was none."""
+    if not tries:
+        raise ValueError(
+            f"{args.name} is {state}, and {args.tries} tries (--tries) are used up; see by `status` and "
+            "`logs` why, and give the command again to go on from its last save"
+        )
+    if state == "ACTIVE":
+        copy(args)
+        install(args)
+        start(args)
+        return tries - 1
+    execute(queued_resources("delete", args.name, "--force", "--quiet", args=args), args.dry_run)
+    create(args)
+    return tries - 1
+
+
+def work_of(printed: str) -> str:
+    """What `status` on all workers printed, in a word: running, done (all ended with 0) or idle."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    if any(": running" in line for line in lines):
+        return "running"
+    return "done" if lines and all(line.endswith("ended with status 0") for line in lines) else "idle"
+
+
 def stop(args: argparse.Namespace) -> None:
     """Stops the command on every worker; SIGTERM lets it save."""
     execute(on_workers(args, "stop", args.grace), args.dry_run)
@@ -300,23 +361,34 @@ def parser() -> argparse.ArgumentParser:
         verb.usage = f"%(prog)s {options} -- COMMAND..."
         verb.set_defaults(command=())
 
-    verb = add(create, "ask for a TPU slice; it costs money from ACTIVE on")
-    verb.add_argument("--accelerator", default="v5litepod-64", metavar="TYPE",
-                      help="v5litepod-N, v5p-N or v6e-N (default: v5litepod-64)")  # fmt: skip
-    verb.add_argument("--runtime", help="the machines' software version (default: by the accelerator)")
-    add_slices(verb)
-    capacity = verb.add_mutually_exclusive_group()
-    for kind, help in (("spot", "cheaper, may be taken away"), ("reserved", "from your reservation")):
-        capacity.add_argument(f"--{kind}", dest="capacity", action="store_const", const=kind, help=help)
-    verb = add(wait, "wait until the slice is ACTIVE")
-    verb.add_argument("--poll", type=number(1, "--poll"), default=30, metavar="SECONDS",
-                      help="between two looks (default: 30)")  # fmt: skip
+    def add_size(verb):
+        # It has no default: what costs money is named.
+        verb.add_argument("--accelerator", required=True, metavar="TYPE",
+                          help="v5litepod-N, v5p-N or v6e-N, as v5litepod-64")  # fmt: skip
+        verb.add_argument("--runtime", help="the machines' software version (default: by the accelerator)")
+        add_slices(verb)
+        capacity = verb.add_mutually_exclusive_group()
+        for kind, help in (("spot", "cheaper, may be taken away"), ("reserved", "from your reservation")):
+            capacity.add_argument(f"--{kind}", dest="capacity", action="store_const", const=kind, help=help)
+
+    def add_poll(verb, seconds):
+        verb.add_argument("--poll", type=number(1, "--poll"), default=seconds, metavar="SECONDS",
+                          help=f"between two looks (default: {seconds})")  # fmt: skip
+
+    add_size(add(create, "ask for a TPU slice; it costs money from ACTIVE on"))
+    add_poll(add(wait, "wait until the slice is ACTIVE"), 30)
     add(status, "the slice's state, and what each worker is doing")
     add(copy, "copy the files that git tracks, as they are now, to every worker")
     add(install, "install the project and jax[tpu] on every worker")
     verb = add(mount, "mount a Cloud Storage bucket at /mnt/BUCKET on every worker")
     verb.add_argument("bucket", type=bucket, metavar="BUCKET", help="its name, without gs://")
     add_command(add(start, "start one command on every worker, in the background"))
+    verb = add(watch, "keep one command going: ask again for a slice that was taken away, and start again")
+    add_size(verb)
+    add_poll(verb, 60)
+    verb.add_argument("--tries", type=number(1, "--tries"), default=10, metavar="N",
+                      help="as many slices asked for and commands started (default: 10)")  # fmt: skip
+    add_command(verb, "--accelerator TYPE [options]")
     add_place(add(logs, "show what a worker has written, and follow it while it runs"))
     add_grace(add(stop, "stop the command on every worker, with time to save"))
     verb = add(delete, "delete the slice; nothing costs money any more")
@@ -326,12 +398,12 @@ def parser() -> argparse.ArgumentParser:
                       help=f"{', '.join(DIMENSIONS)} (default: the first)")  # fmt: skip
     verb.add_argument("--topology", required=True, help="chips of one slice, as 16x16, or 4x4x8 of v5p")
     verb.add_argument("--image", required=True, help="container image with the project and jax[tpu]")
-    verb.add_argument("--bucket", type=bucket, required=True, help="Cloud Storage bucket for /mnt/BUCKET")
+    verb.add_argument("--bucket", type=bucket, help="mount it at /mnt/BUCKET; gs:// needs no mount")
     verb.add_argument("--restarts", type=number(0, "--restarts"), default=10, metavar="N",
                       help="of all hosts, when one fails or is taken away (default: 10)")  # fmt: skip
     add_slices(verb)
     add_grace(verb)
-    add_command(verb, "--topology TOPOLOGY --image IMAGE --bucket BUCKET [options]")
+    add_command(verb, "--topology TOPOLOGY --image IMAGE [options]")
     add_place(add(jobset_logs, "follow what a host of a JobSet writes", on_gke=True))
     add(jobset_delete, "delete a JobSet", on_gke=True)
     return top

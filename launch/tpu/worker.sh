@@ -75,7 +75,7 @@ install() {
   [ -d "$code" ] || fail "no code in $code; copy it first"
   [ -x "$venv/bin/python" ] || make_venv
   "$venv/bin/python" -m pip install -q --upgrade pip
-  "$venv/bin/python" -m pip install -q -e "$code" "jax[tpu]"
+  "$venv/bin/python" -m pip install -q -e "$code[gcp]" "jax[tpu]"
   echo "$(hostname): installed"
 }
 
@@ -117,11 +117,12 @@ start() {
 
 supervise() {
   # The signal is for the command. An ignored signal would be inherited, one with a handler isn't.
-  trap : TERM
-  local ended=0
+  # A run that saved after it ends with 0, and hasn't done what it was to do.
+  local ended=0 stopped=
+  trap 'stopped=", stopped by SIGTERM"' TERM
   cd "$code"
   PATH=$venv/bin:$PATH PYTHONUNBUFFERED=1 "$@" || ended=$?
-  record "$ended"
+  record "$ended$stopped"
 }
 
 record() {
