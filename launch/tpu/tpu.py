@@ -324,6 +324,23 @@ def bucket(text: str) -> str:
     return text
 
 
+def add_slices(verb: argparse.ArgumentParser) -> None:
+    """Adds the number of slices."""
+    verb.add_argument("--slices", type=number(1, "--slices"), default=1, metavar="N",
+                      help="as many slices, joined by the network (default: 1)")  # fmt: skip
+
+
+def add_size(verb: argparse.ArgumentParser) -> None:
+    """Adds the options that say what is paid for. They have no default: what costs money is named."""
+    verb.add_argument("--accelerator", required=True, metavar="TYPE",
+                      help="v5litepod-N, v5p-N or v6e-N, as v5litepod-64")  # fmt: skip
+    verb.add_argument("--runtime", help="the machines' software version (default: by the accelerator)")
+    add_slices(verb)
+    capacity = verb.add_mutually_exclusive_group()
+    for kind, help in (("spot", "cheaper, may be taken away"), ("reserved", "from your reservation")):
+        capacity.add_argument(f"--{kind}", dest="capacity", action="store_const", const=kind, help=help)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(
@@ -343,10 +360,6 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
         return verb
 
-    def add_slices(verb):
-        verb.add_argument("--slices", type=number(1, "--slices"), default=1, metavar="N",
-                          help="as many slices, joined by the network (default: 1)")  # fmt: skip
-
     def add_grace(verb):
         verb.add_argument("--grace", type=number(0, "--grace"), default=600, metavar="SECONDS",
                           help="from SIGTERM to SIGKILL, for the save (default: 600)")  # fmt: skip
@@ -360,16 +373,6 @@ def parser() -> argparse.ArgumentParser:
     def add_command(verb, options="[options]"):
         verb.usage = f"%(prog)s {options} -- COMMAND..."
         verb.set_defaults(command=())
-
-    def add_size(verb):
-        # It has no default: what costs money is named.
-        verb.add_argument("--accelerator", required=True, metavar="TYPE",
-                          help="v5litepod-N, v5p-N or v6e-N, as v5litepod-64")  # fmt: skip
-        verb.add_argument("--runtime", help="the machines' software version (default: by the accelerator)")
-        add_slices(verb)
-        capacity = verb.add_mutually_exclusive_group()
-        for kind, help in (("spot", "cheaper, may be taken away"), ("reserved", "from your reservation")):
-            capacity.add_argument(f"--{kind}", dest="capacity", action="store_const", const=kind, help=help)
 
     def add_poll(verb, seconds):
         verb.add_argument("--poll", type=number(1, "--poll"), default=seconds, metavar="SECONDS",
