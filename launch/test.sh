@@ -6,7 +6,7 @@ set -euo pipefail
 extras=digits,rl,test
 which=(-m "not slow")
 if [ "${1-}" = --all ]; then
-  extras=aot,digits,eval,gym,rl,serve,torch,test
+  extras=aot,cluster,digits,eval,gym,rl,serve,torch,test
   which=()
   shift
 fi
