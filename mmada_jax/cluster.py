@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 MISSING = "{} needs Ray: pip install 'mmada_jax[cluster]'"
 # Folders of Ray's session begin so. Unix sockets lie in them, whose paths have 107 characters at most; Ray
-# needs 70 of them.
-PREFIX, LONGEST = "mmada_ray_", 107 - 70
+# needs 72 of them.
+PREFIX, LONGEST = "mmada_ray_", 107 - 72
 # Ray keeps what tasks return in shared memory. We return counts.
 OBJECT_STORE = 100 * 2**20
 
@@ -144,7 +144,8 @@ def _session_folder() -> Iterator[str]:
     folder = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with _locked(folder):
-            yield str(folder)
+            # Below ours, which nobody else can enter: Ray makes its own writable for everybody.
+            yield str(folder / "r")
     finally:
         _remove(folder)
 

@@ -43,7 +43,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Mark of a test -> the packages that it needs beside those of the default test command.
-EXTRAS = {"torch": ("torch", "transformers"), "aot": ("libtpu",), "gym": ("reasoning_gym",)}
+EXTRAS = {"torch": ("torch", "transformers"), "aot": ("libtpu",), "gym": ("reasoning_gym",),
+          "cluster": ("ray",)}  # fmt: skip
 
 
 # The files that take longest, in this order: the workers of pytest-xdist then end together.
