@@ -206,7 +206,7 @@ def test_a_shard_that_always_kills_its_worker_is_named(start, plain):
 def test_a_signal_ends_the_workers_and_keeps_what_is_finished(start, plain, number):
     run = start()
     run.writer_of(1)
-    run.process.send_signal(number)
+    os.killpg(run.process.pid, number)  # as a terminal does
     error = run.end()
     assert run.process.returncode == 128 + number
     assert error.splitlines()[-1] == "stopped: 1 of 6 shards are finished; the same command goes on"
