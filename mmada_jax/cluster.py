@@ -12,6 +12,7 @@ import pathlib
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -24,6 +25,8 @@ MISSING = "{} needs Ray: pip install 'mmada_jax[cluster]'"
 PREFIX, LONGEST = "mmada_ray_", 107 - 72
 # Ray keeps what tasks return in shared memory. We return counts.
 OBJECT_STORE = 100 * 2**20
+# Seconds within which a cluster takes a connection.
+REACH = 10
 
 
 def require(what: str) -> None:
@@ -54,8 +57,20 @@ def connected(address: str | None = None) -> Iterator[bool]:
         raise ValueError(f"--address {address} is of Ray's client; give the command on a host of the "
                          "cluster, with --address auto")  # fmt: skip
     else:
+        if address != "auto":
+            _reach(address)
         with _quiet(), _connection(address):
             yield False
+
+
+def _reach(address: str) -> None:
+    """Raises ConnectionError if nothing listens at HOST:PORT: Ray itself would try for two minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster answers at {address} ({error}); --address is HOST:PORT, as "
+                              "`ray start --head` tells it")  from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -69,7 +84,10 @@ def _connection(address: str, **settings) -> Iterator[None]:
             ray.init(address, log_to_driver=False, logging_level="ERROR", **settings)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = " ".join(str(error).split())
-            raise ConnectionError(f"no Ray cluster can be used at {address}: {reason}") from error
+            raise ConnectionError(
+                f"no Ray cluster can be used at {address}: {reason}; a cluster with a token needs "
+                "RAY_AUTH_MODE=token, and the same token on all hosts (docs/cluster.md)"
+            ) from error
         except SystemExit as stop:  # Ray's handler of SIGTERM
             raise KeyboardInterrupt from stop
         finally:

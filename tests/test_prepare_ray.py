@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, xla_flags
 from prepare_run import encode, picture, preparer, published
 
+from launch import bench
 from mmada_jax import cluster
 from mmada_jax.data import sources
 from mmada_jax.model import prepare as module
@@ -112,7 +113,7 @@ class Run:
         return error
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=90):  # agents of a killed driver look for their cluster for a minute
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -268,6 +269,48 @@ def test_a_node_that_is_lost_costs_nothing_but_time(start, plain, config, tokeni
     assert content(tmp_path / "out") == plain
 
 
+# ---- Options ---------------------------------------------------------------------------------------
+
+
+def test_options_that_make_no_sense(prepare, tmp_path):
+    args = ("--format", "jsonl", "--path", tmp_path / "nothing")
+    for words, told in (
+        (("--workers", 2), "--workers: only for --engine ray"),
+        (("--engine", "ray", "--workers", 0), "--workers is 0; it must be at least 1"),
+        (("--engine", "ray", "--worker_gpus", -1), "--worker_gpus is -1.0 for each worker"),
+        (("--engine", "ray", "--worker_resources", "TPU"), 2),
+    ):
+        error = prepare(*args, *words)[1]
+        assert error == told or told in str(error)
+
+
+def test_without_ray_it_says_what_to_install(prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    args = ("--format", "jsonl", "--path", tmp_path / "nothing")
+    error = prepare(*args, "--engine", "ray")[1]
+    assert error == "error: --engine ray needs Ray: pip install 'mmada_jax[cluster]'"
+
+
+def test_an_address_at_which_nothing_is(prepare, free_port, tmp_path):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "t"}) + "\n")
+    args = ("--format", "jsonl", "--path", tmp_path / "texts.jsonl", "--engine", "ray", "--address")
+    for address, told in (
+        (f"127.0.0.1:{free_port}", "no Ray cluster answers at 127.0.0.1"),
+        ("head", "no Ray cluster answers at head"),
+        ("ray://head:10001", "is of Ray's client; give the command on a host of the cluster"),
+    ):
+        error = prepare(*args, address)[1]
+        assert told in error and "--address" in error
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both_engines(capsys):
+    report = bench.main(["prepare", "--pictures", "16", "--shards", "2", "--side", "64", "--repeats", "1"])
+    assert report["ratio"] == report["records_per_second"]["ray"] / report["records_per_second"]["plain"]
+    assert 0 < report["start"]["plain"] < report["start"]["ray"]
+    assert "ray / plain: " in capsys.readouterr().out
+
+
 # ---- In this process -------------------------------------------------------------------------------
 
 
@@ -333,25 +376,3 @@ def test_a_machine_without_room(session):
             engine._count(True)
     assert OnRay()._count(True) == 1
     assert OnRay(cpus=1)._count(True) == cpus
-
-
-# ---- Options ---------------------------------------------------------------------------------------
-
-
-def test_options_that_make_no_sense(prepare, tmp_path):
-    args = ("--format", "jsonl", "--path", tmp_path / "nothing")
-    for words, told in (
-        (("--workers", 2), "--workers: only for --engine ray"),
-        (("--engine", "ray", "--workers", 0), "--workers is 0; it must be at least 1"),
-        (("--engine", "ray", "--worker_gpus", -1), "--worker_gpus is -1.0 for each worker"),
-        (("--engine", "ray", "--worker_resources", "TPU"), 2),
-    ):
-        error = prepare(*args, *words)[1]
-        assert error == told or told in str(error)
-
-
-def test_without_ray_it_says_what_to_install(prepare, monkeypatch, tmp_path):
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
-    args = ("--format", "jsonl", "--path", tmp_path / "nothing")
-    error = prepare(*args, "--engine", "ray")[1]
-    assert error == "error: --engine ray needs Ray: pip install 'mmada_jax[cluster]'"

@@ -58,7 +58,8 @@ def as_text(report: dict) -> str:
     """The table."""
     lines = [
         f"\n{report['pictures']} pictures to codes at {report['image_size']} px in {report['shards']} "
-        f"shards; {report['cores']} cores, load {report['load']:.1f}, ray {report['ray']}, jax {report['jax']}",
+        f"shards; {report['cores']} cores, load {report['load']:.1f}, ray {report['ray']}, jax "
+        f"{report['jax']}",
         f"{'':8}{'records/s':>12}{'start':>10}   medians of {report['repeats']}",
     ]
     for engine in ENGINES:
