@@ -79,10 +79,10 @@ class Run:
     """A call of the program with --engine ray, with a home and a temporary folder of its own."""
 
     def __init__(self, config, tokenizer, out, folder, *words):
-        self.out, self.mark = out, str(folder)
-        self.environment = environment(HOME=self.mark, TMPDIR=self.mark, **{MARK: self.mark})
+        self.out, self.mark = out, f"{folder}/{time.monotonic_ns()}"
         self.process = subprocess.Popen(
-            command(config, tokenizer, out, "--engine", "ray", *words), env=self.environment,
+            command(config, tokenizer, out, "--engine", "ray", *words),
+            env=environment(HOME=folder, TMPDIR=folder, **{MARK: self.mark}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -113,7 +113,7 @@ class Run:
         return error
 
 
-def until(condition, seconds=90):  # agents of a killed driver look for their cluster for a minute
+def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -166,9 +166,9 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(start, plain):
     assert run.process.returncode == 0, error
     assert content(run.out) == plain
     assert addresses and addresses <= LOOPBACK
-    lines = [line for line in error.splitlines() if "records/s" not in line]
-    assert lines == ["a worker has died while it wrote shard-00002-of-00006.array_record (1 of 3 times); "
-                     "again by another"]  # fmt: skip
+    (line,) = [line for line in error.splitlines() if "records/s" not in line]
+    assert re.fullmatch(r"a worker has died while it wrote shard-0000[2-5]-of-00006.array_record "
+                        r"\(1 of 3 times\); again by another", line)  # fmt: skip
 
 
 def test_a_driver_that_is_killed_goes_on_with_the_same_command(start, plain):
@@ -177,9 +177,11 @@ def test_a_driver_that_is_killed_goes_on_with_the_same_command(start, plain):
     time.sleep(0.2)
     os.kill(run.process.pid, signal.SIGKILL)
     kept = {path: path.stat().st_mtime_ns for path in run.out.glob("*.array_record")}
-    assert len(kept) == 2
+    assert 2 <= len(kept) < SHARDS
     again = start()
-    error = again.end()
+    error = (
+        again.end()
+    )  # two agents of the first cluster look for it for a minute, and are killed by `start`
     assert again.process.returncode == 0, error
     assert content(again.out) == plain
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
@@ -203,14 +205,16 @@ def test_a_shard_that_always_kills_its_worker_is_named(start, plain):
     assert sum(name.endswith(".array_record") for name in done) == SHARDS - 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_ends_the_workers_and_keeps_what_is_finished(start, plain, number):
     run = start()
     run.writer_of(1)
-    os.killpg(run.process.pid, number)  # as a terminal does
+    # A terminal tells all processes of the command, others tell the command.
+    (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)
     error = run.end()
     assert run.process.returncode == 128 + number
-    assert error.splitlines()[-1] == "stopped: 1 of 6 shards are finished; the same command goes on"
+    last = error.splitlines()[-1]
+    assert re.fullmatch("stopped: [1-5] of 6 shards are finished; the same command goes on", last)
     assert "Traceback" not in error
     done = content(run.out)
     assert {name: plain[name] for name in done} == done
@@ -362,7 +366,7 @@ def test_errors_of_workers_end_it_as_they_would_here(call, tmp_path, monkeypatch
 
     monkeypatch.setattr(module.Writer, "__init__", other)
     with pytest.raises(ValueError, match=r"a worker on .* has other data \(fingerprint is .* and 'f' here"):
-        call()
+        call(engine=OnRay(workers=1))
 
 
 def test_a_machine_without_room(session):
