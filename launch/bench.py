@@ -109,6 +109,17 @@ def data_options(parser: Parser) -> None:
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
 
 
+def prepare_options(parser: Parser) -> None:
+    """Adds the options of `mmada bench prepare`."""
+    parser.add_argument("--pictures", type=at_least_one, default=800, help="default: %(default)s")
+    parser.add_argument("--shards", type=repeats, default=8, help="default: %(default)s")
+    parser.add_argument("--side", type=at_least_one, default=256, help="shorter side of the files (256)")
+    parser.add_argument("--image_size", type=at_least_one, default=64, help="pixels encoded (%(default)s)")
+    parser.add_argument("--workers", type=at_least_one, default=1, help="of Ray (default: %(default)s)")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="default: %(default)s")
+    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
+
+
 def rl_options(parser: Parser) -> None:
     """Adds the options of `mmada bench rl`."""
     parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
@@ -219,6 +230,9 @@ BENCHMARKS = {
     "attention": Benchmark("attention at the model's shapes, each implementation", attention_options),
     "convert": Benchmark("conversion of a checkpoint, against cp, and its memory", convert_options),
     "data": Benchmark("the input of training: images per second", data_options),
+    "prepare": Benchmark(
+        "mmada prepare by a worker of Ray, against its plain loop", prepare_options, lambda: None
+    ),
     "rl": Benchmark("UniGRPO on digits: several seeds and maskings, before and after", rl_options),
     "rollouts": Benchmark("an iteration of UniGRPO, with caches in its rollouts", rollouts_options),
     "codec": Benchmark("a training step of the image tokenizer, against PyTorch", codec_options),

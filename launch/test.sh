@@ -6,7 +6,7 @@ set -euo pipefail
 extras=digits,rl,test
 which=(-m "not slow")
 if [ "${1-}" = --all ]; then
-  extras=aot,bucket,digits,eval,gcp,gym,rl,serve,torch,test
+  extras=aot,bucket,cluster,digits,eval,gcp,gym,rl,serve,torch,test
   which=()
   shift
 fi

@@ -2,7 +2,7 @@
 
 A shard is written under another name, counted, and renamed. A finished shard is kept when the same is
 prepared again, so that a process that was killed goes on. Records that can't be used are left out, counted
-and named.
+and named. An engine says where shards are written: here one by one, in model/actors.py by actors of Ray.
 """
 
 import collections
@@ -13,29 +13,21 @@ import itertools
 import json
 import os
 import pathlib
-import typing
-from collections.abc import Callable, Iterable, Iterator
+import secrets
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tqdm import tqdm
 
 from mmada_jax import files
-from mmada_jax.data import images, sources
-from mmada_jax.data.records import LeftOut, Record, pack
-from mmada_jax.devices import sharding
-from mmada_jax.model.vision import Vision
+from mmada_jax.data import sources
+from mmada_jax.data.records import pack
+from mmada_jax.model.reading import RECORDS, Encoder, Skip, Skips, ahead, read
 from mmada_jax.progress import progress
-from mmada_jax.weights import lazy
-from mmada_jax.weights.folder import open_image_tokenizer
 from mmada_jax.weights.workdir import locked
 
-# Images that a device encodes in one call.
-IMAGES = 8
-# Records that are written together where nothing is encoded.
-RECORDS = 64
-# If so many records from the start can't be used, the source is the wrong one, or it is read wrongly.
-HOPELESS = 1000
 # Suffixes of files that a process which was killed at once may leave in a new folder.
 OURS = (".tmp", ".lock")
 
@@ -50,26 +42,21 @@ def prepare(
     image_size: int | None = None,
     keep_images: bool = False,
     max_skipped: float = 0.01,
+    engine: "Engine | None" = None,
 ) -> tuple[dict, "Skips"]:
     """Writes the shards that are missing in the folder `out`, and dataset.json, which says what there is.
 
     With the folder of an image tokenizer images are stored as its codes, of sides of `image_size` pixels,
     to which `config.resize` brings them.
-    Records are shuffled once by the seed `shuffle`. Returns the content of dataset.json and the records
-    that were left out. Raises ValueError or OSError for what can't work, before anything is written if it
-    can be known, and as soon as a larger share of the records than `max_skipped` can't be used.
+    Records are shuffled once by the seed `shuffle`. `engine` writes the shards, by default `one_by_one`.
+    Returns the content of dataset.json and the records that were left out. Raises ValueError or OSError for
+    what can't work, before anything is written if it can be known, and as soon as a larger share of the
+    records than `max_skipped` can't be used; Stopped for Ctrl-C.
     """
     check(records_per_shard, image_tokenizer, image_size, keep_images, max_skipped)
-    source = sources.open_source(config)
-    if not len(source):
-        raise ValueError(f"{config.path} holds no records")
-    encoder = Encoder(image_tokenizer, image_size) if image_tokenizer else None
-    settings = {
-        **dataclasses.asdict(config), "fingerprint": source.fingerprint, "source_records": len(source),
-        "records_per_shard": records_per_shard, "shuffle": shuffle,
-        "image_tokenizer": encoder and encoder.sha256, "image_size": image_size, "keep_images": keep_images,
-    }  # fmt: skip
-    del settings["path"], settings["weight"]  # the same data may lie elsewhere by now
+    job = Job(config, records_per_shard, shuffle, image_tokenizer, image_size, keep_images)
+    writer = Writer(job)
+    source, encoder = writer.source, writer.encoder
     order = np.arange(len(source))
     if shuffle is not None:
         order = np.random.default_rng(shuffle).permutation(len(source))
@@ -78,20 +65,21 @@ def prepare(
     parts = {
         out / f"shard-{k:05}-of-{count:05}.array_record": order[k * n : (k + 1) * n] for k in range(count)
     }
-    keep = encoder is None or keep_images
-    load = functools.partial(read, source, encoder and encoder.size, config.resize, keep)
-    skips = Skips(max_skipped, len(source))
-    with claimed(out, settings):
+    skips = Skips(max_skipped, len(source), parts)
+    with claimed(out, writer.settings):
         # Shards of an earlier call are kept, and what they left out counts.
         done = {path: about for path in parts if (about := finished(path))}
         for path, about in done.items():
-            skips.add(len(parts[path]), [Skip(**skip) for skip in about["skipped"]])
-        left = sum(len(indices) for path, indices in parts.items() if path not in done)
-        with progress(out.name, left, " records") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
-            for path in parts:
-                if path not in done:
-                    loaded = ahead(pool, load, parts[path].tolist())
-                    done[path] = write_shard(path, loaded, encoder, skips, bar.update)
+            skips.add(path, len(parts[path]), [Skip(**skip) for skip in about["skipped"]])
+        missing = {path: indices for path, indices in parts.items() if path not in done}
+        with progress(out.name, sum(map(len, missing.values())), " records") as bar:
+            tally = Tally(skips, done, bar)
+            try:
+                (engine or one_by_one)(writer, missing, tally)
+            except KeyboardInterrupt as stop:
+                raise Stopped(
+                    f"stopped: {len(done)} of {count} shards are finished; the same command goes on"
+                ) from stop
         report = {
             "records": sum(about["records"] for about in done.values()),
             "shards": {path.name: done[path]["records"] for path in parts},
@@ -128,147 +116,113 @@ def check(
         )
 
 
-# ---- Records -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """A record that is left out, and why."""
-
-    index: int
-    key: str
-    reason: str
-    error: str = ""
-
-
-class Skips:
-    """What was left out of a source of `records`, and how many records were seen."""
-
-    def __init__(self, share: float, records: int):
-        self._share, self._records, self._seen = share, records, 0
-        self.all: list[Skip] = []
-
-    def add(self, seen: int, skips: list[Skip]) -> None:
-        """Counts. Raises ValueError, naming examples, as soon as more than the share is left out, or
-        all of a good many from the start."""
-        self._seen += seen
-        self.all += skips
-        n = len(self.all)
-        if n > self._share * self._records or n == self._seen >= HOPELESS:
-            raise ValueError(
-                f"{n:,} of the first {self._seen:,} records can't be used, of {self._records:,} "
-                f"--max_skipped allows {int(self._share * self._records):,}: {self.examples()}"
-            )
-
-    def examples(self) -> str:
-        """The first five."""
-        return "; ".join(
-            " ".join(filter(None, ["record", str(skip.index), skip.key and f"({skip.key})"]))
-            + f": {skip.reason}"
-            + (f", {skip.error}" if skip.error else "")
-            for skip in self.all[:5]
-        )
-
-
-Loaded = tuple[int, Record, np.ndarray | None]
-
-
-def read(
-    source: sources.Source, size: int | None, how: images.Resize, keep: bool, index: int
-) -> Loaded | Skip:
-    """Reads a record and decodes its image, to see that it can be and, with `size`, into the pixels
-    [I, J, 3] to encode. Without `keep` the record comes back without its image."""
-    try:
-        record = source[index]
-    except LeftOut as error:
-        return Skip(index, "", error.why, str(error))
-    except ValueError as error:
-        return Skip(index, "", "unreadable record", str(error))
-    if not (record.turns or any(text.strip() for text in record.texts)):
-        return Skip(index, record.key, "no text")
-    if record.image is None:
-        return Skip(index, record.key, "no image") if size else (index, record, None)
-    try:
-        if isinstance(record.image, bytes):
-            image, data = images.open_image(record.image), record.image
-        else:
-            image = images.to_image(record.image)
-            data = images.png_of(image) if keep else None
-        pixels = images.resize(image, size, how) if size else None
-    except ValueError as error:
-        return Skip(index, record.key, "unreadable image", str(error))
-    return index, dataclasses.replace(record, image=data if keep else None), pixels
-
-
-def ahead(pool: ThreadPoolExecutor, load: Callable[[int], typing.Any], indices: list[int]) -> Iterator:
-    """Calls `load` for each index, in threads, and yields the results in order. At most 4 * RECORDS results
-    wait to be taken."""
-    waiting, indices = collections.deque(), iter(indices)
-    for index in itertools.islice(indices, 4 * RECORDS):
-        waiting.append(pool.submit(load, index))
-    while waiting:
-        yield waiting.popleft().result()
-        for index in itertools.islice(indices, 1):
-            waiting.append(pool.submit(load, index))
-
-
-class Encoder:
-    """The image tokenizer in a folder of any kind, on all devices: pixels -> codes."""
-
-    def __init__(self, path: str, size: int):
-        folder = open_image_tokenizer(path)
-        down, channels = folder.config.downsampling, folder.config.pixel_channels
-        if size % down or channels != 3:
-            raise ValueError(
-                f"the image tokenizer in {path} takes {channels} channels and sides divisible by {down}; "
-                f"images are to have 3 and {size}"
-            )
-        self.size, self.codes = size, (size // down) ** 2
-        self.sha256 = lazy.sha256(folder.tensors())
-        self._vision = Vision.place(folder.params, folder.config, sharding.make_mesh())
-        self.batch = IMAGES * self._vision.mesh.size
-
-    def __call__(self, pixels: list[np.ndarray]) -> np.ndarray:
-        """At most `batch` images uint8 [I, J, 3] -> codes int32 [n, N]."""
-        batch = np.zeros((self.batch, self.size, self.size, 3), np.uint8)
-        batch[: len(pixels)] = pixels
-        return self._vision.encode(batch).reshape(self.batch, -1)[: len(pixels)]
-
-
 # ---- Shards --------------------------------------------------------------------------------------
 
 
-def write_shard(
-    path: pathlib.Path,
-    loaded: Iterable[Loaded | Skip],
-    encoder: Encoder | None,
-    skips: Skips,
-    count: Callable[[int], typing.Any],
-) -> dict:
-    """Writes a shard, and beside it a JSON file with its records and what was left out."""
-    skipped = []
-    with array_record(path) as write:
-        while group := list(itertools.islice(loaded, encoder.batch if encoder else RECORDS)):
-            bad = [one for one in group if isinstance(one, Skip)]
-            good = [one for one in group if not isinstance(one, Skip)]
-            codes = encoder([pixels for _, _, pixels in good]) if encoder else [None] * len(good)
-            for (index, record, _), codes_N in zip(good, codes, strict=True):
-                try:
-                    write(pack(dataclasses.replace(record, codes=codes_N)))
-                except ValueError as error:  # text that is no Unicode
-                    bad.append(Skip(index, record.key, "unreadable record", str(error)))
-            skipped += bad
-            skips.add(len(group), bad)
-            count(len(group))
-    about = {"records": count_records(path), "skipped": [dataclasses.asdict(skip) for skip in skipped]}
-    write_json(path.with_suffix(".json"), about)
-    return about
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is prepared: all that a process elsewhere needs to write a shard of it."""
+
+    config: sources.Config
+    records_per_shard: int
+    shuffle: int | None
+    image_tokenizer: str | None
+    image_size: int | None
+    keep_images: bool
+
+
+class Writer:
+    """The source of a job and its image tokenizer, opened: writes shards.
+
+    `settings` are what the bytes of the shards depend on."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.source = source = sources.open_source(job.config)
+        if not len(source):
+            raise ValueError(f"{job.config.path} holds no records")
+        self.encoder = Encoder(job.image_tokenizer, job.image_size) if job.image_tokenizer else None
+        self.settings = {
+            **dataclasses.asdict(job.config), "fingerprint": source.fingerprint,
+            "source_records": len(source), "records_per_shard": job.records_per_shard,
+            "shuffle": job.shuffle, "image_tokenizer": self.encoder and self.encoder.sha256,
+            "image_size": job.image_size, "keep_images": job.keep_images,
+        }  # fmt: skip
+        del self.settings["path"], self.settings["weight"]  # the same data may lie elsewhere by now
+
+    def write(self, path: pathlib.Path, indices: np.ndarray) -> Iterator[tuple[int, list[Skip]]]:
+        """Writes a shard of the records `indices`, and beside it a JSON file with their number and what was
+        left out. Yields on the way how many more were seen, and which of them are left out."""
+        encoder, skipped = self.encoder, []
+        keep = encoder is None or self.job.keep_images
+        load = functools.partial(read, self.source, encoder and encoder.size, self.job.config.resize, keep)
+        with array_record(path) as write, ThreadPoolExecutor(os.cpu_count()) as pool:
+            loaded = ahead(pool, load, indices.tolist())
+            while group := list(itertools.islice(loaded, encoder.batch if encoder else RECORDS)):
+                pixels = [one[2] for one in group if not isinstance(one, Skip)]
+                codes, bad = iter(encoder(pixels) if encoder else [None] * len(pixels)), []
+                for one in group:
+                    if isinstance(one, Skip):
+                        bad.append(one)
+                        continue
+                    index, record, _ = one
+                    try:
+                        write(pack(dataclasses.replace(record, codes=next(codes))))
+                    except ValueError as error:  # text that is no Unicode
+                        bad.append(Skip(index, record.key, "unreadable record", str(error)))
+                skipped += bad
+                yield len(group), bad
+        about = {"records": count_records(path), "skipped": [dataclasses.asdict(skip) for skip in skipped]}
+        write_json(path.with_suffix(".json"), about)
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C while shards were written. Its text says how far it came, and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How far it is: what was left out, what the JSON files of the finished shards say, and the bar."""
+
+    skips: Skips
+    done: dict[pathlib.Path, dict]
+    bar: tqdm
+
+    def add(self, shard: pathlib.Path, seen: int, skips: list[Skip]) -> None:
+        """Counts records of a shard. Raises ValueError if too many are left out."""
+        self.skips.add(shard, seen, skips)
+        self.bar.update(seen)
+
+    def forget(self, shard: pathlib.Path) -> None:
+        """Takes back what was counted of a shard that has to be written again."""
+        self.bar.update(-self.skips.forget(shard))
+
+    def finish(self, shard: pathlib.Path) -> None:
+        """Takes a shard that was written for finished. Raises OSError if it isn't there, or not whole."""
+        about = finished(shard)
+        if about is None:
+            raise OSError(f"{shard} was written, and isn't there now or not whole; all hosts that write "
+                          "must see the same folder --out")  # fmt: skip
+        self.done[shard] = about
+
+
+# Writes the shards of the dict, each of so many records of the source, and tells the tally.
+Engine = Callable[[Writer, dict[pathlib.Path, np.ndarray], Tally], None]
+
+
+def one_by_one(writer: Writer, missing: dict[pathlib.Path, np.ndarray], tally: Tally) -> None:
+    """The engine of one process."""
+    for path, indices in missing.items():
+        with contextlib.closing(writer.write(path, indices)) as written:
+            for seen, skips in written:
+                tally.add(path, seen, skips)
+        tally.finish(path)
 
 
 @contextlib.contextmanager
 def array_record(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
     """A function that writes one record; the file gets its name when all are in it."""
-    temporary, count = path.with_suffix(".tmp"), itertools.count()
+    temporary, count = unfinished(path), itertools.count()
     try:
         with library_errors(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1")  # for reading in any order
@@ -344,11 +298,28 @@ def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
                                  "another folder or give the same settings")  # fmt: skip
         else:
             write_json(path, settings)
-        yield
+        remove_unfinished(out)
+        try:
+            yield
+        finally:
+            remove_unfinished(out)
 
 
 def write_json(path: pathlib.Path, values: dict) -> None:
     """Writes a JSON file, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = unfinished(path)
     temporary.write_text(json.dumps(values, indent=1))
     temporary.replace(path)
+
+
+def unfinished(path: pathlib.Path) -> pathlib.Path:
+    """The name of a file while it is written: another one each time, since a worker whose driver was killed
+    may still write the same file."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def remove_unfinished(out: pathlib.Path) -> None:
+    """Removes what processes that were killed have left. If one of them lives still, it can't rename its
+    file, and fails: nobody waits for it."""
+    for path in out.glob("*.tmp"):
+        path.unlink(missing_ok=True)

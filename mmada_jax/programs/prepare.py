@@ -7,9 +7,16 @@ mmada prepare --format llava --path mix.json --image_root images --out data/mix_
 A shard is written under another name, counted, and renamed; one that is finished is kept when the
 command is given again, so that a run which was killed goes on. Records that can't be used are left out,
 counted and named. dataset.json says what there is when all is done.
+
+With --engine ray the same shards are written by workers of a Ray cluster (docs/cluster.md). Needs the extra
+`cluster`.
 """
 
+import argparse
 import pathlib
+import signal
+import sys
+import threading
 
 from mmada_jax.programs.process import Parser, quiet
 
@@ -48,19 +55,63 @@ def parser() -> Parser:
         "--max_skipped", type=float, default=0.01, metavar="SHARE",
         help="give up if more of the records than this can't be used (default: 0.01)",
     )  # fmt: skip
+    top.add_argument("--engine", choices=("plain", "ray"), default="plain", help="what writes the shards: "
+                     "this process, one by one, or workers of a Ray cluster (default: plain)")  # fmt: skip
+    of_ray = top.add_argument_group("options of --engine ray")
+    of_ray.add_argument("--address", metavar="HOST:PORT", help="of a cluster that runs; auto: this "
+                        "machine's (default: RAY_ADDRESS, or a cluster of its own)")  # fmt: skip
+    of_ray.add_argument("--workers", type=int, metavar="N", help="default: one on each machine; with the "
+                        "options below as many as there is room for")  # fmt: skip
+    of_ray.add_argument("--worker_cpus", type=float, metavar="N", help="for each worker (default: 1)")
+    of_ray.add_argument("--worker_gpus", type=float, metavar="N", help="for each worker (default: 0)")
+    of_ray.add_argument("--worker_resources", type=resource, nargs="+", metavar="NAME=N", help="for each "
+                        "worker, as TPU=4")  # fmt: skip
     return top
+
+
+def resource(text: str) -> tuple[str, float]:
+    """Reads `TPU=4`: a resource of Ray's, and how much of it."""
+    name, _, number = text.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a name and a number, as TPU=4") from None
 
 
 def main(argv: list[str]) -> None:
     """Prepares, and says what came of it."""
     options = vars(parser().parse_args(argv))
+    engine = options.pop("engine")
+    of_ray = {name: options.pop(name) for name in
+              ("address", "workers", "worker_cpus", "worker_gpus", "worker_resources")}  # fmt: skip
+    given = [f"--{name}" for name, value in of_ray.items() if value is not None]
+    if engine == "plain" and given:
+        raise ValueError(f"{', '.join(given)}: only for --engine ray")
     quiet()
     from mmada_jax.data import sources
-    from mmada_jax.model.prepare import prepare
+    from mmada_jax.model.prepare import Stopped, prepare
 
+    if engine == "ray":
+        from mmada_jax.model.actors import OnRay
+
+        options["engine"] = OnRay(
+            of_ray["address"], of_ray["workers"], of_ray["worker_cpus"], of_ray["worker_gpus"] or 0,
+            dict(of_ray["worker_resources"] or []),
+        )  # fmt: skip
     of_source = {name: options.pop(name) for name in ("format", "path", "split", "resize", *FIELDS)}
-    out = options.pop("out")
-    report, skips = prepare(sources.SourceConfig(**of_source), out, **options)
+    out, received = options.pop("out"), []
+
+    def terminate(number, frame):
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        report, skips = prepare(sources.SourceConfig(**of_source), out, **options)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + (received or [signal.SIGINT])[0])
     print(f"{report['records']:,} records in {len(report['shards'])} shards")
     if report["skipped"]:
         counts = ", ".join(f"{reason} {n:,}" for reason, n in report["skipped"].items())
