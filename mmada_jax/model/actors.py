@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 import socket
 import sys
 import time
@@ -22,7 +21,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mmada_jax import cluster
+from mmada_jax import cluster, storage
 from mmada_jax.model.prepare import Job, Tally, Writer
 from mmada_jax.model.reading import Skip
 
@@ -62,7 +61,7 @@ class OnRay:
         self._one_a_node = cpus is None and not gpus and not resources
         self._need = {"CPU": 1 if cpus is None else cpus, "GPU": gpus, **(resources or {})}
 
-    def __call__(self, writer: Writer, missing: dict[pathlib.Path, np.ndarray], tally: Tally) -> None:
+    def __call__(self, writer: Writer, missing: dict[storage.Path, np.ndarray], tally: Tally) -> None:
         """Writes the missing shards. Raises what a worker raises, or ChildProcessError, which names a shard
         over which workers die again and again."""
         if not missing:
@@ -128,7 +127,7 @@ class Actor:
                              "see the same files, and have the same mmada_jax")  # fmt: skip
         yield host
 
-    def write(self, path: pathlib.Path, indices: np.ndarray) -> Iterator[tuple[int, list[Skip]]]:
+    def write(self, path: storage.Path, indices: np.ndarray) -> Iterator[tuple[int, list[Skip]]]:
         """Writes a shard; yields what Writer.write yields, summed over a moment."""
         seen, skips, told = 0, [], time.monotonic()
         with contextlib.closing(self._writer.write(path, indices)) as written:
@@ -146,7 +145,7 @@ class _Worker:
 
     actor: typing.Any
     stream: typing.Any
-    shard: pathlib.Path | None = None
+    shard: storage.Path | None = None
 
 
 class _Workers:
@@ -156,7 +155,7 @@ class _Workers:
         self,
         need: Mapping[str, float],
         writer: Writer,
-        missing: dict[pathlib.Path, np.ndarray],
+        missing: dict[storage.Path, np.ndarray],
         tally: Tally,
     ):
         import ray
@@ -170,7 +169,7 @@ class _Workers:
         )  # fmt: skip
         self._writer, self._missing, self._tally = writer, missing, tally
         self._waiting = collections.deque(missing)
-        self._deaths: collections.Counter[pathlib.Path | None] = collections.Counter()
+        self._deaths: collections.Counter[storage.Path | None] = collections.Counter()
         self._workers: list[_Worker] = []
 
     def write(self, count: int) -> None:

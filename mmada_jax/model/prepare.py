@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,12 +22,11 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from mmada_jax import files
+from mmada_jax import files, storage
 from mmada_jax.data import sources
 from mmada_jax.data.records import pack
 from mmada_jax.model.reading import RECORDS, Encoder, Skip, Skips, ahead, read
 from mmada_jax.progress import progress
-from mmada_jax.weights.workdir import locked
 
 # Suffixes of files that a process which was killed at once may leave in a new folder.
 OURS = (".tmp", ".lock")
@@ -34,7 +34,7 @@ OURS = (".tmp", ".lock")
 
 def prepare(
     config: sources.Config,
-    out: str | pathlib.Path,
+    out: storage.Name,
     *,
     records_per_shard: int = 10_000,
     shuffle: int | None = None,
@@ -60,7 +60,7 @@ def prepare(
     order = np.arange(len(source))
     if shuffle is not None:
         order = np.random.default_rng(shuffle).permutation(len(source))
-    out, n = pathlib.Path(out), records_per_shard
+    out, n = storage.path(out), records_per_shard
     count = -(-len(source) // n)
     parts = {
         out / f"shard-{k:05}-of-{count:05}.array_record": order[k * n : (k + 1) * n] for k in range(count)
@@ -150,7 +150,7 @@ class Writer:
         }  # fmt: skip
         del self.settings["path"], self.settings["weight"]  # the same data may lie elsewhere by now
 
-    def write(self, path: pathlib.Path, indices: np.ndarray) -> Iterator[tuple[int, list[Skip]]]:
+    def write(self, path: storage.Path, indices: np.ndarray) -> Iterator[tuple[int, list[Skip]]]:
         """Writes a shard of the records `indices`, and beside it a JSON file with their number and what was
         left out. Yields on the way how many more were seen, and which of them are left out."""
         encoder, skipped = self.encoder, []
@@ -185,19 +185,19 @@ class Tally:
     """How far it is: what was left out, what the JSON files of the finished shards say, and the bar."""
 
     skips: Skips
-    done: dict[pathlib.Path, dict]
+    done: dict[storage.Path, dict]
     bar: tqdm
 
-    def add(self, shard: pathlib.Path, seen: int, skips: list[Skip]) -> None:
+    def add(self, shard: storage.Path, seen: int, skips: list[Skip]) -> None:
         """Counts records of a shard. Raises ValueError if too many are left out."""
         self.skips.add(shard, seen, skips)
         self.bar.update(seen)
 
-    def forget(self, shard: pathlib.Path) -> None:
+    def forget(self, shard: storage.Path) -> None:
         """Takes back what was counted of a shard that has to be written again."""
         self.bar.update(-self.skips.forget(shard))
 
-    def finish(self, shard: pathlib.Path) -> None:
+    def finish(self, shard: storage.Path) -> None:
         """Takes a shard that was written for finished. Raises OSError if it isn't there, or not whole."""
         about = finished(shard)
         if about is None:
@@ -207,10 +207,10 @@ class Tally:
 
 
 # Writes the shards of the dict, each of so many records of the source, and tells the tally.
-Engine = Callable[[Writer, dict[pathlib.Path, np.ndarray], Tally], None]
+Engine = Callable[[Writer, dict[storage.Path, np.ndarray], Tally], None]
 
 
-def one_by_one(writer: Writer, missing: dict[pathlib.Path, np.ndarray], tally: Tally) -> None:
+def one_by_one(writer: Writer, missing: dict[storage.Path, np.ndarray], tally: Tally) -> None:
     """The engine of one process."""
     for path, indices in missing.items():
         with contextlib.closing(writer.write(path, indices)) as written:
@@ -220,10 +220,10 @@ def one_by_one(writer: Writer, missing: dict[pathlib.Path, np.ndarray], tally: T
 
 
 @contextlib.contextmanager
-def array_record(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
+def array_record(path: storage.Path) -> Iterator[Callable[[bytes], None]]:
     """A function that writes one record; the file gets its name when all are in it."""
-    temporary, count = unfinished(path), itertools.count()
-    try:
+    count = itertools.count()
+    with _unfinished(path) as temporary:
         with library_errors(path):
             writer = ArrayRecordWriter(str(temporary), "group_size:1")  # for reading in any order
 
@@ -238,13 +238,27 @@ def array_record(path: pathlib.Path) -> Iterator[Callable[[bytes], None]]:
         found, written = count_records(temporary), next(count)
         if found != written:
             raise OSError(f"{path} was written with {written} records and read back with {found}")
-        temporary.replace(path)
+        storage.put(temporary, path)
+
+
+@contextlib.contextmanager
+def _unfinished(path: storage.Path) -> Iterator[pathlib.Path]:
+    """Where a file is written: beside its place under another name each time, since a worker whose driver
+    was killed may still write the same file. What belongs into a bucket is written to this machine's disk:
+    the library writes nowhere else."""
+    if storage.in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="mmada_jax-") as folder:
+            yield pathlib.Path(folder) / path.name
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def library_errors(path: pathlib.Path) -> Iterator[None]:
+def library_errors(path: storage.Path) -> Iterator[None]:
     """Turns an error of ArrayRecord into an OSError that names the file and the remedy."""
     try:
         yield
@@ -255,13 +269,13 @@ def library_errors(path: pathlib.Path) -> Iterator[None]:
         ) from error
 
 
-def count_records(path: pathlib.Path) -> int:
+def count_records(path: storage.Path) -> int:
     """Counts the records of a shard. -1: it isn't whole. A file that was cut off opens empty."""
     reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
     return reader.num_records() if reader.ok() else -1
 
 
-def finished(path: pathlib.Path) -> dict | None:
+def finished(path: storage.Path) -> dict | None:
     """Reads the JSON file beside a shard; None if the shard is missing or not whole."""
     about = path.with_suffix(".json")
     if not (path.is_file() and about.is_file()):
@@ -279,13 +293,13 @@ def finished(path: pathlib.Path) -> dict | None:
 
 
 @contextlib.contextmanager
-def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
+def claimed(out: storage.Path, settings: dict) -> Iterator[None]:
     """Locks the folder to write for this process. Raises ValueError if it holds data of other settings."""
     path = out / "prepare.json"
     if out.exists() and not path.is_file() and any(p.suffix not in OURS for p in out.iterdir()):
         raise ValueError(f"{out} is there already and holds something else; name another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / "prepare.lock", f"another process is writing to {out}"):
+    with storage.locked(out / "prepare.lock", f"another process is writing to {out}"):
         if path.is_file():
             old, new = files.read_json(path, dict), json.loads(json.dumps(settings))
             different = [
@@ -305,20 +319,12 @@ def claimed(out: pathlib.Path, settings: dict) -> Iterator[None]:
             remove_unfinished(out)
 
 
-def write_json(path: pathlib.Path, values: dict) -> None:
+def write_json(path: storage.Path, values: dict) -> None:
     """Writes a JSON file, whole or not at all."""
-    temporary = unfinished(path)
-    temporary.write_text(json.dumps(values, indent=1))
-    temporary.replace(path)
+    storage.write_whole(path, json.dumps(values, indent=1))
 
 
-def unfinished(path: pathlib.Path) -> pathlib.Path:
-    """The name of a file while it is written: another one each time, since a worker whose driver was killed
-    may still write the same file."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-
-
-def remove_unfinished(out: pathlib.Path) -> None:
+def remove_unfinished(out: storage.Path) -> None:
     """Removes what processes that were killed have left. If one of them lives still, it can't rename its
     file, and fails: nobody waits for it."""
     for path in out.glob("*.tmp"):

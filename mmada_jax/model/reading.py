@@ -4,13 +4,13 @@ import collections
 import dataclasses
 import functools
 import itertools
-import pathlib
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.data import images, sources
 from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.devices import sharding
@@ -39,10 +39,10 @@ class Skip:
 class Skips:
     """What was left out of the shards of a source of `records`, and how many records were seen."""
 
-    def __init__(self, share: float, records: int, shards: Iterable[pathlib.Path]):
+    def __init__(self, share: float, records: int, shards: Iterable[storage.Path]):
         self._share, self._records = share, records
-        self._seen: collections.Counter[pathlib.Path] = collections.Counter()
-        self._skips: dict[pathlib.Path, list[Skip]] = {shard: [] for shard in shards}
+        self._seen: collections.Counter[storage.Path] = collections.Counter()
+        self._skips: dict[storage.Path, list[Skip]] = {shard: [] for shard in shards}
         self._all_seen = self._all_skips = 0
 
     @property
@@ -50,7 +50,7 @@ class Skips:
         """In the order of the shards, whichever was written first."""
         return [skip for skips in self._skips.values() for skip in skips]
 
-    def add(self, shard: pathlib.Path, seen: int, skips: list[Skip]) -> None:
+    def add(self, shard: storage.Path, seen: int, skips: list[Skip]) -> None:
         """Counts. Raises ValueError, naming examples, as soon as more than the share is left out, or
         all of a good many from the start."""
         self._seen[shard] += seen
@@ -64,7 +64,7 @@ class Skips:
                 f"--max_skipped allows {int(self._share * self._records):,}: {self.examples()}"
             )
 
-    def forget(self, shard: pathlib.Path) -> int:
+    def forget(self, shard: storage.Path) -> int:
         """Takes back what was counted of a shard that has to be written again: so many records."""
         seen = self._seen.pop(shard, 0)
         self._all_seen -= seen

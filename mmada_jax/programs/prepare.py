@@ -13,11 +13,11 @@ With --engine ray the same shards are written by workers of a Ray cluster (docs/
 """
 
 import argparse
-import pathlib
 import signal
 import sys
 import threading
 
+from mmada_jax import storage
 from mmada_jax.programs.process import Parser, quiet
 
 FORMATS = ("tfds", "webdataset", "parquet", "jsonl", "llava", "imagefolder")
@@ -116,4 +116,4 @@ def main(argv: list[str]) -> None:
     if report["skipped"]:
         counts = ", ".join(f"{reason} {n:,}" for reason, n in report["skipped"].items())
         print(f"left out: {counts}" + (f"; as {skips.examples()}" if skips.all else ""))
-    print(pathlib.Path(out).absolute())
+    print(storage.path(out).absolute())
