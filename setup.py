@@ -46,6 +46,8 @@ setup(
         "torch": ["torch", "transformers>=4.46", "peft"],
         # Reports of compilation for TPUs; libtpu fits one version of jax only, so this extra alone pins it.
         "aot": ["jax==0.10.2", "libtpu==0.0.42.1"],
+        # Many machines: `mmada prepare --engine ray`, sweeps.
+        "cluster": ["ray[data,tune]>=2.60,<3", "optuna"],
         "test": ["pytest", "pytest-xdist", "pytest-timeout", "ruff"],
     },
 )

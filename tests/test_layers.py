@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; within a floor from left to right. A module imports only what stands before it.
 FLOORS = {
-    "": "ranges disk files config progress",
+    "": "ranges disk files config progress cluster",
     "tokens": "vocab tokenizer layout",
     "data": "records images digits totals sources.source sources.paths sources.rows sources.arrayrecord "
     "sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds sources.webdataset "
@@ -23,7 +23,8 @@ FLOORS = {
     "model": "results inputs vision model prepare",
     "serve": "tickets engine api replies requests meters guard endpoint canvas page",
     "measure": "held_out digits totals own report likelihood answers harness evaluation drawings pictured",
-    "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
+    "train": "optim board metrics runs own sweep tables running tune rows program pictures supervised "
+    "rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.score_file rl.rewards.workers "
     "rl.rewards.own rl.rewards.pictures rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
@@ -44,6 +45,7 @@ LEAN = (
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
 FOLDERS = ("mmada_jax", "launch", "configs", "tests")
 SKLEARN = ("data.digits", "measure.digits", "measure.own", "train.rl.rewards.pictures")
+RAY = ("cluster", "train.tune")
 PYTORCH = ("torch", "safetensors", "transformers")
 # They travel with checkpoints and are never imported.
 EXPORTED = ("weights.modeling_mmada", "weights.modeling_magvitv2")
@@ -138,6 +140,10 @@ def test_libraries_stay_where_they_belong(module):
             assert in_function, f"{where} outside of a function"
         if library in ("math_verify", "reasoning_gym"):
             assert module == "train.rl.rewards.verifier" and in_function, where
+        if library == "ray":
+            assert module in RAY and in_function, where
+        if library == "optuna":
+            assert module == "train.tune" and in_function, where
         if library in ("jax", "jaxlib", "flax"):
             assert top not in NO_JAX, where
         if lean(module):
