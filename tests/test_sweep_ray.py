@@ -114,8 +114,8 @@ def starts(tmp_path):
 
 
 def test_a_sweep_that_is_killed_twice_goes_on(run, tmp_path):
-    hyper, flags = "def get_hyper(h): return h.sweep('optim.lr', [0.1, 0.2, 0.3, 0.4])", ("--parallel=2",)
-    names = [f"trial-{i:03}-lr-0.{i + 1}" for i in range(4)]
+    hyper, flags = "def get_hyper(h): return h.sweep('optim.lr', [0.1, 0.2, 0.3])", ("--parallel=2",)
+    names = [f"trial-{i:03}-lr-0.{i + 1}" for i in range(3)]
     folders = [tmp_path / "sweep" / name for name in names]
 
     def is_at(number, step):
@@ -134,7 +134,7 @@ def test_a_sweep_that_is_killed_twice_goes_on(run, tmp_path):
     # Trials of the killed sweep are told to save, for which they need a second.
     assert f"waiting for {names[0]}, which a killed sweep has left, to save and end" in told
     assert f"{names[0]} continues at step 5" in told
-    assert f"[1/4] {names[0]} is done in" in told
+    assert f"[1/3] {names[0]} is done in" in told
     process = run(hyper, *flags)
     wait_for(lambda: "9" in (folders[1] / "save").read_text() and (folders[2] / "save").exists(), process)
     for path in (tmp_path / "sweep/hold-5", folders[1] / "hold-9"):
@@ -142,14 +142,14 @@ def test_a_sweep_that_is_killed_twice_goes_on(run, tmp_path):
     out, _ = process.communicate()
     assert process.returncode == 0, out
     assert out.splitlines()[0].startswith("waiting for trial-001")
-    assert "1 of 4 trials are done already" in out
+    assert "1 of 3 trials are done already" in out
     begun = starts(tmp_path)
-    assert len(begun) == 8
+    assert len(begun) == 7
     # Each goes on from its save, and what is done isn't run again.
     assert set(begun) == {(name, "0") for name in names} | {
         (names[0], "5"), (names[1], "5"), (names[1], "9"), (names[2], "5")
     }  # fmt: skip
-    assert [(row["status"], row["step"]) for row in results(tmp_path).values()] == [("done", "12")] * 4
+    assert [(row["status"], row["step"]) for row in results(tmp_path).values()] == [("done", "12")] * 3
     assert list(results(tmp_path)) == names  # as the plain engine sorts them
     for folder in folders:
         rows = (folder / "metrics.jsonl").read_text().splitlines()
@@ -161,23 +161,20 @@ def test_a_sweep_that_is_killed_twice_goes_on(run, tmp_path):
 def test_trials_are_stopped_early_and_not_run_again(run, tmp_path):
     pytest.importorskip("optuna")
     space = "def get_space(s): return {'optim.lr': s.choice([0.1, 0.2, 10.0]), 'seed': s.integer(1, 2)}"
-    flags = ("--search=optuna", "--trials=5", "--stop=asha", "--grace=3", "--seed=1")
+    flags = ("--search=optuna", "--trials=3", "--stop=asha", "--grace=3", "--seed=1")
     out, _ = (process := run(space, *flags)).communicate()
     assert process.returncode == 0, out
+    diverged = "trial-001-lr-10.0_seed-1"
+    assert f"[2/3] {diverged} stopped early at step" in out
+    assert "2 of 3 trials are done, 1 were stopped early" in out
     rows = results(tmp_path)
-    assert len(rows) == 5
-    early = [row for row in rows.values() if row["status"] == "stopped early"]
-    assert early and all(3 <= int(row["step"]) < 12 for row in early)
-    assert out.count("stopped early at step") == len(early)
-    assert f"{5 - len(early)} of 5 trials are done, {len(early)} were stopped early" in out
-    # The best at step 3 goes on, and one that has diverged doesn't, unless it is the first.
-    best = min(rows.values(), key=lambda row: float(row["optim.lr"]))
-    assert best["status"] == "done"
-    last = [row for row in list(rows.values())[1:] if row["optim.lr"] == "10.0"]
-    assert all(row["status"] != "done" for row in last if row["trial"][:9] != "trial-000")
+    statuses = [(row["optim.lr"], row["status"]) for row in rows.values()]
+    assert statuses == [("0.2", "done"), ("0.2", "done"), ("10.0", "stopped early")]
+    assert 3 <= int(rows[diverged]["step"]) < 12
+    assert (tmp_path / "sweep" / diverged / "save").read_text() == rows[diverged]["step"]
     begun = starts(tmp_path)
     out, _ = (process := run(space, *flags)).communicate()
-    assert out.splitlines()[0] == "5 of 5 trials are done already"
+    assert out.splitlines()[0] == "3 of 3 trials are done already"
     assert (process.returncode, starts(tmp_path)) == (0, begun)
 
 
@@ -199,34 +196,37 @@ def test_a_failure_and_a_signal(run, tmp_path):
     assert (path.parent / "save").read_text() == "5"
 
 
-def test_more_than_the_machine_has_is_refused(run, tmp_path):
-    out, _ = (
-        process := run("def get_hyper(h): return h.sweep('seed', [1])", "--resources=CPU=5000")
-    ).communicate()
-    assert "error: a trial gets 5000 CPU by --resources; the largest host has" in out
-    assert process.returncode == 1
-    assert not (tmp_path / "sweep/started").exists()
-
-
 @pytest.mark.slow
 def test_four_real_trials_killed_twice(image_tokenizer, alone, tmp_path):
     (tmp_path / "config.py").write_text(
         "from configs.pretrain import get_config\n"
         "def get_hyper(h): return h.sweep('optim.lr', [1e-3, 2e-3, 3e-3, 4e-3])\n"
     )
-    command = [ROOT / "launch/sweep.py", "--config", f"{tmp_path}/config.py:digits,smoke", "--workdir",
-               tmp_path / "sweep", "--parallel=2", "--engine=ray", "--config.steps=4",
-               "--config.batch_size=4", "--config.save_every=1", f"--config.image_tokenizer={image_tokenizer}"]  # fmt: skip
+    command = [
+        ROOT / "launch/sweep.py", "--config", f"{tmp_path}/config.py:digits,smoke", "--engine=ray",
+        "--workdir", tmp_path / "sweep", "--parallel=2", f"--config.image_tokenizer={image_tokenizer}",
+        "--config.steps=4", "--config.batch_size=4", "--config.save_every=1",
+    ]  # fmt: skip
     environment = alone | {"XLA_FLAGS": xla_flags(1)}
-    for kills in (1, 3):
+    done = {}
+    for saved in (1, 9):
         with Program(command, environment) as process:
-            wait_for(lambda n=kills: len(list(tmp_path.glob("sweep/trial-*/checkpoints/*"))) >= n, process)
+            wait_for(
+                lambda n=saved: len(list(tmp_path.glob("sweep/trial-*/checkpoints/[1-4]"))) >= n, process
+            )
             process.kill()
+        of_now = [
+            path.parent for path in tmp_path.glob("sweep/trial-*/trial.json") if "done" in path.read_text()
+        ]
+        done |= {folder: (folder / "log.txt").read_text() for folder in of_now}
     out, _ = (process := Program(command, environment)).communicate()
     logs = "".join(path.read_text() for path in tmp_path.glob("sweep/*/log.txt"))
     assert process.returncode == 0, out + logs
     rows = results(tmp_path)
     assert {(row["status"], row["step"]) for row in rows.values()} == {("done", "4")}
-    for name in rows:
-        steps = [json.loads(row)["step"] for row in (tmp_path / "sweep" / name / "metrics.jsonl").open()]
-        assert steps == [1, 2, 3, 4]
+    assert done
+    for folder in tmp_path.glob("sweep/trial-*"):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+        log = (folder / "log.txt").read_text()
+        assert done.get(folder, log) == log  # what was done isn't run again

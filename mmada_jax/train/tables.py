@@ -87,7 +87,8 @@ def plot(workdir: pathlib.Path, trials: Sequence[Trial], metric: str) -> str:
         ]  # fmt: skip
         _parallel(upper, keys, name, drawn, styles)
         _curves(lower, name, drawn, styles)
-        upper.set_title(f"{workdir.name}: {len(drawn)} trials by {metric}, the darkest is the best", pad=18)
+        what = f"{workdir.resolve().name}: {len(drawn)} trials by {metric}"
+        upper.set_title(f"{what} (darkest: best; dashed: not done, or stopped early)", pad=18)
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110)
     write_whole(workdir / "results.png", file.getvalue())
@@ -100,7 +101,7 @@ def _parallel(axis: "Axes", keys: list[str], name: str, drawn: list, styles: lis
     columns.append([rows[-1][name] for *_, rows in drawn])
     heights = []
     for x, column in enumerate(columns):
-        places, ticks = _scale(column)
+        places, ticks = scale(column)
         heights.append(places)
         axis.axvline(x, color="0.6", linewidth=0.8, zorder=0)
         side = 1 if x == len(keys) else -1  # of the scale, where its labels are; the metric has its right
@@ -121,7 +122,7 @@ def _parallel(axis: "Axes", keys: list[str], name: str, drawn: list, styles: lis
     axis.tick_params(axis="x", length=0, pad=6)
 
 
-def _scale(column: list) -> tuple[list[float], list[tuple[float, str]]]:
+def scale(column: list) -> tuple[list[float], list[tuple[float, str]]]:
     """Heights of values from 0 to 1, and the heights with their labels that a scale shows.
 
     Numbers that span a factor of ten or more are spread by their logarithm; what isn't all numbers, or is a
@@ -143,11 +144,12 @@ def _scale(column: list) -> tuple[list[float], list[tuple[float, str]]]:
         return (to(value) - to(low)) / (to(high) - to(low))
 
     shown: list[float] = []
-    middle = [
-        math.exp((1 - t) * to(low) + t * to(high)) if log else (1 - t) * low + t * high
-        for t in (0.25, 0.5, 0.75)
-    ]
-    for value in different if len(different) <= 6 else [low, *middle, high]:
+    if len(different) > 6:
+        spread = [(1 - t) * to(low) + t * to(high) for t in (0, 0.25, 0.5, 0.75, 1)]
+        whole = all(isinstance(value, int) for value in different)
+        different = [math.exp(value) if log else value for value in spread]
+        different = [round(value) for value in different] if whole else different
+    for value in different:
         if not shown or height(value) - height(shown[-1]) > 0.05:  # labels don't cover each other
             shown.append(value)
     return [height(v) for v in column], [(height(v), f"{v:.3g}") for v in shown]
@@ -158,7 +160,8 @@ def _curves(axis: "Axes", name: str, drawn: list, styles: list[dict]) -> None:
     values = []
     for i, ((trial, status, rows), style) in enumerate(zip(drawn, styles, strict=True)):
         steps, curve = [row["step"] for row in rows], [row[name] for row in rows]
-        label = trial.folder.name[:48] + ("" if status == "done" else f" ({status})")
+        number = "-".join(trial.folder.name.split("-")[:2])
+        label = f"{number}: {curve[-1]:.3g}" + ("" if status == "done" else f", {status}")
         axis.plot(steps, curve, label=label if i < _NAMED else None, **style)
         axis.plot(
             steps[-1], curve[-1], marker="o", markersize=3.5, color=style["color"], zorder=style["zorder"]

@@ -26,9 +26,9 @@ from mmada_jax.train.sweep import Choice, Domains, Overrides, Trial, draw, fresh
 # A diverged trial: ASHA never stops a nan, since no comparison with it holds.
 _WORST = 1e30
 _PATIENCE = 60  # seconds that a trial has to save before another attempt takes its folder
-# Runs the command behind it, which gets SIGTERM, and so saves, when the process that started it ends or tells
-# it to. A worker of Ray that ends kills its children (kill -9), but not theirs. SIGINT, which Ray blocks in its
-# processes, is let through again.
+# Runs the command behind it, which gets SIGTERM, and so saves, when the process that started it ends or
+# sends it. A worker of Ray that ends kills its children (kill -9), but not theirs. SIGINT, which Ray blocks
+# in its processes, is let through again.
 _ENDS_WITH_PARENT = """
 import ctypes, os, signal, sys
 libc, parent, child = ctypes.CDLL(None), int(sys.argv[1]), 0
@@ -187,8 +187,8 @@ def joined(workdir: pathlib.Path, address: str) -> Iterator[bool]:
 
 
 def share(asked: Mapping[str, float], alone: bool, parallel: int) -> dict[str, float]:
-    """What a trial gets: what is asked for; otherwise the CPUs, GPUs and TPUs of a host, or, if this machine
-    is `alone`, its share of them. Raises ValueError if this machine hasn't what is asked for."""
+    """What a trial gets: what is asked for; otherwise the CPUs, GPUs and TPUs of a host, or its share of
+    this machine if that is `alone`. Raises ValueError if this machine hasn't what is asked for."""
     import ray
 
     hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
