@@ -82,20 +82,20 @@ def run(alone, tmp_path):
     (tmp_path / "fake.py").write_text(FAKE)
     (tmp_path / "sweep").mkdir()
 
-    def call(functions, *flags):
+    def call(functions, *flags, new_session=False):
         (tmp_path / "config.py").write_text(
             "from ml_collections import ConfigDict\n"
             f"def get_config(): return ConfigDict({BASE!r})\n{functions}\n"
         )
         command = [ROOT / "launch/sweep.py", "--config", tmp_path / "config.py", "--engine", "ray"]
         command += ["--workdir", tmp_path / "sweep", "--program", tmp_path / "fake.py", *flags]
-        return Program(command, alone)
+        return Program(command, alone, new_session)
 
     return call
 
 
 def wait_for(condition, process=None):
-    end = time.monotonic() + 90
+    end = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < end
         assert process is None or process.poll() is None, process.communicate()[0]
@@ -155,7 +155,7 @@ def test_a_sweep_that_is_killed_twice_goes_on(run, tmp_path):
         rows = (folder / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == list(range(1, 13))
     assert (tmp_path / "sweep/results.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "sweep/ray").exists()
+    assert not (tmp_path / "sweep/.ray_tune").exists()
 
 
 def test_trials_are_stopped_early_and_not_run_again(run, tmp_path):
@@ -178,21 +178,22 @@ def test_trials_are_stopped_early_and_not_run_again(run, tmp_path):
     assert (process.returncode, starts(tmp_path)) == (0, begun)
 
 
-def test_a_failure_and_a_signal(run, tmp_path):
+def test_a_failure_and_a_terminal_that_closes(run, tmp_path):
     (tmp_path / "sweep/hold-5").touch()
     hyper = "def get_hyper(h): return h.sweep('seed', [13, 1, 2])"
-    process = run(hyper, "--config.optim.lr=0.1")
+    process = run(hyper, "--config.optim.lr=0.1", "--parallel=2", new_session=True)
     path = tmp_path / "sweep/trial-001-seed-1/metrics.jsonl"
     wait_for(lambda: path.exists() and path.read_bytes().count(b"\n") == 5, process)
-    process.terminate()
+    wait_for((tmp_path / "sweep/trial-002-seed-2/metrics.jsonl").exists, process)
+    os.killpg(process.pid, signal.SIGHUP)  # all processes of a terminal get it
     out, _ = process.communicate()
     log = tmp_path / "sweep/trial-000-seed-13/log.txt"
     assert f"trial-000-seed-13 failed (exit status 1): error: thirteen (all in {log})" in out
-    assert "trial-001-seed-1 stopped at step 5/12" in out
+    assert "trial-001-seed-1 stopped at step 5/12" in out and "trial-002-seed-2 stopped at" in out
     assert out.splitlines()[-1] == "run again to resume"
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == 128 + signal.SIGHUP
     statuses = [row["status"] for _, row in sorted(results(tmp_path).items())]
-    assert statuses == ["failed", "stopped", "waiting"]
+    assert statuses == ["failed", "stopped", "stopped"]
     assert (path.parent / "save").read_text() == "5"
 
 
@@ -209,11 +210,14 @@ def test_four_real_trials_killed_twice(image_tokenizer, alone, tmp_path):
     ]  # fmt: skip
     environment = alone | {"XLA_FLAGS": xla_flags(1)}
     done = {}
-    for saved in (1, 9):
+
+    def one_is_done():  # and a later one has begun
+        later = list(tmp_path.glob("sweep/trial-00[23]*/checkpoints/[1-4]"))
+        return later and any("done" in path.read_text() for path in tmp_path.glob("sweep/*/trial.json"))
+
+    for moment in (lambda: list(tmp_path.glob("sweep/trial-*/checkpoints/[1-4]")), one_is_done):
         with Program(command, environment) as process:
-            wait_for(
-                lambda n=saved: len(list(tmp_path.glob("sweep/trial-*/checkpoints/[1-4]"))) >= n, process
-            )
+            wait_for(moment, process)
             process.kill()
         of_now = [
             path.parent for path in tmp_path.glob("sweep/trial-*/trial.json") if "done" in path.read_text()

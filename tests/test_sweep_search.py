@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import pretrain, vq
 from mmada_jax.programs import command
 from mmada_jax.train import sweep, tables, tune
 from mmada_jax.train.sweep import Space as s
@@ -125,6 +126,15 @@ def test_what_only_lies_between_the_ends_is_found_when_trials_are_planned(tmp_pa
     sweep.check_space(BASE, space, {}, 2)
     with pytest.raises(ValueError, match="must be of type int"):
         sweep.plan(BASE, sweep.draw_sweep(space, 2, 0), tmp_path, [], {})
+
+
+@pytest.mark.parametrize("config", [pretrain, vq])
+def test_the_spaces_of_the_configs_fit_them(config, tmp_path):
+    space = config.get_space(s)
+    for arg in ("digits", "digits,smoke", "digits,full", "digits,fast"):
+        values = config.get_config(arg).to_dict()
+        sweep.check_space(values, space, {}, 5)
+        assert len(sweep.plan(values, sweep.draw_sweep(space, 5, 0), tmp_path, ["x"], {})) == 5
 
 
 @pytest.mark.parametrize(

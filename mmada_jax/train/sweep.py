@@ -250,7 +250,8 @@ def begun(workdir: pathlib.Path, space: Domains) -> list[Overrides]:
     Folders without one are what a sweep leaves that is killed before it begins a trial; they are removed if
     nothing was written there. Raises ValueError if a trial is missing, or lies outside the space."""
     sweep: list[Overrides] = []
-    for folder in sorted(workdir.glob("trial-*"), key=lambda folder: int(folder.name.split("-")[1])):
+    folders = [folder for folder in workdir.glob("trial-*") if re.match(r"trial-\d+-", folder.name)]
+    for folder in sorted(folders, key=lambda folder: int(folder.name.split("-")[1])):
         number = len(sweep)
         if not (folder / "trial.json").is_file():
             for path in folder.glob("trial.json.*.tmp"):

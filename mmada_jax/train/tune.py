@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import time
 import types
@@ -25,6 +26,7 @@ from mmada_jax.train.sweep import Choice, Domains, Overrides, Trial, draw, fresh
 
 # A diverged trial: ASHA never stops a nan, since no comparison with it holds.
 _WORST = 1e30
+_RECORDS = ".ray_tune"
 _PATIENCE = 60  # seconds that a trial has to save before another attempt takes its folder
 # Runs the command behind it, which gets SIGTERM, and so saves, when the process that started it ends or
 # sends it. A worker of Ray that ends kills its children (kill -9), but not theirs. SIGINT, which Ray blocks
@@ -167,7 +169,7 @@ def parse_stop(
 @contextlib.contextmanager
 def joined(workdir: pathlib.Path, address: str) -> Iterator[bool]:
     """Joins a Ray cluster, or starts one for the block, as mmada_jax.cluster does. Yields whether it was
-    started. Tune keeps its records in WORKDIR/ray meanwhile, where all hosts see them."""
+    started. Tune keeps its records in WORKDIR/.ray_tune meanwhile, where all hosts see them."""
     os.environ |= {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
         "TUNE_WARN_THRESHOLD_S": "60", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
@@ -177,13 +179,17 @@ def joined(workdir: pathlib.Path, address: str) -> Iterator[bool]:
         # Workers find the package as this program does.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
-    shutil.rmtree(workdir / "ray", ignore_errors=True)  # of a sweep that was killed
+    shutil.rmtree(workdir / _RECORDS, ignore_errors=True)  # of a sweep that was killed
+    # Ray's processes inherit it: a terminal that closes would end them before the trials are told to save.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with cluster.connected(address) as alone:
+            signal.signal(signal.SIGHUP, before)
             logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # we tell errors in one line
             yield alone
     finally:
-        shutil.rmtree(workdir / "ray", ignore_errors=True)
+        signal.signal(signal.SIGHUP, before)
+        shutil.rmtree(workdir / _RECORDS, ignore_errors=True)
 
 
 def share(asked: Mapping[str, float], alone: bool, parallel: int) -> dict[str, float]:
@@ -224,7 +230,7 @@ def run(
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
-                name="ray", storage_path=str(sweep.workdir.resolve()), verbose=0,
+                name=_RECORDS, storage_path=str(sweep.workdir.resolve()), verbose=0,
                 stop=_stopper(received), callbacks=[_callback(sweep, of)],
                 failure_config=tune.FailureConfig(max_failures=3),
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
@@ -236,7 +242,7 @@ def run(
             reason = str(error).split("\n")[0]
             text = f"Ray has failed ({reason}); run again, and trials go on from their last save"
             raise ConnectionError(text) from error
-        for trial in sweep.running:  # a signal
+        for trial in list(sweep.running):  # a signal
             at = f"{trial.values['step']}/{trial.config['steps']}"
             sweep.end(trial, f"{trial.record['status']} at step {at}")
     return sweep.finish(received)
