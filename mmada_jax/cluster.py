@@ -12,6 +12,7 @@ import pathlib
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -20,10 +21,12 @@ from collections.abc import Iterator
 
 MISSING = "{} needs Ray: pip install 'mmada_jax[cluster]'"
 # Folders of Ray's session begin so. Unix sockets lie in them, whose paths have 107 characters at most; Ray
-# needs 70 of them.
-PREFIX, LONGEST = "mmada_ray_", 107 - 70
+# needs 72 of them.
+PREFIX, LONGEST = "mmada_ray_", 107 - 72
 # Ray keeps what tasks return in shared memory. We return counts.
 OBJECT_STORE = 100 * 2**20
+# Seconds within which a cluster takes a connection.
+REACH = 10
 
 
 def require(what: str) -> None:
@@ -54,8 +57,20 @@ def connected(address: str | None = None) -> Iterator[bool]:
         raise ValueError(f"--address {address} is of Ray's client; give the command on a host of the "
                          "cluster, with --address auto")  # fmt: skip
     else:
+        if address != "auto":
+            _reach(address)
         with _quiet(), _connection(address):
             yield False
+
+
+def _reach(address: str) -> None:
+    """Raises ConnectionError if nothing listens at HOST:PORT: Ray itself would try for two minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"no Ray cluster answers at {address} ({error}); --address is HOST:PORT, as "
+                              "`ray start --head` tells it")  from error  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -69,7 +84,10 @@ def _connection(address: str, **settings) -> Iterator[None]:
             ray.init(address, log_to_driver=False, logging_level="ERROR", **settings)
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             reason = " ".join(str(error).split())
-            raise ConnectionError(f"no Ray cluster can be used at {address}: {reason}") from error
+            raise ConnectionError(
+                f"no Ray cluster can be used at {address}: {reason}; a cluster with a token needs "
+                "RAY_AUTH_MODE=token, and the same token on all hosts (docs/cluster.md)"
+            ) from error
         except SystemExit as stop:  # Ray's handler of SIGTERM
             raise KeyboardInterrupt from stop
         finally:
@@ -103,7 +121,7 @@ def _token() -> str:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ.get(name) for name in (*values, "RAY_AUTH_MODE")}  # which Ray sets
     os.environ.update(values)
     try:
         yield
@@ -144,7 +162,8 @@ def _session_folder() -> Iterator[str]:
     folder = pathlib.Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     try:
         with _locked(folder):
-            yield str(folder)
+            # Below ours, which nobody else can enter: Ray makes its own writable for everybody.
+            yield str(folder / "r")
     finally:
         _remove(folder)
 
