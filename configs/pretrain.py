@@ -58,6 +58,11 @@ def get_hyper(h) -> list[dict]:
     return h.product([h.sweep("optim.lr", [1e-3, 2e-3, 4e-3]), h.sweep("mixture.mmu", [8, 17])])
 
 
+def get_space(s) -> dict:
+    """What `mmada sweep --search` draws from."""
+    return {"optim.lr": s.log_uniform(5e-4, 1e-2), "mixture.mmu": s.integer(4, 24)}
+
+
 def of_digits() -> ConfigDict:
     """A model of a million parameters on canvases of one or two digits."""
     scans = {

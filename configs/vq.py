@@ -31,3 +31,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def get_hyper(h) -> list[dict]:
     """The learning rate against the weight of the entropy, for `mmada sweep`."""
     return h.product([h.sweep("optim.lr", [1e-3, 3e-3]), h.sweep("entropy", [0.05, 0.1, 0.2])])
+
+
+def get_space(s) -> dict:
+    """What `mmada sweep --search` draws from."""
+    return {"optim.lr": s.log_uniform(5e-4, 1e-2), "entropy": s.log_uniform(0.02, 0.5)}

@@ -49,7 +49,8 @@ EXTRAS = {"torch": ("torch", "transformers"), "aot": ("libtpu",), "gym": ("reaso
 
 # The files that take longest, in this order: the workers of pytest-xdist then end together.
 LONGEST = (
-    "test_rl_resume", "test_train", "test_distributed", "test_prepare_ray", "test_rl", "test_engine",
+    "test_bucket_runs", "test_rl_resume", "test_train", "test_distributed", "test_prepare_ray",
+    "test_sweep_ray", "test_rl", "test_engine",
     "test_aot", "test_adapters", "test_rl_adapters", "test_pictures", "test_own", "test_own_reward",
     "test_rl_update", "test_model", "test_denoise", "test_runs_training", "test_unigrpo",
     "test_benchmark_decode", "test_goldens", "test_api", "test_ml_cache", "test_wino", "test_cached",

@@ -23,7 +23,8 @@ FLOORS = {
     "model": "results inputs vision model reading prepare actors",
     "serve": "tickets engine api replies requests meters guard endpoint canvas page",
     "measure": "held_out digits totals own report likelihood answers harness evaluation drawings pictured",
-    "train": "optim board metrics runs own sweep rows program pictures supervised rl.rewards.quantities "
+    "train": "optim board metrics runs own sweep tables running tune rows program pictures supervised "
+    "rl.rewards.quantities "
     "rl.rewards.extract rl.rewards.answers rl.rewards.verifier rl.rewards.score_file rl.rewards.workers "
     "rl.rewards.own rl.rewards.pictures rl.rewards.functions "
     "rl.prompts rl.unigrpo rl.run rl.rollout rl.update rl.tasks rl.start rl.resume rl.report rl.loop "
@@ -44,7 +45,7 @@ LEAN = (
 SMALL = {"jax", "flax", "numpy", "mmada_jax"}
 FOLDERS = ("mmada_jax", "launch", "configs", "tests")
 SKLEARN = ("data.digits", "measure.digits", "measure.own", "train.rl.rewards.pictures")
-RAY = ("cluster", "model.actors")
+RAY = ("cluster", "model.actors", "train.tune")
 PYTORCH = ("torch", "safetensors", "transformers")
 # They travel with checkpoints and are never imported.
 EXPORTED = ("weights.modeling_mmada", "weights.modeling_magvitv2")
@@ -141,6 +142,8 @@ def test_libraries_stay_where_they_belong(module):
             assert module == "train.rl.rewards.verifier" and in_function, where
         if library == "ray":
             assert module in RAY and in_function, where
+        if library == "optuna":
+            assert module == "train.tune" and in_function, where
         if library in ("jax", "jaxlib", "flax"):
             assert top not in NO_JAX, where
         if lean(module):

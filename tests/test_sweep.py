@@ -299,6 +299,20 @@ def test_a_trial_that_a_killed_sweep_left_is_not_started_twice(run, hold, tmp_pa
     assert code == 0
 
 
+def test_a_trial_that_still_runs_is_waited_for(tmp_path, capsys):
+    folder = tmp_path / "trial-000-lr-0.1"
+    folder.mkdir()
+    with sweep.lock_trial(folder, 0):
+        still_runs = f"the trial in {folder} still runs .taken by process"
+        with pytest.raises(ValueError, match=still_runs), sweep.lock(tmp_path, patience=0.3):
+            pass
+        assert capsys.readouterr().out.startswith(
+            "waiting for trial-000-lr-0.1, which a killed sweep has left"
+        )
+    with sweep.lock(tmp_path, patience=0):
+        pass
+
+
 def test_another_sweep_is_refused(run, tmp_path):
     assert run("h.sweep('optim.lr', [0.1])")[1] == 0
     before = sorted(tmp_path.rglob("*"))

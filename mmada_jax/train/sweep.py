@@ -1,37 +1,34 @@
-"""Sweeps: what is varied, the trials that follow, running them, and tables of their results.
+"""Sweeps: what is varied, and the trials that follow.
 
 Each trial is a run of `mmada train`, or of another program with its flags, in a folder and a process of its
-own; FOLDER/trial.json remembers how far it came.
+own; FOLDER/trial.json remembers how far it came. running.py runs them on this machine, tune.py by Ray Tune.
 """
 
 import contextlib
 import copy
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import math
-import os
-import pathlib
 import re
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+import numpy as np
+
+from mmada_jax import storage
 from mmada_jax.config import load_module, set_key, to_dict, unknown_key
 from mmada_jax.files import read_json
 from mmada_jax.storage import write_whole
 from mmada_jax.train import metrics
 from mmada_jax.train.runs import parse
-from mmada_jax.weights.workdir import locked
+from mmada_jax.weights.workdir import LOCK
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 # What trains, as words for the Python interpreter.
 TRAIN = ("-m", "mmada_jax.programs.command", "train")
+# Statuses of trials that aren't run again.
+ENDED = ("done", "stopped early")
 
 Overrides = dict[str, Any]
 
@@ -92,6 +89,188 @@ def get_sweep(path: str) -> list[Overrides]:
     return trials
 
 
+# ---- What is searched ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, both included: by `log` as many below as above their geometric mean;
+    integers if they are `whole`; otherwise of four digits, since folders are named after them."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+    @property
+    def ends(self) -> list[Any]:
+        """The values to check a configuration with."""
+        return [self.low, self.high]
+
+    def draw(self, rng: np.random.Generator) -> float:
+        """A random value."""
+        if self.whole:
+            return int(rng.integers(self.low, self.high, endpoint=True))
+        if self.log:
+            return self.fit(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
+        return self.fit(rng.uniform(self.low, self.high))
+
+    def fit(self, value: float) -> float:
+        """The nearest value of the range. Raises ValueError if `value` lies outside."""
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{value} isn't from {self.low} to {self.high}")
+        if self.whole:
+            return int(value)
+        return min(max(float(f"{value:.4g}"), self.low), self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+
+    @property
+    def ends(self) -> list[Any]:
+        """The values to check a configuration with: all of them."""
+        return list(self.values)
+
+    def draw(self, rng: np.random.Generator) -> Any:
+        """A random value."""
+        return self.values[rng.integers(len(self.values))]
+
+    def fit(self, value: Any) -> Any:
+        """The value of the choice that a configuration holds as `value`. Raises ValueError if none is."""
+        for known in self.values:
+            if json.dumps(known) == json.dumps(value) or known == value:
+                return known
+        raise ValueError(f"{value!r} is none of {', '.join(map(repr, self.values))}")
+
+
+Domains = Mapping[str, Range | Choice]
+
+
+class Space:
+    """What get_space(s) describes a search with: a dict from keys to what their values are drawn from."""
+
+    @staticmethod
+    def uniform(low: float, high: float) -> Range:
+        """Numbers from `low` to `high`."""
+        return _range("uniform", low, high)
+
+    @staticmethod
+    def log_uniform(low: float, high: float) -> Range:
+        """Numbers from `low`, which is above 0, to `high`: as many below as above their geometric mean."""
+        return _range("log_uniform", low, high, log=True)
+
+    @staticmethod
+    def integer(low: int, high: int) -> Range:
+        """Integers from `low` to `high`, both included."""
+        return _range("integer", low, high, whole=True)
+
+    @staticmethod
+    def choice(values: Sequence[Any]) -> Choice:
+        """One of `values`."""
+        values = tuple(values)
+        if not values or any(values.index(value) != i for i, value in enumerate(values)):
+            raise ValueError(f"choice({list(values)}): it needs values, each of them once")
+        return Choice(values)
+
+
+def _range(name: str, low: float, high: float, log: bool = False, whole: bool = False) -> Range:
+    kinds = (int,) if whole else (int, float)
+    right = all(type(end) in kinds and math.isfinite(end) for end in (low, high))
+    if not right or low >= high or (log and low <= 0):
+        must = ["", "integers, "][whole] + ["", "above 0, "][log]
+        raise ValueError(
+            f"{name}({low!r}, {high!r}): the ends must be {must}finite, and the first the lower"
+        )
+    return Range(low, high, log, whole)
+
+
+def get_space(path: str) -> dict[str, Range | Choice]:
+    """The domains that the get_space of a config file describes."""
+    module = load_module(path)
+    if not hasattr(module, "get_space"):
+        raise ValueError(f"{path} has no get_space(s); see mmada sweep --help")
+    space = module.get_space(Space)
+    right = isinstance(space, dict) and all(isinstance(domain, Range | Choice) for domain in space.values())
+    if not right or not space:
+        raise ValueError(
+            f"get_space of {path} returns {space!r}; it must be a dict from config keys to what "
+            "uniform, log_uniform, integer and choice give, not empty"
+        )
+    return space
+
+
+def check_space(config: dict[str, Any], space: Domains, for_all: Overrides, trials: int) -> None:
+    """Raises ValueError if a configuration doesn't take an end or a choice of the space, or if the space
+    has fewer than `trials` different settings. Each key is tried alone: the others are as in `config`."""
+    known = _flat(to_dict(parse(config)))
+    for key, domain in space.items():
+        for value in domain.ends:
+            _configured(config, {key: value}, known, for_all, f"get_space ({key}={value})")
+    sizes = [
+        len(domain.ends)
+        if isinstance(domain, Choice)
+        else domain.high - domain.low + 1
+        if domain.whole
+        else math.inf
+        for domain in space.values()
+    ]
+    if math.prod(sizes) < trials:
+        raise ValueError(f"--trials is {trials}; get_space has only {math.prod(sizes)} different settings")
+
+
+def draw(space: Domains, number: int, seed: int, attempt: int = 0) -> Overrides:
+    """Random settings, which depend on nothing but what is given."""
+    rng = np.random.default_rng((seed, number, attempt))
+    return {key: domain.draw(rng) for key, domain in space.items()}
+
+
+def fresh(known: Sequence[Overrides], make: Callable[[int], Overrides]) -> Overrides:
+    """The first of make(0), make(1), ... that isn't known. Raises ValueError if there seems to be none."""
+    for attempt in range(1000):
+        if (settings := make(attempt)) not in known:
+            return settings
+    raise ValueError(f"no new settings were found beside {len(known)}; lower --trials or widen get_space")
+
+
+def draw_sweep(space: Domains, trials: int, seed: int) -> list[Overrides]:
+    """Random settings of so many trials. More trials begin with the same ones."""
+    sweep: list[Overrides] = []
+    for number in range(trials):
+        sweep.append(fresh(sweep, lambda attempt, n=number: draw(space, n, seed, attempt)))
+    return sweep
+
+
+def begun(workdir: storage.Path, space: Domains) -> list[Overrides]:
+    """The settings of the trials that a workdir holds, by their trial.json.
+
+    Folders without one are what a sweep leaves that is killed before it begins a trial; they are removed if
+    nothing was written there. Raises ValueError if a trial is missing, or lies outside the space."""
+    sweep: list[Overrides] = []
+    folders = [folder for folder in workdir.glob("trial-*") if re.match(r"trial-\d+-", folder.name)]
+    for folder in sorted(folders, key=lambda folder: int(folder.name.split("-")[1])):
+        number = len(sweep)
+        if not (folder / "trial.json").is_file():
+            for path in folder.glob("trial.json.*.tmp"):
+                path.unlink()
+            with contextlib.suppress(OSError):  # it isn't empty; check_unchanged says so
+                folder.rmdir()
+            continue
+        if not folder.name.startswith(f"trial-{number:03}-"):
+            raise ValueError(f"{workdir} lacks trial-{number:03}; put it back, or choose an empty workdir")
+        config = read_json(folder / "trial.json", dict, keys=("config",))["config"]
+        try:
+            sweep.append({key: domain.fit(config[key]) for key, domain in space.items()})
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{folder} holds a trial outside of get_space ({error}); choose an empty workdir"
+            ) from error
+    return sweep
+
+
 # ---- Trials --------------------------------------------------------------------------------------
 
 
@@ -100,7 +279,7 @@ class Trial:
     """One run. `config` is its whole configuration, with dots between groups and keys; `command` has the
     words for the Python interpreter. FOLDER/trial.json keeps the status between runs of the sweep."""
 
-    folder: pathlib.Path
+    folder: storage.Path
     overrides: Overrides
     config: Overrides
     command: list[str]
@@ -119,10 +298,14 @@ class Trial:
         write_whole(self.folder / "trial.json", text)
 
     @property
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of the metrics."""
+        return metrics.read(self.folder / "metrics.jsonl")
+
+    @property
     def values(self) -> dict[str, float]:
-        """The last row of the metrics."""
-        rows = metrics.read(self.folder / "metrics.jsonl")
-        return rows[-1] if rows else {"step": 0}
+        """The last step and the last value of each metric."""
+        return {"step": 0} | {name: value for row in self.rows for name, value in row.items()}
 
     @property
     def share(self) -> float:
@@ -133,7 +316,7 @@ class Trial:
 def plan(
     config: dict[str, Any],
     sweep: list[Overrides],
-    workdir: pathlib.Path,
+    workdir: storage.Path,
     program: Sequence[str],
     for_all: Overrides,
 ) -> list[Trial]:
@@ -146,19 +329,7 @@ def plan(
     known, trials = _flat(to_dict(parse(config))), []
     for number, overrides in enumerate(sweep):
         named = ", ".join(f"{key}={value}" for key, value in overrides.items())
-        changed = copy.deepcopy(config)
-        for key, value in overrides.items():
-            if isinstance(value, dict):
-                raise ValueError(unknown_key(key, list(known)))
-            if key in for_all:
-                raise ValueError(f"{key} is varied by the sweep; leave out --config.{key}")
-            set_key(changed, key, value)
-        try:
-            flat = json.loads(json.dumps(_flat(to_dict(parse(changed)))))
-        except (ValueError, TypeError) as error:
-            if unknown := set(overrides) - set(known):
-                raise ValueError(unknown_key(min(unknown), list(known))) from error
-            raise ValueError(f"trial {number} ({named}): {error}") from error
+        flat = _configured(config, overrides, known, for_all, f"trial {number} ({named})")
         for other in trials:
             if other.config == flat:
                 raise ValueError(f"trial {number} ({named}) is the same as {other.folder.name}; drop one")
@@ -169,7 +340,26 @@ def plan(
     return trials
 
 
-def check_unchanged(workdir: pathlib.Path, trials: list[Trial]) -> None:
+def _configured(
+    config: dict[str, Any], overrides: Overrides, known: Overrides, for_all: Overrides, what: str
+) -> Overrides:
+    """The whole configuration with some overrides. Raises ValueError, with `what`, if they don't fit."""
+    changed = copy.deepcopy(config)
+    for key, value in overrides.items():
+        if isinstance(value, dict):
+            raise ValueError(unknown_key(key, list(known)))
+        if key in for_all:
+            raise ValueError(f"{key} is varied by the sweep; leave out --config.{key}")
+        set_key(changed, key, value)
+    try:
+        return json.loads(json.dumps(_flat(to_dict(parse(changed)))))
+    except (ValueError, TypeError) as error:
+        if unknown := set(overrides) - set(known):
+            raise ValueError(unknown_key(min(unknown), list(known))) from error
+        raise ValueError(f"{what}: {error}") from error
+
+
+def check_unchanged(workdir: storage.Path, trials: list[Trial]) -> None:
     """Raises ValueError if `workdir` holds trials of another sweep or of another configuration."""
     remedy = "choose an empty workdir, or delete that folder"
     folders = [trial.folder for trial in trials]
@@ -194,144 +384,49 @@ def _flat(config: dict[str, Any], path: str = "") -> Overrides:
     return flat
 
 
-# ---- Running -------------------------------------------------------------------------------------
-
-
-def run(trials: list[Trial], workdir: pathlib.Path, parallel: int, metric: str, held: TextIO) -> int:
-    """Runs the trials that aren't done, `parallel` of them at a time, and returns the exit status.
-
-    The processes of the trials keep the file `held` open, and with it the lock of the workdir.
-    """
-    waiting = [trial for trial in trials if trial.record["status"] != "done"]
-    running: list[tuple[Trial, subprocess.Popen, float]] = []
-    begun, share_before = time.monotonic(), sum(trial.share for trial in trials)
-
-    def tell(trial, what):
-        gained = sum(trial.share for trial in trials) - share_before
-        left = sum(1 - trial.share for trial in (*waiting, *(trial for trial, *_ in running)))
-        eta = metrics.duration((time.monotonic() - begun) * left / gained) if gained > 0 else "unknown"
-        ended = len(trials) - len(waiting) - len(running)
-        print(f"[{ended}/{len(trials)}] {trial.folder.name} {what}; ETA {eta}", flush=True)
-
-    if len(waiting) < len(trials):
-        print(f"{len(trials) - len(waiting)} of {len(trials)} trials are done already", flush=True)
-    write_tables(workdir, trials, metric)
-    with _signals() as received:
-        passed_on = 0
-        try:
-            while running or (waiting and not received):
-                while waiting and len(running) < parallel and not received:
-                    trial = waiting.pop(0)
-                    running.append((trial, _start(trial, held), time.monotonic()))
-                    at = trial.values["step"]
-                    tell(trial, f"continues at step {at}" if at else "starts")
-                time.sleep(0.1)
-                if len(received) > passed_on:
-                    passed_on = len(received)
-                    for _, process, _ in running:
-                        process.terminate()
-                for ended in [entry for entry in running if entry[1].poll() is not None]:
-                    running.remove(ended)
-                    trial, process, since = ended
-                    tell(trial, _end(trial, process.returncode, time.monotonic() - since, metric))
-                    write_tables(workdir, trials, metric)
-        finally:  # after an error of our own; otherwise nothing runs any more
-            for _, process, _ in running:
-                process.terminate()
-            for _, process, _ in running:
-                process.wait()
-    not_done = sum(trial.record["status"] != "done" for trial in trials)
-    print(f"{len(trials) - not_done} of {len(trials)} trials are done: {workdir / 'results.md'}")
-    if received:
-        print("run again to resume")
-        return 128 + received[0]
-    return 1 if not_done else 0
-
-
-def _start(trial: Trial, held: TextIO) -> subprocess.Popen:
-    trial.folder.mkdir(parents=True, exist_ok=True)
-    trial.note("running")
-    # The package may lie in a folder that isn't installed.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with (trial.folder / "log.txt").open("a") as log:
-        return subprocess.Popen(
-            [sys.executable, *trial.command],
-            env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[held.fileno()],
-            start_new_session=True,  # a terminal's Ctrl-C would end it without a checkpoint
-        )
-
-
-def _end(trial: Trial, code: int, seconds: float, metric: str) -> str:
-    """Records how a trial ended, and says it."""
-    values, steps, name = trial.values, trial.config["steps"], metric.removeprefix("-")
-    if code == 0 and values["step"] >= steps:
-        trial.note("done", seconds)
-        result = f"{name} {values[name]:.4g}" if name in values else (
-            f"but its metrics have no {name!r}, only {', '.join(values)}")  # fmt: skip
-        return f"is done in {metrics.duration(trial.record['seconds'])}, {result}"
-    if code in (0, -signal.SIGTERM):
-        trial.note("stopped", seconds)
-        return f"stopped at step {values['step']}/{steps}"
-    trial.note("failed", seconds)
-    log = trial.folder / "log.txt"
-    lines = log.read_text(errors="replace").split("\n")
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-    how = f"exit status {code}" if code > 0 else signal.Signals(-code).name
-    return f"failed ({how}): {last} (all in {log})"
+# ---- The workdir ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that grows by each signal that asks to stop."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda n, _: received.append(n))
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def lock(workdir: storage.Path, patience: float = 60) -> Iterator[TextIO]:
+    """Makes the workdir and locks it. Raises ValueError if a sweep is running there, or a trial that a
+    killed sweep has left. Those of Ray get a signal then to save and end; they have `patience` seconds."""
+    with storage.locked(workdir / "lock", f"a sweep or a trial is running in {workdir}") as held:
+        until = time.monotonic() + patience
+        for folder in sorted(workdir.glob("trial-*")):
+            if (folder / _lock_name(folder)).exists():
+                with lock_trial(folder, until - time.monotonic()):
+                    pass
+        yield held
 
 
-def lock(workdir: pathlib.Path) -> contextlib.AbstractContextManager[TextIO]:
-    """Makes the workdir and locks it; raises ValueError if a sweep is running there, or a trial that a
-    killed sweep has left."""
-    return locked(workdir / "lock", f"a sweep or a trial is running in {workdir}")
+def _lock_name(folder: storage.Path) -> str:
+    """What a trial holds while it runs: a file that its process keeps open; in a bucket, where no process
+    can inherit it, the lease of its workdir."""
+    return LOCK if storage.in_bucket(folder) else "trial.lock"
 
 
-# ---- Tables --------------------------------------------------------------------------------------
-
-
-def write_tables(workdir: pathlib.Path, trials: list[Trial], metric: str) -> None:
-    """results.csv and results.md: what is done first, by the metric."""
-    name, sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
-    rows = []
-    for trial in trials:
-        record = trial.record
-        facts = {"status": record["status"], "minutes": round(record["seconds"] / 60, 2)}
-        rows.append({"trial": trial.folder.name, **trial.overrides, **facts, **trial.values})
-
-    def order(row):
-        value = row.get(name, math.nan)
-        return row["status"] != "done", math.isnan(value), sign * value
-
-    rows.sort(key=order)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    write_whole(workdir / "results.csv", text.getvalue())
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[_cell(row.get(column, "")) for column in columns] for row in rows]
-    write_whole(workdir / "results.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+@contextlib.contextmanager
+def lock_trial(folder: storage.Path, patience: float) -> Iterator[TextIO | None]:
+    """Locks the folder of a trial, and says so if it has to wait for it; in a bucket the trial does it
+    itself. Raises ValueError if it stays busy for `patience` seconds."""
+    until, told, held = time.monotonic() + patience, False, None
+    where, busy = folder / _lock_name(folder), f"the trial in {folder} still runs"
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                if storage.in_bucket(folder):
+                    storage.refuse_locked(where, busy)
+                else:
+                    held = stack.enter_context(storage.locked(where, busy))
+                break
+            except ValueError:
+                if time.monotonic() > until:
+                    raise
+            if not told:
+                print(
+                    f"waiting for {folder.name}, which a killed sweep has left, to save and end", flush=True
+                )
+                told = True
+            time.sleep(0.2)
+        yield held
