@@ -204,11 +204,12 @@ class Bucket(os.PathLike[str]):
                 return b""
             raise
 
-    def open(self, mode: str = "rb", block: int = BLOCK) -> io.BufferedIOBase:
-        """The object as a file to read: in requests of at least `block` bytes, or of what is asked for."""
+    def open(self, mode: str = "rb", block: int = BLOCK, size: int | None = None) -> io.BufferedIOBase:
+        """The object as a file to read: in requests of at least `block` bytes, or of what is asked for.
+        Without its `size` it is asked for."""
         if mode != "rb":
             raise ValueError(f"{self} can be opened to be read (rb), not as {mode!r}")
-        raw = _Reading(self)
+        raw = _Reading(self, int(self.info()["size"]) if size is None else size)
         return io.BufferedReader(raw, block) if block else raw
 
     # ---- Writing ---------------------------------------------------------------------------------
@@ -316,8 +317,8 @@ def _stat(item: Mapping[str, Any]) -> os.stat_result:
 class _Reading(io.RawIOBase):
     """The bytes of an object, a request for each read."""
 
-    def __init__(self, path: Bucket):
-        self._path, self._at, self._size = path, 0, int(path.info()["size"])
+    def __init__(self, path: Bucket, size: int):
+        self._path, self._at, self._size = path, 0, size
         self.name = str(path)
 
     def readable(self) -> bool:
@@ -406,14 +407,14 @@ def _told(
     except Exception as error:  # of gcsfs, aiohttp, google.auth or requests
         if not isinstance(error, also) and not _of_network(error):
             raise
-        raise _failure(path, error, seconds) from error
+        raise failure(path, error, seconds) from error
 
 
 def _of_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests", "fsspec")
 
 
-def _failure(path: Bucket, error: Exception, seconds: float) -> OSError:
+def failure(path: Bucket, error: Exception, seconds: float) -> OSError:
     """What an error of a request means to the user."""
     code = getattr(error, "code", None)
     code = int(code) if str(code).isdigit() else 0
