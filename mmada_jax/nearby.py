@@ -73,6 +73,11 @@ def look(path: Bucket) -> Facts | None:
     return _facts[str(path)]
 
 
+def remember(path: str, known: Facts) -> None:
+    """Takes over the facts of an object from another process, if there are none of it."""
+    _facts.setdefault(path, known)
+
+
 def look_at(folder: str, names: Iterable[str]) -> list[Facts | None]:
     """The facts of some objects in a folder as they are now. The folder is listed once; what doesn't lie
     directly in it is asked for."""

@@ -216,6 +216,21 @@ def upload(folder, name):
     return target
 
 
+@contextlib.contextmanager
+def fresh_cache(folder):
+    """This process's copies of what it reads lie below a folder, and it knows nothing of objects."""
+    from mmada_jax import nearby
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        for name in (nearby.FOLDER, nearby.GIB):
+            patch.setenv(name, "")  # so that it is put back whatever a test does
+            patch.delenv(name)
+        patch.setattr(nearby, "_facts", {})
+        patch.setattr(nearby, "_full", {})
+        yield
+
+
 def environment(proxy, **more):
     """The environment of a program under test."""
     return os.environ | variables(proxy.port) | more

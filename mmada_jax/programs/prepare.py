@@ -48,6 +48,7 @@ def parser() -> Parser:
         "--max_skipped", type=float, default=0.01, metavar="SHARE",
         help="give up if more of the records than this can't be used (default: 0.01)",
     )  # fmt: skip
+    top.add_argument("--cache_dir", default="", metavar="FOLDER", help="keep what is read of a bucket")
     return top
 
 
@@ -55,9 +56,11 @@ def main(argv: list[str]) -> None:
     """Prepares, and says what came of it."""
     options = vars(parser().parse_args(argv))
     quiet()
+    from mmada_jax import nearby
     from mmada_jax.data import sources
     from mmada_jax.model.prepare import prepare
 
+    nearby.use(options.pop("cache_dir"), 50)
     of_source = {name: options.pop(name) for name in ("format", "path", "split", "resize", *FIELDS)}
     out = options.pop("out")
     report, skips = prepare(sources.SourceConfig(**of_source), out, **options)

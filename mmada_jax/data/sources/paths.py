@@ -25,6 +25,7 @@ UNREAD_IMAGES = (
 # Largest sizes in bytes of an image file, and of a caption or a line of a side file.
 MAX_IMAGE, MAX_TEXT = 64 << 20, 1 << 20
 
+_PATTERN = re.compile(r"[*?\[]")  # what a glob pattern has and a name hasn't
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 # Signatures of formats: offset, bytes at this offset, format.
@@ -65,24 +66,26 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
     plain = [
         str(path)
         for path, name in zip(paths, names, strict=True)
-        if isinstance(path, Bucket) and not re.search(r"[*?]", name)
+        if isinstance(path, Bucket) and not _PATTERN.search(name)
     ]
     is_object = dict(zip(plain, nearby.each(lambda path: nearby.look(Bucket(path)), plain), strict=True))
     for path, name in zip(paths, names, strict=True):
         path = path if isinstance(path, Bucket) else storage.path(os.path.abspath(path))
-        is_pattern, inside = bool(re.search(r"[*?\[]", name)), [str(path)]
+        is_pattern, inside = bool(_PATTERN.search(name)), [str(path)]
+        matching = _matches(path, name) if is_pattern and isinstance(path, Bucket) else []
         if is_object.get(str(path)):
             pass
-        elif is_pattern and isinstance(path, Bucket) and (re.search(r"[*?]", name) or not path.is_dir()):
-            inside = _matches(path, name)
-        elif is_pattern and not path.exists():
+        elif matching:
+            inside = matching
+        elif is_pattern and not isinstance(path, Bucket) and not path.exists():
             inside = glob.glob(os.path.join(glob.escape(os.path.abspath(root)), name), recursive=True)
             inside = sorted(file for file in inside if os.path.isfile(file))
         elif pattern and path.is_dir():
             inside = _files_below(path, pattern)
             path = path / pattern
-        elif not (path.is_dir() if isinstance(path, Bucket) else path.exists()):
-            raise FileNotFoundError(storage.nothing_at(path))
+        elif not (path.is_dir() if str(path) in is_object else path.exists()):
+            why = f"no file matches {path}" if is_pattern else storage.nothing_at(path)
+            raise FileNotFoundError(why)
         if not inside:
             raise FileNotFoundError(f"no file matches {path}")
         found += inside
@@ -101,7 +104,7 @@ def _matches(pattern: Bucket, name: str) -> list[str]:
     """The objects that a pattern matches, as glob matches files. `name` is the end of the pattern, as it
     was given; what comes before it is no pattern."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    rest = parts[next(n for n, part in enumerate(parts) if re.search(r"[*?\[]", part)) :]
+    rest = parts[next(n for n, part in enumerate(parts) if _PATTERN.search(part)) :]
     folder = pattern.parents[len(rest) - 1]
     fits = re.compile("".join(_expression(rest)))
     there = [entry for entry in folder.list(recursive=len(rest) > 1) if entry.item]

@@ -16,6 +16,7 @@ from mmada_jax.bucket import PATIENCE, Bucket, failure
 from mmada_jax.data.sources.paths import start_of
 
 T = TypeVar("T")
+HOME = os.getpid()  # the process that has loaded this module, and not one that was forked of it
 TRIES = 3  # requests that are made for one record, one after the other, while none is answered
 
 
@@ -24,6 +25,7 @@ class Shard:
 
     def __init__(self, path: str):
         self._path = path
+        self._facts = nearby.facts(path) if storage.in_bucket(path) else None
         self._fresh()
         self._count = self._ask(lambda reader: reader.num_records())
 
@@ -32,10 +34,12 @@ class Shard:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_count": self._count}
+        return {name: vars(self)[name] for name in ("_path", "_facts", "_count")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        if self._facts:
+            nearby.remember(self._path, self._facts)
         self._fresh()
 
     def __len__(self) -> int:
@@ -53,16 +57,25 @@ class Shard:
                     raise
                 return self._ask(read)
         except RuntimeError as error:
-            if storage.in_bucket(self._path):
-                Bucket(self._path).info()  # tells what is wrong, if it is the object or the permission
+            if self._facts:
+                now = Bucket(self._path).info()  # tells what is wrong, if it is gone or can't be read
+                if str(now.get("generation")) != self._facts.generation:
+                    raise ValueError(f"{self._path} was written anew after it was opened") from error
             raise ValueError(_line(error)) from error
 
     def _ask(self, what: Callable[[Any], T]) -> T:
         if self._process != os.getpid():  # a child that was forked has no connections of its own yet
             self._fresh()
         near = nearby.nearest(self._path)
+        if storage.in_bucket(near) and os.getpid() != HOME:
+            raise ValueError(
+                f"{near} can't be read by a process that was forked: the library of ArrayRecord may crash "
+                "there; start processes by spawn, or keep copies in MMADA_CACHE_DIR"
+            )
         if storage.in_bucket(near):
-            return _within(PATIENCE, lambda: what(self._opened(near, near)), near)
+            # With the generation no other object is read. And without it a # in the name would begin one.
+            place = f"{near}#{self._facts.generation}" if self._facts else near
+            return _within(PATIENCE, lambda: what(self._opened(place, place)), near)
         # A copy that had to go and was fetched again is another file, and the old one still takes room.
         return what(self._opened(near, (near, os.stat(near).st_ino) if near != self._path else near))
 
