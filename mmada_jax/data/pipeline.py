@@ -258,7 +258,7 @@ class Turns:
         source = self.opened[task][name]
         number = layout.TASKS.index(task) if task in layout.TASKS else len(layout.TASKS)
         rng = np.random.default_rng([self.seed, number, position])
-        outages = 0
+        outages = set()
         for tried in range(1, TRIES + 1):
             try:
                 record = source[index]
@@ -272,9 +272,9 @@ class Turns:
                 last, why = error, error.why
             except Exception as error:  # libraries raise nearly everything for a record that is damaged
                 last, why = error, UNREADABLE
-                outages += storage.is_outage(error)
+                outages |= {index} if storage.is_outage(error) else set()
             skipped[f"{task}.{name}: {why}"] += 1
-            if outages == OUTAGES or tried == TRIES:
+            if len(outages) == min(OUTAGES, len(source)) or tried == TRIES:
                 break
             index = int(rng.integers(len(source)))
         raise ValueError(
