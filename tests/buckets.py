@@ -135,6 +135,8 @@ class Proxy:
             while head := await _head(reader):
                 first, headers = head
                 method, target, _ = first.split(" ", 2)
+                if headers.pop("Expect", None):  # the server would answer twice
+                    writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 body = await _body(reader, headers, of_request=True)
                 request = Request(method, target, headers)
                 self.requests.append(request)
@@ -214,21 +216,6 @@ def upload(folder, name):
     for relative, file in storage.files_below(pathlib.Path(folder)).items():
         (target / relative).write_bytes(file.path.read_bytes())
     return target
-
-
-@contextlib.contextmanager
-def fresh_cache(folder):
-    """This process's copies of what it reads lie below a folder, and it knows nothing of objects."""
-    from mmada_jax import nearby
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        for name in (nearby.FOLDER, nearby.GIB):
-            patch.setenv(name, "")  # so that it is put back whatever a test does
-            patch.delenv(name)
-        patch.setattr(nearby, "_facts", {})
-        patch.setattr(nearby, "_full", {})
-        yield
 
 
 def environment(proxy, **more):

@@ -1,10 +1,12 @@
 """Small files of every format, for the tests of what reads them."""
 
+import contextlib
 import io
 import json
 import tarfile
 
 import numpy as np
+import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
@@ -152,6 +154,22 @@ def write_every_format(root):
 def write_file(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
+
+
+@contextlib.contextmanager
+def fresh_cache(folder):
+    """This process's copies of what it reads lie below a folder, and it knows nothing of objects."""
+    from mmada_jax import bucket, nearby
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        for name in (nearby.FOLDER, nearby.GIB):
+            patch.setenv(name, "")  # so that it is put back whatever a test does
+            patch.delenv(name)
+        patch.setattr(nearby, "_facts", {})
+        patch.setattr(nearby, "_full", {})
+        bucket.unanswered.clear()
+        yield
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 16031000\n"

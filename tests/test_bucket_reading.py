@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from buckets import behind_proxy, fresh_cache, skip_without_server, upload
-from data_files import N, write_images, write_lines, write_prepared, write_shard, write_tar
+from buckets import behind_proxy, skip_without_server, upload
+from data_files import N, fresh_cache, write_images, write_lines, write_prepared, write_shard, write_tar
 
 from mmada_jax import bucket as bucket_lib
 from mmada_jax import nearby, storage
 from mmada_jax.data import pipeline
 from mmada_jax.data.records import Record, pack
-from mmada_jax.data.sources import SourceConfig, open_source, shards
+from mmada_jax.data.sources import SourceConfig, open_source
 
 skip_without_server()
 MB = 1 << 20
@@ -344,8 +344,7 @@ def test_a_folder_of_a_bucket_is_no_place_for_copies():
 @pytest.fixture
 def hurry(monkeypatch):
     """A tenth of the patience."""
-    for module in (bucket_lib, shards):
-        monkeypatch.setattr(module, "PATIENCE", 3)
+    monkeypatch.setattr(bucket_lib, "PATIENCE", 3)
 
 
 @pytest.fixture
@@ -373,6 +372,11 @@ def test_a_read_without_an_answer_ends(fault, two, proxy, hurry):
             source[1]
         assert time.monotonic() - began < 8 and "\n" not in str(error.value)
         assert storage.is_outage(error.value) and "gs://bkt/" in str(error.value)
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=r"no answer within|can't serve it now"):
+            source[2]
+        assert time.monotonic() - began < 2 and bucket_lib.unanswered.is_set()
+        bucket_lib.unanswered.clear()
     proxy.fails, proxy.delay = lambda request: None, 0.0
     assert [source[1].key for source in two] == ["r1", "x.jsonl:2"]
 

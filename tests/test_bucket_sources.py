@@ -4,18 +4,38 @@ import concurrent.futures
 import dataclasses
 import json
 import multiprocessing
+import os
 import pickle
+import time
 
 import numpy as np
 import pytest
-from buckets import BUCKET, behind_proxy, fresh_cache, skip_without_server, upload
-from data_files import DEEP, POINTER, N, picture, write_every_format
+from buckets import BUCKET, behind_proxy, skip_without_server, upload
+from data_files import (
+    DEEP,
+    POINTER,
+    N,
+    fresh_cache,
+    picture,
+    write_every_format,
+    write_images,
+    write_lines,
+)
 
-from mmada_jax import storage
+from mmada_jax import nearby, storage
+from mmada_jax.config import to_dict
 from mmada_jax.data import pipeline, sources
 from mmada_jax.data.records import pack
 from mmada_jax.data.sources import SourceConfig, open_source
 from mmada_jax.data.sources.paths import below
+from mmada_jax.ranges import without_effect
+from mmada_jax.train import own
+from mmada_jax.train.rl import prompts as prompts_lib
+from mmada_jax.train.rl import rollout
+from mmada_jax.train.rl.start import FIXED_GROUPS
+from mmada_jax.train.runs import parse
+from mmada_jax.train.supervised import FIXED, check_run, check_same
+from mmada_jax.weights.workdir import claim_workdir
 
 skip_without_server()
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -323,3 +343,87 @@ def test_an_object_that_is_written_anew_is_an_unreadable_record(disk, folder):
 def test_formats_that_are_tested_are_all(bucket):
     kinds = {config_of(name).format for name in CONFIGS}
     assert kinds == set(sources.FORMATS) - {"digits", "totals"}
+
+
+# ---- What runs read ------------------------------------------------------------------------------
+
+
+def test_prompts_of_a_bucket_are_those_of_a_disk(bucket, tmp_path, proxy):
+    rows = [{"prompt": f"What is {i}?", "answer": "it", "image": f"images/{i}.png"} for i in range(N)]
+    write_images(tmp_path / "rl/images")
+    write_lines(tmp_path / "rl/rows.jsonl", [*rows, {"prompt": "Why?", "answer": "so"}])
+    upload(tmp_path / "rl", "rl")
+    config = prompts_lib.PromptsConfig("rows.jsonl")
+    proxy.delay = 0.05
+    began = time.monotonic()
+    remote = prompts_lib.open_prompts(config, f"gs://{BUCKET}/rl")
+    assert time.monotonic() - began < N * proxy.delay  # images are looked at side by side
+    proxy.delay = 0.0
+    local = prompts_lib.open_prompts(config, tmp_path / "rl")
+    assert [(p.text, p.answer) for p in remote] == [(p.text, p.answer) for p in local]
+    for a, b in zip(remote[::5], local[::5], strict=True):
+        pixels = [np.asarray(rollout.read_image(prompt.image, (8, 8))) for prompt in (a, b)]
+        assert (a.image is None and b.image is None) or (pixels[0] == pixels[1]).all()
+    where = storage.path(f"gs://{BUCKET}/rl")
+    for image, why in (("no.png", r"line 1: it names the image gs://bkt/rl/no.png, which isn't there"),
+                       ("rows.jsonl", r"line 1: gs://bkt/rl/rows.jsonl.* cannot identify image"),
+                       ("gs://bkt/x.png", r"line 1: .* leads out of gs://bkt/rl")):  # fmt: skip
+        (where / "bad.jsonl").write_text(json.dumps(rows[0] | {"image": image}))
+        with pytest.raises((OSError, ValueError), match=why) as error:
+            prompts_lib.open_prompts(prompts_lib.PromptsConfig("bad.jsonl"), where)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"no prompts at gs://bkt/rl/no.jsonl"):
+        prompts_lib.open_prompts(prompts_lib.PromptsConfig("no.jsonl"), where)
+
+
+@pytest.mark.parametrize(
+    ("path", "format"),
+    [
+        ("prepared", "arrayrecord"), ("classes", "imagefolder"), ("tars/more", "webdataset"),
+        ("in", "jsonl"), ("llava.json", "llava"), ("bytes.parquet", "parquet"), ("tfds", "tfds"),
+    ],
+)  # fmt: skip
+def test_a_run_of_own_data_knows_the_format_of_a_bucket(path, format, bucket, disk):
+    found, local = (own.source_of(f"{root}/{path}") for root in (bucket, disk))
+    assert found["format"] == local["format"] == format and found.keys() == local.keys()
+    if format != "llava":  # whose images don't lie beside it
+        opened = [open_source(SourceConfig(**source)) for source in (found, local)]
+        assert contents(opened[0]) == contents(opened[1])
+
+
+def test_a_run_of_own_data_is_planned_from_a_bucket(bucket, disk):
+    plans = []
+    for root in (bucket, disk):
+        config = {"program": "own", "data": f"{root}/captioned"}
+        model, codec, told = own.configurations(config)
+        plans.append(json.dumps([model, codec, told]).replace(str(root), "ROOT"))
+    assert plans[0] == plans[1]
+    with pytest.raises(OSError, match=f"config.data: {bucket}/no doesn't exist; the nearest folder"):
+        own.configurations({"program": "own", "data": f"{bucket}/no"})
+
+
+@pytest.mark.parametrize("program", ["own", "model"])
+def test_copies_are_kept_where_the_configuration_says(program, bucket, tmp_path, smoke_config):
+    where = tmp_path / "copies"
+    config = {"program": "own", "data": f"{bucket}/captioned"} if program == "own" else smoke_config
+    check = own.configurations if program == "own" else lambda config: check_run(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"cache_dir 'gs://bkt/x' .*: name a folder of this machine"):
+        check(config | {"cache_dir": "gs://bkt/x"})
+    with pytest.raises(ValueError, match="cache_gib is 0"):
+        check(config | {"cache_dir": str(where), "cache_gib": 0.0})
+    if program == "own":
+        model, codec, _ = check(config | {"cache_dir": str(where), "cache_gib": 2.0})
+        assert {(c["cache_dir"], c["cache_gib"]) for c in (model, codec)} == {(str(where), 2.0)}
+        assert len(list(where.glob("*.copy"))) == 8  # four images, four captions
+    else:
+        nearby.use(str(where), 2.0)
+    assert os.environ[nearby.FOLDER] == str(where) and os.environ[nearby.GIB] == "2.0"
+
+
+def test_where_copies_are_kept_is_no_change_of_a_run(smoke_config, tmp_path):
+    run = parse(smoke_config)
+    claim_workdir(tmp_path, to_dict(run), None, {})
+    check_same(dataclasses.replace(run, cache_dir="/elsewhere", cache_gib=3.0, load_threads=7), tmp_path)
+    assert not {"cache_dir", "cache_gib", "load_threads"} & {*FIXED, *FIXED_GROUPS}
+    for line in without_effect(dataclasses.replace(run, cache_gib=3.0)):
+        assert line.startswith("cache_gib is 3.0, which has no effect: cache_dir is ''")

@@ -15,6 +15,7 @@ from mmada_jax.data.sources.paths import (
     below,
     find_files,
     find_folder,
+    read_file,
     stamp_of,
 )
 from mmada_jax.data.sources.rows import Columns, make_record
@@ -62,7 +63,10 @@ class ImageFolder(Records):
 
     def _read(self, index: int) -> Record:
         number, name, caption = self._files[index]
-        said = files.read_text(below(self._folder, caption), MAX_TEXT).strip() if caption else ""
+        said = ""
+        if caption:
+            path = below(self._folder, caption)
+            said = files.decode(read_file(path, limit=MAX_TEXT), path).strip()
         row = {"image": name, "text": said or self._texts[number]}
         return make_record(name, row, Columns(image=("image",), text=("text",)), self._folder)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mmada_jax import files, nearby, storage
-from mmada_jax.bucket import PATIENCE, Bucket, failure
+from mmada_jax.bucket import Bucket, failure, patience, unanswered
 from mmada_jax.data.sources.paths import start_of
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Shard:
         if storage.in_bucket(near):
             # With the generation no other object is read. And without it a # in the name would begin one.
             place = f"{near}#{self._facts.generation}" if self._facts else near
-            return _within(PATIENCE, lambda: what(self._opened(place, place)), near)
+            return _within(patience(), lambda: what(self._opened(place, place)), near)
         # A copy that had to go and was fetched again is another file, and the old one still takes room.
         return what(self._opened(near, (near, os.stat(near).st_ino) if near != self._path else near))
 
@@ -86,7 +86,7 @@ class Shard:
         if self._place == place:
             return self._reader
         # Of threads that come at the same time one opens it. If it gets no answer, another one tries.
-        held = self._lock.acquire(timeout=PATIENCE / TRIES / 2)
+        held = self._lock.acquire(timeout=patience() / TRIES / 2)
         try:
             if self._place != place:
                 # The buffer and the options are those by which the library's own source reads in any order.
@@ -117,6 +117,7 @@ def _within(seconds: float, do: Callable[[], T], path: str) -> T:
             value, error = answers.get(timeout=seconds / TRIES)
         except queue.Empty:
             continue
+        unanswered.clear()
         if error:
             raise error
         return value
