@@ -156,6 +156,12 @@ def write_file(path, data):
     path.write_bytes(data)
 
 
+def write_codes(folder):
+    for shard in range(2):
+        of_shard = [Record(f"r{i}", codes=np.arange(256), texts=(f"caption {i}",)) for i in range(100)]
+        write_shard(folder / f"{shard}.array_record", of_shard)
+
+
 @contextlib.contextmanager
 def fresh_cache(folder):
     """This process's copies of what it reads lie below a folder, and it knows nothing of objects."""
@@ -170,6 +176,22 @@ def fresh_cache(folder):
         patch.setattr(nearby, "_full", {})
         bucket.unanswered.clear()
         yield
+
+
+class Counted:
+    """The requests that come while the block runs: those that read bytes, and the others."""
+
+    def __init__(self, proxy):
+        self.proxy = proxy
+
+    def __enter__(self):
+        self.begin = len(self.proxy.requests)
+        return self
+
+    def __exit__(self, *_):
+        came = self.proxy.requests[self.begin :]
+        self.reads = [request for request in came if request.reads]
+        self.others = len(came) - len(self.reads)
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 16031000\n"
