@@ -263,6 +263,12 @@ def test_what_is_refused_is_told_at_once(two, proxy):
             assert "\n" not in str(error.value) and storage.is_outage(error.value) == (status == 403)
 
 
+def test_a_shard_that_cannot_be_opened_is_not_called_empty(two, proxy):
+    proxy.fails = lambda request: 403 if request.reads else None
+    with pytest.raises(OSError, match="permission is denied"):
+        open_source(SourceConfig(two[0].path))
+
+
 def test_a_short_outage_is_waited_for(two, proxy):
     failing = [503] * 2
     proxy.fails = lambda request: failing.pop() if failing else None

@@ -139,7 +139,9 @@ def open_shard(path: str, count: int | None, remedy: str) -> Shard:
         raise ValueError(
             f"{path} is no whole ArrayRecord ({_line(error) or 'truncated'}); {remedy}"
         ) from error
-    # A truncated file may open as an empty one.
+    # The library takes a truncated file, and an object that it gets no permission for, for an empty one.
+    if storage.in_bucket(path) and not len(shard) and count != 0:
+        Bucket(path).read_range(0, 1)
     if count is None and not len(shard):
         raise ValueError(f"{path} has no records: it is empty or truncated; {remedy}")
     if count is not None and len(shard) != count:
