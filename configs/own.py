@@ -31,4 +31,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
         "seed": 0,
         "max_skipped": 0.5,
         "data_may_change": False,
+        "cache_dir": "",
+        "cache_gib": 50.0,
     })  # fmt: skip

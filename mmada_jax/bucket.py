@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 import posixpath
-import urllib.parse
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ SCHEME = "gs://"
 PATIENCE = 50  # seconds that a request has, with all its repetitions, beside the time that its bytes take
 SLOW = 1 << 20  # bytes a second that every network has
 BLOCK = 8 << 20  # bytes that are fetched at once where a file is read from its beginning to its end
+unanswered = threading.Event()  # set while the last request wasn't answered
 
 
 class Bucket(os.PathLike[str]):
@@ -196,7 +197,7 @@ class Bucket(os.PathLike[str]):
         """The bytes from `at` on, `size` of them or as many as there are, in one request."""
         if size <= 0:
             return b""
-        end, seconds = at + size, PATIENCE + size / SLOW
+        end, seconds = at + size, patience() + size / SLOW
         try:
             return _ask(self, "cat_file", f"{self.bucket}/{self.key}", at, end, seconds=seconds)
         except OSError as error:
@@ -204,11 +205,12 @@ class Bucket(os.PathLike[str]):
                 return b""
             raise
 
-    def open(self, mode: str = "rb", block: int = BLOCK) -> io.BufferedIOBase:
-        """The object as a file to read: in requests of at least `block` bytes, or of what is asked for."""
+    def open(self, mode: str = "rb", block: int = BLOCK, size: int | None = None) -> io.BufferedIOBase:
+        """The object as a file to read: in requests of at least `block` bytes, or of what is asked for.
+        Without its `size` it is asked for."""
         if mode != "rb":
             raise ValueError(f"{self} can be opened to be read (rb), not as {mode!r}")
-        raw = _Reading(self)
+        raw = _Reading(self, int(self.info()["size"]) if size is None else size)
         return io.BufferedReader(raw, block) if block else raw
 
     # ---- Writing ---------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ class Bucket(os.PathLike[str]):
     def write_if(self, data: bytes, generation: int) -> int | None:
         """Writes the object if its generation is still this one; 0: if there is none. Returns the new
         generation, or None if another process was quicker. `data` must be small."""
-        where = f"{_fs().base.removesuffix('storage/v1/')}upload/storage/v1/b/{_quote(self.bucket)}/o"
+        where = f"{_fs().base.removesuffix('storage/v1/')}upload/storage/v1/b/{self.bucket}/o"
         about = json.dumps({"name": self.key}).encode()
         kinds = (b"application/json; charset=UTF-8", about), (b"application/octet-stream", data)
         parts = [b"--==0==\r\nContent-Type: %b\r\n\r\n%b\r\n" % part for part in kinds]
@@ -316,8 +318,8 @@ def _stat(item: Mapping[str, Any]) -> os.stat_result:
 class _Reading(io.RawIOBase):
     """The bytes of an object, a request for each read."""
 
-    def __init__(self, path: Bucket):
-        self._path, self._at, self._size = path, 0, int(path.info()["size"])
+    def __init__(self, path: Bucket, size: int):
+        self._path, self._at, self._size = path, 0, size
         self.name = str(path)
 
     def readable(self) -> bool:
@@ -382,6 +384,11 @@ def connect() -> None:
     logging.getLogger("google.auth").setLevel(logging.ERROR)
 
 
+def patience() -> float:
+    """Seconds that a read has. After one without an answer others have less: a run is to end soon then."""
+    return PATIENCE / 10 if unanswered.is_set() else PATIENCE
+
+
 def _call(path: Bucket, method: str, where: str, /, *args: str, **params: Any) -> Any:
     return _ask(path, "call", method, where, *args, **params)
 
@@ -399,6 +406,7 @@ def _told(
     """Turns the errors of requests, and those of the types `also`, into errors that users understand."""
     try:
         yield
+        unanswered.clear()
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from error
     except FileExistsError:
@@ -406,14 +414,14 @@ def _told(
     except Exception as error:  # of gcsfs, aiohttp, google.auth or requests
         if not isinstance(error, also) and not _of_network(error):
             raise
-        raise _failure(path, error, seconds) from error
+        raise failure(path, error, seconds) from error
 
 
 def _of_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests", "fsspec")
 
 
-def _failure(path: Bucket, error: Exception, seconds: float) -> OSError:
+def failure(path: Bucket, error: Exception, seconds: float) -> OSError:
     """What an error of a request means to the user."""
     code = getattr(error, "code", None)
     code = int(code) if str(code).isdigit() else 0
@@ -433,10 +441,8 @@ def _failure(path: Bucket, error: Exception, seconds: float) -> OSError:
         told = f"there was no answer within {seconds:.0f} s; look at the network and try again"
     else:
         told = f"the storage can't be reached ({said[0]:.120}); look at the network and try again"
+    if not code or code >= 500:
+        unanswered.set()
     failure = OSError(f"{path}: {told}")
     failure.errno, failure.code = errno.EIO, code
     return failure
-
-
-def _quote(name: str) -> str:
-    return urllib.parse.quote(name, safe="")

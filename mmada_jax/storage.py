@@ -171,6 +171,16 @@ def free_bytes(folder: Path) -> int | None:
     return None if isinstance(folder, Bucket) else shutil.disk_usage(folder).free
 
 
+def is_outage(error: BaseException | None) -> bool:
+    """Whether an error, or an error that caused it, says that a bucket has not served a request, though its
+    object may be there."""
+    while error is not None:
+        if isinstance(error, OSError) and hasattr(error, "code"):  # bucket.failure
+            return True
+        error = error.__cause__
+    return False
+
+
 def is_full(error: BaseException | None) -> bool:
     """Whether an error, or an error that caused it, says that the disk, a quota or a limit is full. The
     errors of libraries may have any type."""
@@ -208,9 +218,10 @@ def read_range(where: Path, at: int, size: int) -> bytes:
         os.close(file)
 
 
-def open_file(where: Path, block: int = bucket.BLOCK) -> io.BufferedIOBase:
-    """A file to read. Of a bucket so many bytes are asked for at once; 0: what is read."""
-    return where.open("rb", block) if isinstance(where, Bucket) else where.open("rb")
+def open_file(where: Path, block: int = bucket.BLOCK, size: int | None = None) -> io.BufferedIOBase:
+    """A file to read. Of a bucket so many bytes are asked for at once; 0: what is read. An object whose
+    `size` is given isn't asked for it."""
+    return where.open("rb", block, size) if isinstance(where, Bucket) else where.open("rb")
 
 
 # ---- Writing -------------------------------------------------------------------------------------

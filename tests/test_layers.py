@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = {
     "": "ranges bucket lease storage files nearby config progress cluster",
     "tokens": "vocab tokenizer layout",
-    "data": "records images digits totals sources.source sources.paths sources.rows sources.arrayrecord "
-    "sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds sources.webdataset "
-    "sources texts pipeline",
+    "data": "records images digits totals sources.source sources.paths sources.rows sources.shards "
+    "sources.arrayrecord sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds "
+    "sources.webdataset sources texts pipeline",
     "devices": "chips sharding distributed hlo",
     "kernels": "reference cpu tpu cached attention",
     "nets": "cache products int8 rope transformer lora vq clip blip lpips inception",

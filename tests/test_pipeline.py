@@ -14,7 +14,7 @@ from mmada_jax.data.pipeline import Pipeline, Shape, rows_per_task
 from mmada_jax.data.records import Record
 from mmada_jax.devices import sharding
 from mmada_jax.tokens import layout
-from mmada_jax.train import supervised
+from mmada_jax.train import pictures, supervised
 from tests.pipeline_toys import (  # noqa: F401
     CODES,
     MIXTURE,
@@ -296,7 +296,7 @@ def test_records_survive_packing():
 
 
 def test_canvases_are_functions_of_seed_and_step():
-    a, again, other = (pipeline.Canvases(5, seed).load for seed in (0, 0, 1))
+    a, again, other = (pictures.Canvases(5, seed).load for seed in (0, 0, 1))
     assert a(2).rows.shape == (5, 8, 16, 1)
     np.testing.assert_array_equal(a(2).rows, again(2).rows)
     np.testing.assert_array_equal(a(2, [1, 3]).rows, a(2).rows[[1, 3]])

@@ -19,11 +19,10 @@ from programs import Program
 
 from configs import vq
 from mmada_jax import config as config_lib
-from mmada_jax.data import pipeline
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import corrupt, loss
 from mmada_jax.serve.api import MMaDA
-from mmada_jax.train import metrics, optim
+from mmada_jax.train import metrics, optim, pictures
 from mmada_jax.train import supervised as train_lib
 from mmada_jax.train.runs import parse
 from mmada_jax.train.supervised import make_step, model_program, place_frozen, train
@@ -237,13 +236,13 @@ def tiny_vq(monkeypatch):
     NaN."""
     one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
     monkeypatch.setattr(sharding, "make_mesh", one)
-    bad, load = set(), pipeline.Canvases.load
+    bad, load = set(), pictures.Canvases.load
 
     def spoilt(self, step, which):
         loaded = load(self, step, which)
         return loaded._replace(rows=loaded.rows + np.float32(np.nan)) if step in bad else loaded
 
-    monkeypatch.setattr(pipeline.Canvases, "load", spoilt)
+    monkeypatch.setattr(pictures.Canvases, "load", spoilt)
     few = {"steps": 4, "batch_size": 8, "save_every": 1, "log_every": 1}
     config = vq.get_config("digits,smoke").to_dict() | few
     return config | {"optim": config["optim"] | {"max_skipped": 2}}, bad

@@ -25,7 +25,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmada_jax.data import digits, images, records, sources
+from mmada_jax import storage
+from mmada_jax.data import images, records, sources
 from mmada_jax.data.records import Record
 from mmada_jax.data.texts import text_of
 from mmada_jax.tokens import layout
@@ -34,8 +35,9 @@ from mmada_jax.tokens.vocab import Vocab
 
 T = TypeVar("T")
 
-# A source is given up after this number of unusable records in a row.
-TRIES = 100
+# A source is given up after this number of unusable records in a row, and after fewer that its bucket
+# hasn't served: each of those has taken up to a minute.
+TRIES, OUTAGES = 100, 3
 UNREADABLE = "unreadable"
 
 
@@ -223,6 +225,12 @@ class Turns:
                 of_sources.setdefault(task, {})[name] = values
         return {"seed": self.seed, "rows": dict(self.rows), "sources": of_sources}
 
+    @property
+    def from_bucket(self) -> bool:
+        """Whether any record is read from a bucket."""
+        opened = (source for of_task in self.opened.values() for source in of_task.values())
+        return any(getattr(source, "from_bucket", False) for source in opened)
+
     def __getstate__(self):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
@@ -250,7 +258,8 @@ class Turns:
         source = self.opened[task][name]
         number = layout.TASKS.index(task) if task in layout.TASKS else len(layout.TASKS)
         rng = np.random.default_rng([self.seed, number, position])
-        for _ in range(TRIES):
+        outages = set()
+        for tried in range(1, TRIES + 1):
             try:
                 record = source[index]
                 if record.codes is not None and not sources.codes_of(source):
@@ -263,10 +272,13 @@ class Turns:
                 last, why = error, error.why
             except Exception as error:  # libraries raise nearly everything for a record that is damaged
                 last, why = error, UNREADABLE
+                outages |= {index} if storage.is_outage(error) else set()
             skipped[f"{task}.{name}: {why}"] += 1
+            if len(outages) == min(OUTAGES, len(source)) or tried == TRIES:
+                break
             index = int(rng.integers(len(source)))
         raise ValueError(
-            f"{self._where(task, name)}: {TRIES} records, one after the other, can't be used: "
+            f"{self._where(task, name)}: {tried} records, one after the other, can't be used: "
             f"{str(last) if isinstance(last, ValueError) else repr(last)}"
         ) from last
 
@@ -394,23 +406,13 @@ class Pictures(Turns):
         return f"config.{task}.{name}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Canvases:
-    """Batches of canvases of digits, [rows, 8, 16, 1], which train the image tokenizer."""
-
-    rows: int
-    seed: int
-
-    def load(self, step: int, which: Sequence[int] | None = None) -> Loaded:
-        """The canvases with the numbers `which` of `step`. By default all canvases."""
-        of_digits = digits.open_records("reading", "train")
-        which = range(self.rows) if which is None else which
-        first = zlib.crc32(f"{self.seed}".encode()) + step * self.rows
-        picked = [of_digits[(first + row) % len(of_digits)].image for row in which]
-        return Loaded(np.stack(picked), {})
-
-
 # ---- Batches -------------------------------------------------------------------------------------
+
+
+def threads_of(asked: int, from_bucket: bool) -> int:
+    """How many threads load: as many as are asked for, or, for 0, two for files of this machine and 16 for
+    a bucket, whose answers take long and can be waited for side by side."""
+    return asked or (16 if from_bucket else 2)
 
 
 def iterate(

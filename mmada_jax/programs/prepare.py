@@ -55,6 +55,7 @@ def parser() -> Parser:
         "--max_skipped", type=float, default=0.01, metavar="SHARE",
         help="give up if more of the records than this can't be used (default: 0.01)",
     )  # fmt: skip
+    top.add_argument("--cache_dir", default="", metavar="FOLDER", help="keep what is read of a bucket")
     top.add_argument("--engine", choices=("plain", "ray"), default="plain", help="what writes the shards: "
                      "this process, one by one, or workers of a Ray cluster (default: plain)")  # fmt: skip
     of_ray = top.add_argument_group("options of --engine ray")
@@ -88,9 +89,11 @@ def main(argv: list[str]) -> None:
     if engine == "plain" and given:
         raise ValueError(f"{', '.join(given)}: only for --engine ray")
     quiet()
+    from mmada_jax import nearby
     from mmada_jax.data import sources
     from mmada_jax.model.prepare import Stopped, prepare
 
+    nearby.use(options.pop("cache_dir"), 50)
     if engine == "ray":
         from mmada_jax.model.actors import OnRay
 

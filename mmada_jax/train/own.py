@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from mmada_jax import config as config_lib
-from mmada_jax import storage
+from mmada_jax import nearby, storage
 from mmada_jax.data import images, records, sources
 from mmada_jax.data.texts import sample_texts, text_of
 from mmada_jax.nets import vq
-from mmada_jax.ranges import Count, Positive, Range, Ranged, Seed, Share
+from mmada_jax.ranges import Count, OnlyWith, Positive, Range, Ranged, Seed, Share
 from mmada_jax.tokens.tokenizer import TextTokenizer
 
 # Records that are looked at, and the share of them that a task needs at least. A row of a task is tried
@@ -76,6 +76,8 @@ class OwnRun(Ranged):
     seed: Seed = 0
     max_skipped: Share = 0.5  # share of records that may be unreadable
     data_may_change: bool = False  # whether a resumed run may have other data than before
+    cache_dir: str = ""  # a folder of this machine that keeps what is read of a bucket
+    cache_gib: Annotated[float, Range(0, 1_000_000, above=True), OnlyWith("cache_dir")] = 50.0
 
 
 class Look(NamedTuple):
@@ -102,6 +104,7 @@ def configurations(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
 
     Raises ValueError or OSError for data that can't be opened, and for data without a use."""
     run = config_lib.from_dict(OwnRun, config)
+    nearby.use(run.cache_dir, run.cache_gib)
     size, source = SIZES[run.size], source_of(run.data, run.format)
     try:
         opened = sources.open_source(sources.SourceConfig(**source))
@@ -255,7 +258,8 @@ def _text_lengths(run, size, data, opened):
 
 
 def _shared(run):
-    return {"max_skipped": run.max_skipped, "data_may_change": run.data_may_change}
+    names = ("max_skipped", "data_may_change", "cache_dir", "cache_gib")
+    return {name: getattr(run, name) for name in names}
 
 
 def _image_tokenizer(run, size, source, codec, side, grey):

@@ -7,7 +7,8 @@ The params are {"encoder", "decoder"}, and beside them what only training needs:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import dm_pix
@@ -17,7 +18,7 @@ import numpy as np
 
 from mmada_jax import config as config_lib
 from mmada_jax import storage
-from mmada_jax.data import pipeline
+from mmada_jax.data import digits, pipeline
 from mmada_jax.measure.held_out import grid
 from mmada_jax.model.vision import Vision
 from mmada_jax.nets import inception, lpips, vq
@@ -68,6 +69,23 @@ def codec_of(run: VQRun, workdir: storage.Path) -> vq.VQConfig:
     return config_lib.from_dict(vq.VQConfig, values, "model.")
 
 
+@dataclasses.dataclass(frozen=True)
+class Canvases:
+    """Batches of canvases of digits, [rows, 8, 16, 1], which train the image tokenizer."""
+
+    rows: int
+    seed: int
+    from_bucket = False
+
+    def load(self, step: int, which: Sequence[int] | None = None) -> pipeline.Loaded:
+        """The canvases with the numbers `which` of `step`. By default all canvases."""
+        of_digits = digits.open_records("reading", "train")
+        which = range(self.rows) if which is None else which
+        first = zlib.crc32(f"{self.seed}".encode()) + step * self.rows
+        picked = [of_digits[(first + row) % len(of_digits)].image for row in which]
+        return pipeline.Loaded(np.stack(picked), {})
+
+
 def program(run: VQRun, workdir: storage.Path, mesh: jax.sharding.Mesh, codec: vq.VQConfig) -> Program:
     """The program of an image tokenizer of that architecture. Raises where its data or what it starts from
     can't be opened, or don't fit."""
@@ -75,7 +93,7 @@ def program(run: VQRun, workdir: storage.Path, mesh: jax.sharding.Mesh, codec: v
     pixels = (i * codec.downsampling, j * codec.downsampling, codec.pixel_channels)
     tokens, start, evaluate = run.batch_size * i * j, None, None
     if not run.data:
-        rows = pipeline.Canvases(run.batch_size, run.seed)
+        rows = Canvases(run.batch_size, run.seed)
     else:
         rows = open_pictures(run, workdir, "data", run.batch_size, pixels)
         say_left_out(rows)
@@ -111,6 +129,7 @@ def program(run: VQRun, workdir: storage.Path, mesh: jax.sharding.Mesh, codec: v
         evaluate=evaluate,
         remark=remark,
         data=rows.description if run.data else {},
+        from_bucket=rows.from_bucket,
     )
 
 

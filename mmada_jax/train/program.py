@@ -46,7 +46,7 @@ class Program:
     `average` is that of `optim.averaged`, 0 for none. `evaluate` takes what is trained and what isn't, in
     a list, the step and the metrics; it gives values and shows samples in the metrics. `remark` takes a
     row of metrics and says what is wrong with it, if anything is. `data` describes the data; a resumed run
-    compares it with what it had before.
+    compares it with what it had before. `from_bucket` says whether records are read from a bucket.
     """
 
     objective: Objective
@@ -64,6 +64,7 @@ class Program:
     evaluate: Callable[[Any, int, Metrics], dict[str, float]] | None = None
     remark: Callable[[Mapping[str, float]], str | None] = lambda values: None
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    from_bucket: bool = False
 
     @property
     def texts(self) -> dict[str, str]:

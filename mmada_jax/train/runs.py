@@ -51,7 +51,12 @@ class Mesh(Ranged):
 
 @dataclasses.dataclass(frozen=True)
 class Run(Ranged):
-    """The fields of every training run. `batch_size` counts the rows of all processes together."""
+    """The fields of every training run. `batch_size` counts the rows of all processes together.
+
+    Each of `load_workers` processes loads by `load_threads` threads; without workers the run's own process
+    does. 0 threads are as many as the records need (`pipeline.threads_of`). What is read of a bucket is
+    kept in `cache_dir`, a folder of this machine, if there is one, up to `cache_gib` GiB.
+    """
 
     program: Literal["vq", "model"]
     steps: Positive
@@ -60,10 +65,10 @@ class Run(Ranged):
     save_every: Positive = 1000
     keep: Positive = 2
     log_every: Positive = 50
-    load_threads: Annotated[int, Range(1, 1024)] = 2
-    load_workers: Annotated[int, Range(0, 1024)] = (
-        0  # processes that load, each with its threads; 0: the threads alone
-    )
+    load_threads: Annotated[int, Range(0, 1024)] = 0
+    load_workers: Annotated[int, Range(0, 1024)] = 0
+    cache_dir: str = ""
+    cache_gib: Annotated[float, Range(0, 1_000_000, above=True), OnlyWith("cache_dir")] = 50.0
     max_skipped: Share = 0.01  # share of records that may be unreadable
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     mesh: Mesh = Mesh()

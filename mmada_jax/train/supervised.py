@@ -26,7 +26,7 @@ import optax
 from jax.experimental import multihost_utils
 
 from mmada_jax import config as config_lib
-from mmada_jax import storage
+from mmada_jax import nearby, storage
 from mmada_jax.data import pipeline
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import connect_axes, together, watch_signals
@@ -144,7 +144,8 @@ def train(config: Mapping[str, Any], workdir: storage.Name) -> TrainState:
         step_fn = make_step(objective, optimizer, mesh, shardings, program.accumulate, places)
         own = sharding.own_rows(mesh, run.batch_size)
         load = functools.partial(program.load, which=own)
-        batches = pipeline.iterate(load, first, run.steps, run.load_threads, run.load_workers)
+        threads = pipeline.threads_of(run.load_threads, program.from_bucket)
+        batches = pipeline.iterate(load, first, run.steps, threads, run.load_workers)
         skipped = pipeline.Skipped(run.max_skipped)
         metrics = Metrics(workdir, run.steps, first, program.flops_per_step, began)
         with contextlib.closing(batches), ThreadPoolExecutor(1) as ahead, metrics:
@@ -213,6 +214,7 @@ def check_run(
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rows(run, mesh)
     check_same(run, workdir)
+    nearby.use(run.cache_dir, run.cache_gib)
     if isinstance(run, ModelRun):
         to_train = vq_config and pictures.codec_of(parse(vq_config), workdir)
         what = plan(run, workdir, to_train, start=not has_step(workdir) or run.lora.rank > 0)
@@ -379,6 +381,7 @@ def model_program(
         **parts,
         evaluate=evaluate,
         data=data.description,
+        from_bucket=data.from_bucket,
     )
 
 

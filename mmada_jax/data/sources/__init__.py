@@ -6,8 +6,11 @@ ArrayRecord stay open, and support both.) Images stay encoded. A path that a fol
 names is read only if it lies below the folder of its source.
 """
 
+import shlex
+
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.data import digits, totals
 from mmada_jax.data.sources.arrayrecord import ArrayRecords
 from mmada_jax.data.sources.imagefolder import ImageFolder
@@ -55,6 +58,7 @@ def open_source(config: SourceConfig, root: str = "", with_images: bool = True) 
     if config.format == "totals":
         return totals.open_records(config.path, config.split)
     source = Llava(config, root, with_images) if config.format == "llava" else make(config, root)
+    source.from_bucket = _from_bucket(config, root)
     errors = []
     for index in np.linspace(0, len(source) - 1, 16).astype(int):
         try:
@@ -62,7 +66,14 @@ def open_source(config: SourceConfig, root: str = "", with_images: bool = True) 
             return source
         except ValueError as error:
             errors.append(error)
+            if storage.is_outage(error):
+                break
     raise ValueError(f"no record that was tried can be read; the first: {errors[0]}") from errors[0]
+
+
+def _from_bucket(config: SourceConfig, root: str) -> bool:
+    names = (config.path, config.image_root, config.captions)
+    return any(storage.in_bucket(storage.join(root, word)) for name in names for word in shlex.split(name))
 
 
 def codes_of(source: Source) -> int:

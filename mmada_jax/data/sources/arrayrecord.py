@@ -5,17 +5,18 @@ import posixpath
 
 import numpy as np
 
-from mmada_jax import files, nearby, storage
+from mmada_jax import nearby, storage
 from mmada_jax.data.records import Record, unpack
 from mmada_jax.data.sources.paths import (
     below,
     find_inputs,
+    is_folder,
     locate,
     read_json,
     relative_names,
     stamp_of,
-    start_of,
 )
+from mmada_jax.data.sources.shards import open_shard
 from mmada_jax.data.sources.source import Records, SourceConfig
 
 
@@ -25,7 +26,10 @@ class ArrayRecords(Records):
     def __init__(self, config: SourceConfig, root: str):
         paths, info, counts = find_inputs(config, root), {}, {}
         remedy = "fetch or write it again"
-        if len(paths) == 1 and not start_of(paths[0]) and storage.path(paths[0]).is_dir():
+        folders = [path for path in paths if is_folder(path)]
+        if folders and len(paths) > 1:
+            raise ValueError(f"{folders[0]} is a folder among several paths; make it a source of its own")
+        if folders:
             folder = paths[0]
             info = read_json(
                 f"{folder}/dataset.json",
@@ -40,9 +44,8 @@ class ArrayRecords(Records):
                 raise ValueError(f"{folder}/dataset.json doesn't add up; prepare the records again")
             paths = [below(folder, name) for name in counts]
             remedy = "delete it and run mmada prepare again"
-        for path, start in zip(paths, nearby.each(start_of, paths), strict=True):
-            if not start and storage.path(path).is_dir():
-                raise ValueError(f"{path} is a folder among several paths; make it a source of its own")
+            if storage.in_bucket(folder):
+                nearby.look_at(folder, counts)
         self._names = relative_names(paths)
         counted = lambda path: open_shard(path, counts.get(posixpath.basename(path)), remedy)  # noqa: E731
         self._shards = nearby.each(counted, paths)
@@ -59,27 +62,3 @@ class ArrayRecords(Records):
     def _read(self, index: int) -> Record:
         shard, row = locate(self._ends, index)
         return unpack(self._shards[shard][row])
-
-
-def open_shard(path: str, count: int | None, remedy: str):
-    """A reader of one shard. Raises ValueError if the shard isn't whole or doesn't have `count` records."""
-    import grain
-
-    # The library waits for a bucket that can't be reached, without an end, so this asks for the object
-    # first.
-    start = start_of(path)
-    if not start and not storage.path(path).is_file():
-        raise FileNotFoundError(f"the shard {path} is missing; {remedy}")
-    files.refuse_pointer(start, path)
-    try:
-        shard = grain.sources.ArrayRecordDataSource(nearby.nearest(path))
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is no whole ArrayRecord ({str(error) or 'truncated'}); {remedy}"
-        ) from error
-    # A truncated file may open as an empty one.
-    if count is None and not len(shard):
-        raise ValueError(f"{path} has no records: it is empty or truncated; {remedy}")
-    if count is not None and len(shard) != count:
-        raise ValueError(f"{path} has {len(shard)} records instead of {count}: it is truncated; {remedy}")
-    return shard

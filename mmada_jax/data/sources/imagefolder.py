@@ -3,7 +3,7 @@
 import collections
 import hashlib
 import posixpath
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mmada_jax import files, storage
 from mmada_jax.data.records import Record
@@ -15,6 +15,7 @@ from mmada_jax.data.sources.paths import (
     below,
     find_files,
     find_folder,
+    read_file,
     stamp_of,
 )
 from mmada_jax.data.sources.rows import Columns, make_record
@@ -28,7 +29,8 @@ class ImageFolder(Records):
 
     def __init__(self, config: SourceConfig, root: str):
         self._folder = find_folder(config, root)
-        inside = storage.scan(storage.path(self._folder))
+        scan = _scanner(self._folder)
+        inside = scan("")
         classes = sorted(e.name for e in inside if e.is_dir and e.name[0] != ".")
         labels = find_labels(config, root)
         self._texts = [name.replace("_", " ") for name in classes]
@@ -45,7 +47,7 @@ class ImageFolder(Records):
                 if not entry.is_dir and _is_image(entry.name):
                     ignored["image outside of the folders of classes"] += 1
         for number, name in enumerate(classes):
-            for path, size, caption, length in _images_below(self._folder, name, ignored):
+            for path, size, caption, length in _images_below(scan, name, ignored):
                 self._files.append((number, path, caption))
                 seen.update(f"{path}:{size}\n".encode(errors="replace"))
                 if caption:
@@ -61,20 +63,40 @@ class ImageFolder(Records):
 
     def _read(self, index: int) -> Record:
         number, name, caption = self._files[index]
-        said = files.read_text(below(self._folder, caption), MAX_TEXT).strip() if caption else ""
+        said = ""
+        if caption:
+            path = below(self._folder, caption)
+            said = files.decode(read_file(path, limit=MAX_TEXT), path).strip()
         row = {"image": name, "text": said or self._texts[number]}
         return make_record(name, row, Columns(image=("image",), text=("text",)), self._folder)
 
 
+def _scanner(folder: str) -> Callable[[str], list[storage.Place]]:
+    """A function that gives what lies directly in a folder below `folder`, by its name there. All that lies
+    in a bucket is listed at once."""
+    where = storage.path(folder)
+    if not storage.in_bucket(where):
+        return lambda name: storage.scan(where / name)
+    inside: dict[str, dict[str, storage.Place]] = collections.defaultdict(dict)
+    for path, file in storage.files_below(where).items():
+        around, _, name = path.rpartition("/")
+        inside[around][name] = storage.Place(name, False, True, False, file.size)
+        while around:
+            above, _, name = around.rpartition("/")
+            inside[above].setdefault(name, storage.Place(name, True, False))
+            around = above
+    return lambda name: list(inside[name].values())
+
+
 def _images_below(
-    folder: str, name: str, ignored: collections.Counter[str]
+    scan: Callable[[str], list[storage.Place]], name: str, ignored: collections.Counter[str]
 ) -> Iterator[tuple[str, int, str, int]]:
-    """(path below `folder`, size in bytes, path of the caption, its size) of each image at any depth below
-    the folder `name`, in order. The path is empty if there is no text file beside the image.
+    """(path, size in bytes, path of the caption, its size) of each image at any depth below the folder
+    `name`, in order. The path is empty if there is no text file beside the image.
 
     `ignored` counts the files that are left out. Hidden files are counted only if they are pictures.
     """
-    entries = sorted(storage.scan(storage.path(folder) / name), key=lambda entry: entry.name)
+    entries = sorted(scan(name), key=lambda entry: entry.name)
     stems = {entry.name.rpartition(".")[0] for entry in entries if _is_image(entry.name)}
     captions = {e.name[:-4]: e for e in entries if _suffix(e.name) == "txt" and e.name[:-4] in stems}
     beside = {entry.name for entry in captions.values()}
@@ -87,7 +109,7 @@ def _images_below(
             ignored["hidden file"] += _is_image(entry.name)
             continue
         if entry.is_dir and not entry.is_link:
-            yield from _images_below(folder, path, ignored)
+            yield from _images_below(scan, path, ignored)
         elif entry.is_dir:
             ignored["link to a folder"] += 1  # the link may lead to a folder above it
         elif not _is_image(entry.name):

@@ -7,9 +7,10 @@ import numpy as np
 from mmada_jax import files, nearby, storage
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
-    find_image_root,
+    find_image_roots,
     find_inputs,
     locate,
+    open_near,
     read_file,
     relative_names,
     stamp_of,
@@ -26,7 +27,7 @@ class JsonLines(Records):
     def __init__(self, config: SourceConfig, root: str):
         self._paths = find_inputs(config, root, "*.jsonl")
         self._names = relative_names(self._paths)
-        self._folders = [find_image_root(config, root, path) for path in self._paths]
+        self._folders = find_image_roots(config, root, self._paths)
         self._columns = choose_columns(
             config,
             None,
@@ -67,7 +68,7 @@ def _lines_of(path: str) -> np.ndarray:
 def _find_lines(path: str) -> np.ndarray:
     """The number (from 1), offset and size in bytes of each line that isn't blank, [n, 3]."""
     parts, at, number, left = [], 0, 1, b""  # `left` is the beginning of a line, at byte `at`
-    with storage.open_file(storage.path(nearby.nearest(path)), 16 << 20) as file:
+    with open_near(path, 16 << 20) as file:
         while True:
             block = file.read(16 << 20)
             data = left + block

@@ -5,7 +5,7 @@ from typing import Any
 
 from mmada_jax.data.records import LeftOut, Record
 from mmada_jax.data.sources.paths import (
-    find_image_root,
+    find_image_roots,
     find_inputs,
     read_json,
     relative_names,
@@ -24,9 +24,9 @@ class Llava(Records):
     def __init__(self, config: SourceConfig, root: str, with_images: bool = True):
         self._rows: list[tuple[str, str, dict]] = []
         ignored, paths = collections.Counter(), find_inputs(config, root, "*.json")
-        for path, name in zip(paths, relative_names(paths), strict=True):
+        folders = find_image_roots(config, root, paths)
+        for path, name, folder in zip(paths, relative_names(paths), folders, strict=True):
             rows = read_json(path, "expected a list of {image, conversations}", list)
-            folder = find_image_root(config, root, path)
             for number, row in enumerate(rows):
                 about = _about(row)
                 if about == ("one image" if with_images else "no image"):

@@ -1,15 +1,21 @@
 """Rows of Parquet files. A row group is read as a whole, and the groups that were read last are kept."""
 
 import collections
-import io
 import threading
 from typing import Any
 
 import numpy as np
 
-from mmada_jax import nearby, storage
+from mmada_jax import nearby
 from mmada_jax.data.records import Record
-from mmada_jax.data.sources.paths import find_image_root, find_inputs, locate, relative_names, stamp_of
+from mmada_jax.data.sources.paths import (
+    find_image_roots,
+    find_inputs,
+    locate,
+    open_near,
+    relative_names,
+    stamp_of,
+)
 from mmada_jax.data.sources.rows import choose_columns, make_record
 from mmada_jax.data.sources.source import Records, SourceConfig
 
@@ -23,7 +29,7 @@ class Parquet(Records):
     def __init__(self, config: SourceConfig, root: str):
         self._paths = find_inputs(config, root, "*.parquet")
         self._names = relative_names(self._paths)
-        self._folders = [find_image_root(config, root, path) for path in self._paths]
+        self._folders = find_image_roots(config, root, self._paths)
         self._files, self._groups = [], []
         alone = {"text": ""} if config.turns else {"turns": ""} if config.text else {}
         described = nearby.each(_describe, self._paths)
@@ -86,17 +92,12 @@ class Parquet(Records):
         names = [*columns.image, *columns.text, *columns.turns, *columns.short]
         # Checksums are optional in the format. Arrow checks the checksums of a file only if it is asked to.
         with (
-            _open(self._paths[number]) as data,
+            open_near(self._paths[number], 0) as data,
             pyarrow.parquet.ParquetFile(
                 data, metadata=footer, page_checksum_verification=True, pre_buffer=True
             ) as file,
         ):
             return file.read_row_group(part, columns=names, use_threads=False)
-
-
-def _open(path: str) -> io.BufferedIOBase:
-    """A file, of which a bucket is asked for what the library reads."""
-    return storage.open_file(storage.path(nearby.nearest(path)), block=0)
 
 
 def _describe(path: str) -> tuple[Any, list[str]]:
@@ -105,7 +106,7 @@ def _describe(path: str) -> tuple[Any, list[str]]:
 
     try:
         with (
-            _open(path) as data,
+            open_near(path, 0) as data,
             pyarrow.parquet.ParquetFile(data, page_checksum_verification=True) as file,
         ):
             return file.metadata, file.schema_arrow.names

@@ -3,6 +3,7 @@
 import fnmatch
 import glob
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -24,6 +25,7 @@ UNREAD_IMAGES = (
 # Largest sizes in bytes of an image file, and of a caption or a line of a side file.
 MAX_IMAGE, MAX_TEXT = 64 << 20, 1 << 20
 
+_PATTERN = re.compile(r"[*?\[]")  # what a glob pattern has and a name hasn't
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 # Signatures of formats: offset, bytes at this offset, format.
@@ -40,12 +42,12 @@ def find_inputs(config: SourceConfig, root: str, pattern: str = "") -> list[str]
     """The files of a source. Raises ValueError for a pointer of git LFS, for a path that is no regular
     file, and if the signature of the first file belongs to another format."""
     paths = find_files(config.path, root, pattern)
-    nearby.each(start_of, paths)
-    for path in paths:
+    starts = nearby.each(start_of, paths)
+    for path, start in zip(paths, starts, strict=True):
         if not storage.in_bucket(path) and not os.path.isdir(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file")
-        files.refuse_pointer(start_of(path), path)
-    if start := start_of(paths[0]).removeprefix(b"\xef\xbb\xbf"):  # a byte order mark
+        files.refuse_pointer(start, path)
+    if start := starts[0].removeprefix(b"\xef\xbb\xbf"):  # a byte order mark
         looks = next((name for at, mark, name in _SIGNATURES if start[at:].startswith(mark)), config.format)
         if looks == "gzip":
             raise ValueError(f"{paths[0]} is compressed, which has no random access; decompress it first")
@@ -61,23 +63,29 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
     names = [name for word in shlex.split(words) for name in _braces(word)]
     paths = [storage.join(root, name) for name in names]
     # What names one object of a bucket; the bucket is asked for many of them side by side.
-    plain = [str(p) for p in paths if isinstance(p, Bucket) and not re.search(r"[*?\[]", str(p))]
+    plain = [
+        str(path)
+        for path, name in zip(paths, names, strict=True)
+        if isinstance(path, Bucket) and not _PATTERN.search(name)
+    ]
     is_object = dict(zip(plain, nearby.each(lambda path: nearby.look(Bucket(path)), plain), strict=True))
     for path, name in zip(paths, names, strict=True):
         path = path if isinstance(path, Bucket) else storage.path(os.path.abspath(path))
-        is_pattern, inside = bool(re.search(r"[*?\[]", name)), [str(path)]
-        if is_pattern and isinstance(path, Bucket):
-            inside = _matches(path)
-        elif is_object.get(str(path)):
+        is_pattern, inside = bool(_PATTERN.search(name)), [str(path)]
+        matching = _matches(path, name) if is_pattern and isinstance(path, Bucket) else []
+        if is_object.get(str(path)):
             pass
-        elif is_pattern and not path.exists():
+        elif matching:
+            inside = matching
+        elif is_pattern and not isinstance(path, Bucket) and not path.exists():
             inside = glob.glob(os.path.join(glob.escape(os.path.abspath(root)), name), recursive=True)
             inside = sorted(file for file in inside if os.path.isfile(file))
         elif pattern and path.is_dir():
             inside = _files_below(path, pattern)
             path = path / pattern
-        elif not path.exists():
-            raise FileNotFoundError(storage.nothing_at(path))
+        elif not (path.is_dir() if str(path) in is_object else path.exists()):
+            why = f"no file matches {path}" if is_pattern else storage.nothing_at(path)
+            raise FileNotFoundError(why)
         if not inside:
             raise FileNotFoundError(f"no file matches {path}")
         found += inside
@@ -86,11 +94,18 @@ def find_files(words: str, root: str, pattern: str = "") -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _matches(pattern: Bucket) -> list[str]:
-    """The objects that a pattern matches, whose ** stands for any number of folders."""
-    parts = pattern.key.split("/")
-    fixed = next(n for n, part in enumerate(parts) if re.search(r"[*?\[]", part))
-    folder, rest = Bucket("/".join([pattern.bucket, *parts[:fixed]])), parts[fixed:]
+def is_folder(path: str) -> bool:
+    """Whether a path that `find_files` has found is a folder."""
+    # What is no object is a folder there, or it wouldn't have been found.
+    return nearby.facts(path) is None if storage.in_bucket(path) else os.path.isdir(path)
+
+
+def _matches(pattern: Bucket, name: str) -> list[str]:
+    """The objects that a pattern matches, as glob matches files. `name` is the end of the pattern, as it
+    was given; what comes before it is no pattern."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    rest = parts[next(n for n, part in enumerate(parts) if _PATTERN.search(part)) :]
+    folder = pattern.parents[len(rest) - 1]
     fits = re.compile("".join(_expression(rest)))
     there = [entry for entry in folder.list(recursive=len(rest) > 1) if entry.item]
     there = [entry for entry in there if fits.fullmatch(str(entry.path.relative_to(folder)))]
@@ -100,14 +115,22 @@ def _matches(pattern: Bucket) -> list[str]:
 
 
 def _expression(parts: Sequence[str]) -> Iterator[str]:
-    """The regular expression of a pattern of glob."""
+    """The regular expression of a pattern of glob, whose ** stands for any number of folders. What begins
+    with a dot is matched only by a dot."""
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         if part == "**":
-            yield ".*" if last else "(?:.*/)?"
+            yield r"(?:(?!\.)[^/]+/)*" + (r"(?!\.)[^/]+" if last else "")
             continue
-        # fnmatch takes * for any characters, and glob for all but a slash.
-        yield fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
+        yield r"(?!\.)" if part[0] in "*?[" else ""
+        for text in re.findall(r"\[!?\]?[^]]*\]|.", part, re.DOTALL):
+            if text in "*?":
+                yield "[^/]*" if text == "*" else "[^/]"
+            elif len(text) > 1:  # [a-z] or [!a-z]
+                inside = re.sub(r"([\\^\[\]&~|])", r"\\\1", text[1:-1].removeprefix("!"))
+                yield f"[{'^/' if text[1] == '!' else ''}{inside}]"
+            else:
+                yield re.escape(text)
         yield "" if last else "/"
 
 
@@ -214,11 +237,11 @@ def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
     return part, index - (int(ends[part - 1]) if part else 0)
 
 
-def find_image_root(config: SourceConfig, root: str, path: str) -> str:
-    """The folder that contains the images that the file at `path` names."""
+def find_image_roots(config: SourceConfig, root: str, paths: Sequence[str]) -> list[str]:
+    """For each path the folder that contains the images that the file there names."""
     if not config.image_root:
-        return str(storage.path(path).parent)
-    return find_files(config.image_root, root)[0]
+        return [str(storage.path(path).parent) for path in paths]
+    return find_files(config.image_root, root)[:1] * len(paths)
 
 
 def below(folder: str, name: str) -> str:
@@ -252,9 +275,18 @@ def read_file(path: str, at: int = 0, size: int | None = None, limit: int = MAX_
 
 def read_json(path: str, remedy: str, kind: type = dict) -> Any:
     """The value in a JSON file. Raises FileNotFoundError or ValueError, each with the remedy."""
-    if not storage.path(path).is_file():
-        raise FileNotFoundError(f"{path} doesn't exist; {remedy}")
+    missing = f"{path} doesn't exist; {remedy}"
+    if not storage.in_bucket(path) and not os.path.isfile(path):
+        raise FileNotFoundError(missing)
     try:
         return files.read_json(path, kind)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(missing) from error
     except ValueError as error:
         raise ValueError(f"{error}; {remedy}") from error
+
+
+def open_near(path: str, block: int) -> io.BufferedIOBase:
+    """A file, or an object of which so many bytes are asked for at once (0: those that are read), or its
+    copy on this machine."""
+    return storage.open_file(storage.path(nearby.nearest(path)), block, size_of(path))

@@ -52,9 +52,10 @@ class Source(Protocol):
     """Records by index. `fingerprint` is a hash that changes when the content of the source changes.
 
     Reading a record raises ValueError with the source, the record and the reason if the record is
-    unreadable. It raises LeftOut if a sound record isn't used. Sources of files also have `ignored` and
-    `info`. `ignored` has the numbers of samples left out, by reason. `info` is the content of the
-    dataset.json of our own records.
+    unreadable. It raises LeftOut if a sound record isn't used. Sources of files also have `ignored`,
+    `info` and `from_bucket`. `ignored` has the numbers of samples left out, by reason. `info` is the
+    content of the dataset.json of our own records. `from_bucket` says whether any record is read from a
+    bucket.
     """
 
     fingerprint: str
@@ -78,6 +79,7 @@ class Records:
         self.path = config.path
         self.ignored = dict(ignored or {})
         self.info = dict(info or {})
+        self.from_bucket = False
         self._count = int(count)
         if not count:
             why = "; ".join(f"{reason}: {n}" for reason, n in self.ignored.items())

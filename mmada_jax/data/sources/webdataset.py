@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mmada_jax import files, nearby, storage
+from mmada_jax.bucket import BLOCK
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources.paths import (
     IMAGES,
@@ -22,6 +23,7 @@ from mmada_jax.data.sources.paths import (
     UNREAD_IMAGES,
     find_files,
     find_inputs,
+    open_near,
     read_file,
     read_json,
     relative_names,
@@ -170,7 +172,7 @@ def _scan(path: str, ignored: collections.Counter) -> dict[str, dict[str, tuple[
     size, count, end = size_of(path), 0, 0
     try:
         with (
-            storage.open_file(storage.path(nearby.nearest(path))) as opened,
+            open_near(path, BLOCK) as opened,
             tarfile.open(fileobj=opened, mode="r:") as tar,
         ):
             while member := tar.next():

@@ -11,17 +11,18 @@ reasoning_gym   `count` problems of the task `path` of the package reasoning-gym
 Nothing here is tokenised or scored.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from mmada_jax import files, storage
+from mmada_jax import files, nearby, storage
 from mmada_jax.data import digits, images
 from mmada_jax.data.records import without_image_tag
-from mmada_jax.data.sources.paths import below
+from mmada_jax.data.sources.paths import below, read_file
 from mmada_jax.data.sources.rows import one_of
 from mmada_jax.ranges import Range, Ranged, Seed
 from mmada_jax.train.rl.rewards.functions import ReasoningGym
@@ -73,15 +74,29 @@ def open_prompts(config: PromptsConfig, root: storage.Name = "") -> Sequence[Pro
     for number, line in enumerate(files.read_text(path).split("\n"), 1):
         if line.strip():
             row = files.parse_json(line, f"{path}, line {number}", dict)
-            try:
-                prompts.append(_of_row(row, path.parent))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"{path}, line {number}: {error}") from error
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+            with _named(f"{path}, line {number}"):
+                prompts.append((number, _of_row(row, path.parent)))
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
-    return prompts
+    lines = {str(prompt.image): number for number, prompt in reversed(prompts) if prompt.image is not None}
+
+    def check(name: str) -> None:
+        with _named(f"{path}, line {lines[name]}"):
+            _check_image(storage.path(name))
+
+    nearby.each(check, reversed(lines))
+    return [prompt for _, prompt in prompts]
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Errors begin with the place of a prompt."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{place}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: {error}") from error
 
 
 def _of_row(row: Mapping[str, Any], folder: storage.Path) -> Prompt:
@@ -101,12 +116,28 @@ def _of_row(row: Mapping[str, Any], folder: storage.Path) -> Prompt:
         return Prompt(text, row["answer"])
     if not isinstance(name, str):
         raise ValueError(f"'image' is {name!r:.80}; name a file")
-    image = storage.path(below(str(folder), name))
-    if not image.is_file():
-        kind = "is no regular file" if image.exists() else "isn't there"
-        raise FileNotFoundError(f"it names the image {image}, which {kind}")
-    images.check_image(image)
-    return Prompt(text, row["answer"], image)
+    return Prompt(text, row["answer"], storage.path(below(str(folder), name)))
+
+
+def _check_image(image: storage.Path) -> None:
+    """Raises ValueError or OSError for a file that isn't there or whose header says that it is no image."""
+    missing = f"it names the image {image}, which isn't there"
+    if not storage.in_bucket(image) and not image.is_file():
+        known = f"it names the image {image}, which is no regular file"
+        raise FileNotFoundError(known if image.exists() else missing)
+    try:
+        data = load_image(image)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(missing) from error
+    try:
+        images.check_image(data)
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}" if isinstance(data, bytes) else str(error)) from error
+
+
+def load_image(path: storage.Path) -> storage.Path | bytes:
+    """A file of this machine, or the bytes of an object, which come from its copy here if it is kept."""
+    return read_file(str(path)) if storage.in_bucket(path) else path
 
 
 def _of_digits(config: PromptsConfig) -> list[Prompt]:

@@ -7,7 +7,6 @@ P prompts, G responses to each, R = P G rows, L positions.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmada_jax import storage
 from mmada_jax.data import images
 from mmada_jax.devices import sharding
 from mmada_jax.diffusion import denoise, rules
@@ -25,7 +25,7 @@ from mmada_jax.tokens import layout
 from mmada_jax.tokens.layout import RowShape
 from mmada_jax.tokens.tokenizer import chat
 from mmada_jax.tokens.vocab import Vocab
-from mmada_jax.train.rl.prompts import Prompt
+from mmada_jax.train.rl.prompts import Prompt, load_image
 from mmada_jax.train.rl.run import Task
 from mmada_jax.train.rl.unigrpo import Rollout
 
@@ -164,6 +164,6 @@ def read_image(image: Any, size: tuple[int, int]) -> Any:
     """The pixels of a prompt's image. Pixels stay as they are. The image of a file is resized to `size`
     without cropping, as stage 2 resizes images that are asked about. Raises ValueError or OSError for a
     file that can't be read."""
-    if not isinstance(image, pathlib.Path):
+    if not isinstance(image, storage.Path):
         return image
-    return images.to_image(images.resize(images.open_image(image), size, "squash"))
+    return images.to_image(images.resize(images.open_image(load_image(image)), size, "squash"))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.nets import transformer
 from mmada_jax.nets.lora import LoraConfig
-from mmada_jax.ranges import Count, FieldsOf, Positive, Range, Ranged, Seed
+from mmada_jax.ranges import Count, FieldsOf, OnlyWith, Positive, Range, Ranged, Seed
 from mmada_jax.train.optim import OptimConfig
 from mmada_jax.train.rl.prompts import PromptsConfig
 from mmada_jax.train.rl.unigrpo import UniGRPOConfig
@@ -79,6 +79,8 @@ class RLRun(Ranged):
     objective: UniGRPOConfig = dataclasses.field(default_factory=UniGRPOConfig)
     image_tokenizer: str = ""
     data_root: str = ""
+    cache_dir: str = ""  # a folder of this machine that keeps what is read of a bucket
+    cache_gib: Annotated[float, Range(0, 1_000_000, above=True), OnlyWith("cache_dir")] = 50.0
     model: Annotated[
         dict[str, Any],
         FieldsOf(transformer.ModelConfig, COMPUTATION, "the architecture is that of init"),

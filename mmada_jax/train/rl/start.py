@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mmada_jax import config as config_lib
-from mmada_jax import storage
+from mmada_jax import nearby, storage
 from mmada_jax.devices import sharding
 from mmada_jax.devices.distributed import together
 from mmada_jax.model.model import Model, open_model
@@ -57,6 +57,7 @@ def open_run(
     mesh = sharding.make_mesh(**dataclasses.asdict(run.mesh))
     check_rollout_rows(run, mesh)
     check_same_run(run, workdir)
+    nearby.use(run.cache_dir, run.cache_gib)
     prompts, rewards = {}, {}
     for name, task in run.tasks.items():
         try:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from mmada_jax import storage
+from mmada_jax.data.pipeline import OUTAGES
 from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
 from mmada_jax.train.metrics import warn
@@ -103,7 +104,7 @@ def rollout_inputs(
 def _readable_prompt(model: Model, opened: OpenTask, position: int) -> Prompt:
     """The prompt at a position, with the pixels that it asks about. Where its file can't be read, this is
     reported once and the next prompt stands in. Raises ValueError if no prompt can be read."""
-    first, n = opened.order[position], len(opened.prompts)
+    first, n, outages = opened.order[position], len(opened.prompts), 0
     for i in range(n):
         prompt = opened.prompts[(first + i) % n]
         if opened.task.layout != "mmu":
@@ -114,6 +115,9 @@ def _readable_prompt(model: Model, opened: OpenTask, position: int) -> Prompt:
             if prompt.image not in opened.unreadable and jax.process_index() == 0:
                 warn(f"{error}; another prompt stands in")
             opened.unreadable.add(prompt.image)
+            outages += storage.is_outage(error)
+            if outages == OUTAGES:  # each of them has taken up to a minute
+                raise
     raise ValueError(f"none of the images of {n} prompts can be read; the last is {prompt.image}")
 
 
