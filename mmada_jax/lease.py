@@ -110,7 +110,8 @@ def look(path: Bucket) -> Seen | None:
         told = json.loads(data)
         owner, (*machine, pid, began) = str(told["owner"]), told["process"]
     except (ValueError, KeyError, TypeError):
-        owner, machine, pid, began = "a process that isn't known", [], 0, ""
+        # It is no lease, as the lock file of a workdir that was copied from a disk.
+        return Seen("nobody", generation, False, 0.0)
     if _seen.get(path, (0, 0.0))[0] != generation:
         _seen[path] = generation, time.monotonic()
     left = EXPIRE - (time.monotonic() - _seen[path][1])

@@ -239,17 +239,21 @@ def _reserve(temporary: pathlib.Path, size: int) -> bool:
 
 def _shrink(folder: pathlib.Path, limit: float) -> int:
     """Removes copies until at most `limit` bytes are left, or only what is in use. Returns how many are."""
-    there, now = [], time.time()
+    there, now = {}, time.time()
     for file in folder.iterdir():
-        with contextlib.suppress(OSError):  # another process has just removed or renamed it
-            if file.suffix in (
-                ".copy",
-                ".tmp",
-            ):  # .tmp: being fetched, or left by a process that was killed
-                about = file.stat()
-                there.append((about.st_mtime, file, about.st_size))
-    used = sum(size for _, _, size in there)
-    for last, file, size in sorted(there):
+        if file.suffix not in (
+            ".copy",
+            ".tmp",
+        ):  # .tmp: being fetched, or left by a process that was killed
+            continue
+        # One that is being fetched may have got its name since it was listed.
+        for name in (file, file.with_name(f"{file.name.partition('.')[0]}.copy")):
+            with contextlib.suppress(OSError):  # another process has just removed it
+                about = name.stat()
+                there[name] = (about.st_mtime, about.st_size)
+                break
+    used = sum(size for _, size in there.values())
+    for file, (last, size) in sorted(there.items(), key=lambda pair: pair[1]):
         if used <= limit or last > now - IN_USE:
             break
         file.unlink(missing_ok=True)

@@ -38,7 +38,10 @@ from mmada_jax.train.supervised import FIXED, check_run, check_same
 from mmada_jax.weights.workdir import claim_workdir
 
 skip_without_server()
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),  # of jax; the child doesn't use it
+]
 
 
 @pytest.fixture(scope="module")
