@@ -24,12 +24,13 @@ _seen: dict[Bucket, tuple[int, float]] = {}  # the generation of a lease, and wh
 
 
 class Lease:
-    """A lease of this process, which a thread renews until `release`. `lost` says that it is another's."""
+    """A lease of this process, which a thread renews until `release`. `lost` says that it is another's,
+    `is_new` that there was none before, also none of a process that has gone."""
 
     def __init__(self, path: Bucket, about: str, busy: str, tell: Callable[[str], None]):
         """Takes the lease, or raises ValueError with the text `busy` and the owner. `about` describes this
         process to others. `tell` is told why taking it lasts."""
-        self.path, self.lost = path, False
+        self.path, self.lost, self.is_new = path, False, False
         # The token tells this lease from others of the same process.
         told = {"owner": about, "process": _process(os.getpid()), "token": secrets.token_hex(8)}
         self._text = json.dumps(told).encode()
@@ -45,6 +46,7 @@ class Lease:
             if now is None or now.left <= 0:
                 # Of several processes that see a free lease, the storage lets one write it.
                 if taken := self._write(now.generation if now else 0):
+                    self.is_new = now is None
                     return taken
                 continue
             if now.lives or first not in (None, now.generation):

@@ -230,7 +230,7 @@ def test_conversion_there_and_back_has_the_same_hashes(proxy, folder, model_work
         from_torch(folder / "hf", folder / "ck")
     with pytest.raises(FileNotFoundError, match="isn't complete"):
         inspect(folder / "ck")
-    with pytest.raises(ValueError, match="another conversion is writing"):
+    with pytest.raises(ValueError, match="another process is writing"):
         from_torch(folder / "hf", folder / "ck")  # as far as it can know: the process lives
     (folder / "ck/.unfinished").write_bytes(b"{}")
     monkeypatch.setattr("mmada_jax.lease.EXPIRE", 0.0)

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; within a floor from left to right. A module imports only what stands before it.
 FLOORS = {
-    "": "ranges bucket lease storage files nearby config progress cluster",
+    "": "ranges bucket lease storage whole files nearby config progress cluster",
     "tokens": "vocab tokenizer layout",
     "data": "records images digits totals sources.source sources.paths sources.rows sources.shards "
     "sources.arrayrecord sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds "
@@ -216,6 +216,53 @@ def test_the_reader_sees_jits():
         "@jax.jit\ndef f(): ...\ng = jax.jit(f, in_shardings=1)\n@partial(jax.jit, donate=0)\ndef h(): ..."
     )
     assert sorted(jits(ast.parse(source))) == [(1, set()), (3, {"in_shardings"}), (4, {"donate"})]
+
+
+# Who may ask the operating system for files beside `storage`, which knows buckets too, and for what.
+FILES = {
+    "": "lease storage whole nearby cluster config",  # the ground; a configuration is code
+    "of this program": "programs.process measure.report weights.convert train.running",
+    "code that the user allows": "train.rl.rewards.own",
+    "temporary files": "weights.hub model.prepare data.sources.tfds train.tune",
+    "globs, kinds and numbers of files of a disk": "data.sources.paths data.sources.shards",
+    "a part of a name": "data.sources.webdataset",
+    "judges read the folder": "measure.answers",
+}
+_OF_OS = "replace rename remove unlink makedirs mkdir listdir scandir rmdir open stat"
+# A library's functions by which files are asked for; None: all.
+ASKS = dict.fromkeys(("shutil", "fcntl", "glob", "tempfile")) | {
+    "os": set(_OF_OS.split()),
+    "pathlib": {"Path"},
+}
+
+
+def asks_for_files(tree):
+    """The calls of a module by which it opens, lists, renames or locks files itself."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        library, _, function = name.partition(".")
+        known = ASKS.get(library, set())
+        if name == "open" or (function and (known is None or function in known)):
+            yield name
+
+
+def test_storage_owns_all_files():
+    allowed = {module for modules in FILES.values() for module in modules.split()}
+    found = {
+        name: calls
+        for path in sorted((ROOT / "mmada_jax").rglob("*.py"))
+        for name in [".".join(path.relative_to(ROOT / "mmada_jax").with_suffix("").parts)]
+        if (calls := sorted(set(asks_for_files(ast.parse(path.read_text())))))
+    }
+    assert not {name: calls for name, calls in found.items() if name not in allowed}
+    assert set(found) == allowed, "one of them asks no more"
+
+
+def test_the_reader_sees_who_asks_for_files():
+    source = "open(x)\nos.rename(a, b)\nx.open()\npathlib.Path(x)\npathlib.PurePath(x)\nshutil.move(a, b)"
+    assert set(asks_for_files(ast.parse(source))) == {"open", "os.rename", "pathlib.Path", "shutil.move"}
 
 
 LOOPS = {("train.supervised", "train"), ("train.rl.loop", "train")}  # written out, to be read from above

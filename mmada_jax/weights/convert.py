@@ -2,23 +2,15 @@
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
-import glob
-import itertools
-import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from mmada_jax import storage
-from mmada_jax.bucket import Bucket
+from mmada_jax import storage, whole
 from mmada_jax.progress import progress
-from mmada_jax.storage import is_full
 from mmada_jax.weights import adapters, hub, lazy, llada_keys, magvit_keys
 from mmada_jax.weights.arrays import write_params
 from mmada_jax.weights.folder import (
@@ -32,9 +24,8 @@ from mmada_jax.weights.folder import (
 )
 from mmada_jax.weights.inspect import vocabulary
 from mmada_jax.weights.manifest import MANIFEST
-from mmada_jax.weights.workdir import CONFIG, UNFINISHED, record_files
+from mmada_jax.weights.workdir import CONFIG, record_files
 
-_LOCK = "lock"
 # What travels beside the weights. Code never does.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -186,13 +177,9 @@ def _new(dst: storage.Name, src: storage.Name) -> storage.Path:
     """The folder to write, resolved. Raises ValueError unless it is new or empty, and not in `src`."""
     dst, src = storage.resolved(dst), storage.resolved(src)
     storage.refuse_place(dst)
-    unfinished = storage.in_bucket(dst) and (dst / UNFINISHED).is_file()
-    if storage.has_files(dst) and not unfinished:
-        raise ValueError(f"{dst} is there already and not an empty folder; name another one")
+    whole.refuse_used(dst)
     if dst.is_relative_to(src):
         raise ValueError(f"{dst} lies in the source {src}; name a folder elsewhere")
-    if not storage.in_bucket(dst) and dst.is_mount():
-        raise ValueError(f"{dst} is a mount point and can't be replaced; name a folder in it")
     return dst
 
 
@@ -200,80 +187,12 @@ def _new(dst: storage.Name, src: storage.Name) -> storage.Path:
 def _target(
     dst: storage.Path, source: ModelFolder, nested: ModelFolder | None, dtype: np.dtype | None = None
 ) -> Iterator[tuple[storage.Path, Callable[[int], Any]]]:
-    """A folder to write into and the count of bytes that are written, shown as a progress bar.
-
-    The folder lies beside `dst`. It is renamed to `dst` if all goes well, and removed if not. In a bucket
-    it is `dst` itself, with a lease in it as long as it isn't complete."""
+    """A folder to write into, which becomes `dst` when it is complete, and the count of bytes that are
+    written, shown as a progress bar."""
     total = source.n_params * dtype.itemsize if dtype else source.nbytes
     total += nested.nbytes if nested else 0
-    if isinstance(dst, Bucket):
-        with storage.locked(dst / UNFINISHED, f"another conversion is writing {dst}"):
-            dst.rmtree(keep=(dst / UNFINISHED,))  # left by a conversion that was killed
-            try:
-                with progress(dst.name, total) as bar:
-                    yield dst, bar.update
-            except BaseException:
-                storage.rmtree(dst, ignore_errors=True)
-                raise
-        return
-    made = [parent for parent in dst.parents if not parent.exists()]
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    _clear_leftovers(dst)
-    free, needed = shutil.disk_usage(dst.parent).free, int(1.01 * total) + (1 << 20)
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is too full: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free",
-            str(dst.parent),
-        )
-    unfinished, lock = _claim(dst)
-    try:
-        folder = unfinished / "folder"
-        folder.mkdir()
-        with progress(dst.name, total) as bar:
-            yield folder, bar.update
-        _new(dst, unfinished)  # nobody else may have made it by now
-        folder.rename(dst)
-    except Exception as error:  # an error of a library may have any type
-        if is_full(error):
-            text = f"the disk is full, nothing was written ({str(error)[:200]})"
-            raise OSError(errno.ENOSPC, text, str(dst)) from error
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        os.close(lock)
-        for parent in made:
-            with contextlib.suppress(OSError):  # it isn't empty
-                parent.rmdir()
-
-
-def _claim(dst: storage.Path) -> tuple[storage.Path, int]:
-    """A new folder beside `dst`, and a file in it that is locked as long as it is open.
-
-    A lock ends with its process, however the process ends. The number of a process doesn't tell whether
-    it lives: in a container the next process has the same number.
-    """
-    for again in itertools.count():
-        suffix = f"-{again}" if again else ""
-        unfinished = dst.with_name(f".{dst.name}.unfinished-{os.getpid()}{suffix}")
-        with contextlib.suppress(FileExistsError, FileNotFoundError):  # or cleared before it was locked
-            unfinished.mkdir()
-            lock = os.open(unfinished / _LOCK, os.O_RDWR | os.O_CREAT)
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(unfinished / _LOCK)):
-                    return unfinished, lock
-            os.close(lock)
-
-
-def _clear_leftovers(dst: storage.Path) -> None:
-    """Removes what conversions to `dst` have left that were killed: nobody holds their locks."""
-    for left in dst.parent.glob(f".{glob.escape(dst.name)}.unfinished-*"):
-        with contextlib.suppress(OSError):  # its process lives, or has just cleared it away
-            lock = os.open(left / _LOCK, os.O_RDWR | os.O_CREAT)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-            finally:
-                os.close(lock)
+    with (
+        whole.written(dst, int(1.01 * total) + (1 << 20)) as folder,
+        progress(dst.name, total) as bar,
+    ):
+        yield folder, bar.update

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mmada_jax import storage
+from mmada_jax import storage, whole
 from mmada_jax.devices.distributed import together
 from mmada_jax.files import read_json
 from mmada_jax.nets import transformer, vq
@@ -30,7 +30,7 @@ from mmada_jax.weights.arrays import open_params, write_params
 from mmada_jax.weights.checkpoint import newest_params
 from mmada_jax.weights.lazy import DTYPES, refuse
 from mmada_jax.weights.manifest import MANIFEST, find_damage, verify_manifest
-from mmada_jax.weights.workdir import CONFIG, MODEL, UNFINISHED, check_files, write_files
+from mmada_jax.weights.workdir import CONFIG, MODEL, check_files, write_files
 
 IMAGE_TOKENIZER = "image_tokenizer"
 GENERATION = "generation_config.json"
@@ -122,7 +122,7 @@ def open_folder(
     path = storage.resolved(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path} {_NEITHER}: there is no such folder")
-    if storage.in_bucket(path) and (path / UNFINISHED).is_file():
+    if whole.is_unfinished(path):
         raise FileNotFoundError(
             f"{path} isn't complete: a conversion is writing it, or has ended before its end; give its "
             "command again"

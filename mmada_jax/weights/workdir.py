@@ -23,7 +23,6 @@ from mmada_jax import files, storage
 from mmada_jax.bucket import Bucket
 from mmada_jax.weights.manifest import COMMITTED, MANIFEST, VERSION
 
-UNFINISHED = ".unfinished"  # in a bucket: the lease of a conversion that is writing the folder
 LOCK, BUSY = ".lock", "another process has this workdir, {}"
 FILES = "files.sha256.json"
 MISSING = "missing"  # stands for the hash of a file that isn't written yet
