@@ -23,6 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from tqdm import tqdm
 
 from mmada_jax import files, storage
+from mmada_jax.bucket import SCHEME
 from mmada_jax.data import sources
 from mmada_jax.data.records import pack
 from mmada_jax.model.reading import RECORDS, Encoder, Skip, Skips, ahead, read
@@ -156,7 +157,9 @@ class Writer:
         encoder, skipped = self.encoder, []
         keep = encoder is None or self.job.keep_images
         load = functools.partial(read, self.source, encoder and encoder.size, self.job.config.resize, keep)
-        with array_record(path) as write, ThreadPoolExecutor(os.cpu_count()) as pool:
+        # Records of a bucket are waited for side by side.
+        threads = max(os.cpu_count() or 1, 16 if SCHEME in self.job.config.path else 1)
+        with array_record(path) as write, ThreadPoolExecutor(threads) as pool:
             loaded = ahead(pool, load, indices.tolist())
             while group := list(itertools.islice(loaded, encoder.batch if encoder else RECORDS)):
                 pixels = [one[2] for one in group if not isinstance(one, Skip)]
