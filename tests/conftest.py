@@ -71,6 +71,14 @@ def pytest_collection_modifyitems(items):
                     item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_folder_is_named_after_a_storage():
+    """A path of gs:// that is taken for one of a disk makes a folder gs: without an error."""
+    yield
+    for folder in {ROOT, pathlib.Path.cwd()}:
+        assert not [path for path in folder.glob("*:") if path.is_dir()]
+
+
 GOLDENS = pathlib.Path(os.environ.get("MMADA_GOLDENS", pathlib.Path(__file__).parent / "goldens"))
 
 

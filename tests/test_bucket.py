@@ -51,21 +51,6 @@ def test_names_are_those_of_pathlib():
     assert pickle.loads(pickle.dumps(ours)) == ours and len({ours, Bucket("gs://b/x/./y.tar")}) == 1
 
 
-@pytest.mark.parametrize("name", ["s3://b/x", "file:///x", "hf://b/x", "gs:/b/x", "https://b/x", "s3:/b"])
-def test_other_storages_are_refused_in_one_line(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="can't be read or written") as error:
-        storage.path(name)
-    assert "\n" not in str(error.value) and name in str(error.value)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["gs://", "gs:///x/..", "gs://b\n"])
-def test_a_path_without_a_bucket_is_refused(name):
-    with pytest.raises(ValueError, match="names no bucket"):
-        storage.path(name)
-
-
 def test_joining():
     base = storage.path("gs://b/runs/a")
     assert str(storage.join(base, "../c")) == "gs://b/runs/c"
