@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmada_jax.config import from_dict
 from mmada_jax.diffusion import loss
 from mmada_jax.nets import transformer
-from mmada_jax.train.rl import update
+from mmada_jax.train.rl import unigrpo, update
 from mmada_jax.train.rl.diagnose import diagnose
+from mmada_jax.train.rl.run import RLRun
 from tests.rl_toys import one_device, rl_config, rolled_out, toy_rewards  # noqa: F401
 
 
@@ -19,19 +21,21 @@ def batch_of(run, opened, rollout, scored, advantage, fresh):
 
 
 @pytest.mark.parametrize(
-    ("name", "masking", "cache"),
+    ("name", "masking", "cache", "ratio"),
     [
-        ("text", "unigrpo", "none"),
-        ("text", "exact", "none"),
-        ("text", "exact", "dual"),
-        ("text", "uniform", "none"),
-        ("text", "top_entropy", "dual"),
-        ("draw", "full", "none"),
+        ("text", "unigrpo", "none", "token"),
+        ("text", "exact", "none", "token"),
+        ("text", "exact", "dual", "token"),
+        ("text", "uniform", "none", "token"),
+        ("text", "top_entropy", "dual", "none"),
+        ("text", "random", "none", "sequence"),
+        ("draw", "full", "none", "token"),
     ],
 )
-def test_the_first_inner_update_is_the_policy_gradient(config, name, masking, cache):
+def test_the_first_inner_update_is_the_policy_gradient(config, name, masking, cache, ratio):
     config["tasks"]["text"]["text"] |= {"cache": cache}
-    run, model, params, opened, rollout = rolled_out(config, name, masking, beta=0.1, kl="reference")
+    changed = {"beta": 0.1, "kl": "reference", "ratio": ratio}
+    run, model, params, opened, rollout = rolled_out(config, name, masking, **changed)
     advantage = np.random.default_rng(0).normal(size=len(rollout.tokens_RL)).astype(np.float32)
     with jax.set_mesh(model.mesh):
         scored = opened.score(params, params, rollout, jax.random.key(5), 0)
@@ -70,6 +74,19 @@ def test_the_first_inner_update_is_the_policy_gradient(config, name, masking, ca
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients[fresh], want
         )
+
+
+def test_rows_without_a_ratio_weigh_by_the_softmax_of_their_advantages(config):
+    config["objective"] |= {"ratio": "none"}
+    run = from_dict(RLRun, config)
+    task = run.tasks["text"]
+    total = np.random.default_rng(0).normal(size=task.groups * run.objective.responses).astype(np.float32)
+    total[: run.objective.responses] = 1  # a group without differences
+    chosen, _ = update.choose(run, task, total)
+    rewards = total.reshape(task.groups, -1)
+    want = unigrpo.weights(unigrpo.advantages(rewards)).ravel()[chosen.which_S]
+    np.testing.assert_array_equal(chosen.advantage_S, want)
+    assert not chosen.advantage_S[chosen.which_S < run.objective.responses].any()
 
 
 def test_padding_and_what_follows_the_end_have_no_gradient(config):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmada_jax.diffusion import loss
+from mmada_jax.ranges import without_effect
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.unigrpo import MASKINGS, Rollout, UniGRPOConfig, hide
 
@@ -278,6 +279,79 @@ def test_value_and_gradient_equal_the_transcription(clip, beta, corrected):
         step[r, t] = 1e-6
         ends = [transcription(exact[0] + s * step, *exact[1:], clip, beta, trust)[0] for s in (1, -1)]
         np.testing.assert_allclose(slope[r, t], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+def of_sequences(new, old, anchor, clip, beta):
+    """The transcription of ESPO's objective: one ratio for each row."""
+    total = 0.0
+    for r in range(B):
+        if not SCORED[r].any():
+            continue
+        d, lag = (np.mean((x - y)[r][SCORED[r]]) for x, y in ((new, old), (anchor, new)))
+        rho = np.exp(d)
+        gain = min(rho * ADVANTAGE[r], min(max(rho, 1 - clip), 1 + clip) * ADVANTAGE[r])
+        total += WEIGHT[r] * (-gain + beta * lag**2 / 2)
+    return total
+
+
+def without_ratio(new, old, anchor, clip, beta):
+    """The transcription of wd1's objective: weighted log-probabilities."""
+    total = 0.0
+    for r in range(B):
+        tokens = np.flatnonzero(SCORED[r])
+        lag = (anchor - new)[r][tokens]
+        row = -new[r][tokens] * ADVANTAGE[r] + beta * (np.exp(lag) - lag - 1)
+        total += WEIGHT[r] * np.sum(row) / max(len(tokens), 1)
+    return total
+
+
+@pytest.mark.parametrize(("ratio", "told"), [("sequence", of_sequences), ("none", without_ratio)])
+@pytest.mark.parametrize(("clip", "beta"), [(0.05, 0.5), (5.0, 0.0)])
+def test_other_ratios_equal_their_transcriptions(ratio, told, clip, beta):
+    new, old, anchor = LOGPS
+    of_rows = old, anchor, ADVANTAGE, SCORED, WEIGHT, clip, beta, None, ratio
+    run = jax.jit(lambda new: unigrpo.objective(new, *of_rows)[0])
+    exact = [x.astype(np.float64) for x in LOGPS]
+    np.testing.assert_allclose(run(new), told(*exact, clip, beta), rtol=1e-5, atol=1e-6)
+    slope = np.asarray(jax.grad(run)(new))
+    assert not slope[~SCORED].any()
+    for r, t in zip(*np.nonzero(SCORED), strict=True):
+        step = np.zeros((B, L))
+        step[r, t] = 1e-6
+        ends = [told(exact[0] + s * step, *exact[1:], clip, beta) for s in (1, -1)]
+        np.testing.assert_allclose(slope[r, t], (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ratio", unigrpo.RATIOS)
+def test_every_ratio_has_the_policys_gradient_at_the_rollouts_policy(ratio):
+    def value(new):
+        old = jax.lax.stop_gradient(new)
+        return unigrpo.objective(new, old, old, ADVANTAGE, SCORED, WEIGHT, 0.2, 0.3, None, ratio)
+
+    (_, seen), slope = jax.value_and_grad(value, has_aux=True)(LOGPS[0])
+    assert seen["kl"] == seen["clip_fraction"] == seen["ratio_error"] == 0
+    share = SCORED * (WEIGHT / np.maximum(SCORED.sum(axis=1), 1))[:, None]
+    np.testing.assert_allclose(slope, -share * ADVANTAGE[:, None], rtol=1e-6)
+
+
+def test_weights_without_a_ratio_are_drawn_to_the_better_and_driven_from_the_worse():
+    rewards = RNG.normal(size=(5, 4)).astype(np.float32)
+    advantage = unigrpo.advantages(rewards)
+    weights = unigrpo.weights(advantage)
+    for a, w in zip(advantage.astype(np.float64), weights, strict=True):
+        want = 4 * (np.exp(a) / np.exp(a).sum() - np.exp(-a) / np.exp(-a).sum())
+        np.testing.assert_allclose(w, want, rtol=1e-5, atol=1e-6)
+        assert np.array_equal(np.argsort(w), np.argsort(a))
+    np.testing.assert_allclose(weights.sum(axis=1), 0, atol=1e-5)
+    assert weights.dtype == np.float32
+    assert not unigrpo.weights(np.zeros((2, 3), np.float32)).any()
+    assert np.isfinite(unigrpo.weights(np.float32([[1000.0, -1000.0]]))).all()
+
+
+def test_a_clip_without_a_ratio_has_no_effect():
+    (line,) = without_effect(unigrpo.UniGRPOConfig(ratio="none", clip=0.3))
+    assert "clip is 0.3" in line and "ratio is 'none'" in line
+    assert not list(without_effect(unigrpo.UniGRPOConfig(ratio="sequence", clip=0.3)))
 
 
 def test_at_the_rollouts_policy_the_ratio_is_one_and_the_gradient_that_of_the_policy():

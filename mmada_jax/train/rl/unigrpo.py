@@ -2,8 +2,9 @@
 
 The method is UniGRPO of the MMaDA paper (arXiv 2505.15809). The other masks come from d1 (arXiv
 2504.12216), DiffuCoder (arXiv 2506.20639), dLLM-RL with TraceRL (arXiv 2509.06949), AGRPO (arXiv
-2510.04019) and EGSPO (arXiv 2603.12554); `exact` and `every` are our own. Nothing here knows a model: a
-policy is an array of log-probabilities.
+2510.04019) and EGSPO (arXiv 2603.12554); `exact` and `every` are our own. Ratios of whole responses come
+from ESPO (arXiv 2512.03759), weights without a ratio from wd1 (arXiv 2507.08838). Nothing here knows a
+model: a policy is an array of log-probabilities.
 
 P prompts, G responses to each, R = P G rows, L positions, T tokens of a response.
 """
@@ -20,6 +21,7 @@ from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Weight
 MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact", "uniform", "top_entropy")
 # Of these, and for `every`, a token is scored in the very state in which the rollout revealed it.
 SAME_STATE = ("exact", "uniform", "top_entropy", "every")
+RATIOS = ("token", "sequence", "none")
 # Share of the draws of `exact` that are uniform over the tokens of a response instead of following their
 # entropy. It keeps every importance weight at 1 / UNIFORM or less.
 UNIFORM = 0.1
@@ -31,16 +33,18 @@ MOST_CORRECTION = 2.0
 class UniGRPOConfig(Ranged):
     """How a rollout becomes updates.
 
-    A rollout has `responses` (G) to each prompt, and `mu` inner updates follow it. Ratios are clipped to
-    1 +- `clip`. `beta` weighs the KL divergence from the frozen reference or from the rollout's policy
-    (`kl`). With `normalise` advantages are divided by the standard deviation of their group. `prompt_mask`
-    is the share of the prompt that "full" hides, `trace_next` the number of tokens that "trace" scores.
+    A rollout has `responses` (G) to each prompt, and `mu` inner updates follow it. `ratio` says what is
+    compared with the rollout's policy (see `objective`); ratios are clipped to 1 +- `clip`. `beta` weighs
+    the KL divergence from the frozen reference or from the rollout's policy (`kl`). With `normalise`
+    advantages are divided by the standard deviation of their group. `prompt_mask` is the share of the
+    prompt that "full" hides, `trace_next` the number of tokens that "trace" scores.
     """
 
     masking: Literal[MASKINGS] = "unigrpo"
     responses: Annotated[int, Range(2, 100_000)] = 8
     mu: Annotated[int, Range(1, 10_000)] = 4
-    clip: Annotated[float, Range(0, 1000, above=True)] = 0.2
+    ratio: Literal[RATIOS] = "token"
+    clip: Annotated[float, Range(0, 1000, above=True), OnlyWith("ratio", ("token", "sequence"))] = 0.2
     beta: Weight = 0.01
     kl: Literal["reference", "old"] = "reference"
     normalise: bool = True
@@ -63,6 +67,19 @@ def advantages(rewards_PG: np.ndarray, normalise: bool = True) -> np.ndarray:
     flat_P1 = np.ptp(rewards_PG, axis=1, keepdims=True) == 0
     deviation_P1 = np.std(rewards_PG, axis=1, keepdims=True) if normalise else np.float32(1)
     return np.where(flat_P1, np.float32(0), centred_PG / np.where(flat_P1, np.float32(1), deviation_P1))
+
+
+def weights(advantages_PG: np.ndarray) -> np.ndarray:
+    """Advantages [P, G] -> G (softmax(A) - softmax(-A)) within each group: what a response is drawn to,
+    minus what it is driven from (wd1, arXiv 2507.08838, there without the factor G, since its loss is a
+    sum). The weights of a group sum to 0, and are all 0 where its advantages are equal."""
+
+    def softmax(a_PG):
+        e_PG = np.exp(a_PG - np.max(a_PG, axis=1, keepdims=True))
+        return e_PG / np.sum(e_PG, axis=1, keepdims=True)
+
+    G = np.float32(advantages_PG.shape[1])
+    return G * (softmax(advantages_PG) - softmax(-advantages_PG))
 
 
 # ---- Masks ---------------------------------------------------------------------------------------
@@ -241,24 +258,37 @@ def objective(
     clip: float,
     beta: float,
     correction_RL: jax.Array | None = None,
+    ratio: str = "token",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss; and clip fraction, KL divergence and |rho - 1|. Each is the sum over rows of the row's
-    weight times the mean over the row's scored tokens. For the loss this is the mean of
+    weight times the mean over the row's scored tokens. With the `ratio` of a token this is for the loss the
+    mean of
 
         -min(rho A, clip(rho, 1 - clip, 1 + clip) A) + beta k3,      rho = exp(new - old)
         k3 = exp(anchor - new) - (anchor - new) - 1
 
     (UniGRPO, arXiv 2505.15809, where the mean is over the masked tokens. k3 is Schulman's estimate of
-    KL(new || anchor), as in GRPO, arXiv 2402.03300.) Log-probabilities of tokens that aren't scored have no
-    effect. A `correction` multiplies the first term of its token, and its mean is told too.
+    KL(new || anchor), as in GRPO, arXiv 2402.03300.) With that of a "sequence" the differences of
+    log-probabilities are means over the scored tokens of a row, estimates of the difference of its bounds a
+    token, and half their square is the divergence (ESPO, arXiv 2512.03759). With "none" the first term is
+    new A, without a ratio and unclipped, where A are `weights` (wd1, arXiv 2507.08838).
+
+    Log-probabilities of tokens that aren't scored have no effect. A `correction` multiplies the first term
+    of its token, and its mean is told too.
     """
     count_R1 = jnp.float32(jnp.maximum(jnp.sum(scored_RL, axis=1, keepdims=True), 1))
     share_RL = jnp.where(scored_RL, weight_R[:, None] / count_R1, 0)
     new_RL, old_RL, anchor_RL = (jnp.where(scored_RL, x, 0) for x in (new_RL, old_RL, anchor_RL))
-    rho_RL = jnp.exp(new_RL - old_RL)
+    moved_RL, lag_RL = new_RL - old_RL, anchor_RL - new_RL
+    if ratio == "sequence":
+        mean = lambda x_RL: jnp.zeros_like(x_RL) + jnp.sum(x_RL, axis=1, keepdims=True) / count_R1  # noqa: E731
+        moved_RL, lag_RL = mean(moved_RL), mean(lag_RL)
+    rho_RL = jnp.exp(moved_RL)
     gain_RL = rho_RL * advantage_R[:, None]
     clipped_RL = jnp.clip(rho_RL, 1 - clip, 1 + clip) * advantage_R[:, None]
-    kl_RL = jnp.exp(anchor_RL - new_RL) - (anchor_RL - new_RL) - 1
+    if ratio == "none":
+        gain_RL = clipped_RL = new_RL * advantage_R[:, None]
+    kl_RL = lag_RL**2 / 2 if ratio == "sequence" else jnp.exp(lag_RL) - lag_RL - 1
     least_RL = jnp.minimum(gain_RL, clipped_RL)
     clips_RL = jnp.float32(clipped_RL < gain_RL)
     values = {"clip_fraction": clips_RL, "kl": kl_RL, "ratio_error": jnp.abs(rho_RL - 1)}

@@ -150,6 +150,7 @@ def make_objective(run: RLRun, model: Model, at: ResponseSpan) -> Objective:
                 run.objective.clip,
                 run.objective.beta,
                 scored.correction_RL,
+                run.objective.ratio,
             )
 
         return loss.of_log_probs(of_new, h_SLD, head_DV, targets_SL, scored.scored_RL, run.loss_chunk)
@@ -180,6 +181,8 @@ def choose(run: RLRun, task: Task, total_R: np.ndarray) -> tuple[Chosen, dict[st
     G = run.objective.responses
     rewards_PG = total_R.reshape(task.groups, G)
     advantage_PG = unigrpo.advantages(rewards_PG, run.objective.normalise)
+    if run.objective.ratio == "none":
+        advantage_PG = unigrpo.weights(advantage_PG)
     differ_P = np.ptp(rewards_PG, axis=1) > 0
     kept_K = np.arange(task.groups)
     counts_K = np.ones(task.groups, bool)
