@@ -16,16 +16,16 @@ import logging
 import os
 import pathlib
 import posixpath
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+
+from mmada_jax import outages
 
 SCHEME = "gs://"
 PATIENCE = 50  # seconds that a request has, with all its repetitions, beside the time that its bytes take
 SLOW = 1 << 20  # bytes a second that every network has
 BLOCK = 8 << 20  # bytes that are fetched at once where a file is read from its beginning to its end
-unanswered = threading.Event()  # set while the last request wasn't answered
 
 
 class Bucket(os.PathLike[str]):
@@ -33,10 +33,13 @@ class Bucket(os.PathLike[str]):
     there."""
 
     def __init__(self, path: str):
-        inside = path.removeprefix(SCHEME).lstrip("/")
-        self._pure = pathlib.PurePosixPath(posixpath.normpath(f"/{inside}"))
-        if len(self._pure.parts) < 2 or "\n" in path or "\0" in path:
+        # A path of this class begins with one slash, that of a user with the scheme.
+        name, _, key = path.removeprefix(SCHEME if path.startswith(SCHEME) else "/").partition("/")
+        if name in ("", ".", "..") or "\n" in path or "\0" in path:
             raise ValueError(f"{path!r} names no bucket; write gs://BUCKET/NAME")
+        if posixpath.normpath(key).split("/")[0] == "..":
+            raise ValueError(f"{path!r} leads out of its bucket; write gs://BUCKET/NAME")
+        self._pure = pathlib.PurePosixPath(posixpath.normpath(f"/{name}/{key}"))
 
     # ---- Names, as in pathlib --------------------------------------------------------------------
 
@@ -186,8 +189,11 @@ class Bucket(os.PathLike[str]):
     # ---- Reading ---------------------------------------------------------------------------------
 
     def read_bytes(self) -> bytes:
-        """All bytes of the object, in one request."""
-        return _ask(self, "cat_file", f"{self.bucket}/{self.key}", seconds=10 * PATIENCE)
+        """All bytes of the object, in one request for each BLOCK of them."""
+        parts = [self.read_range(0, BLOCK)]
+        while len(parts[-1]) == BLOCK:
+            parts.append(self.read_range(len(parts) * BLOCK, BLOCK))
+        return b"".join(parts)
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The object as text."""
@@ -386,7 +392,7 @@ def connect() -> None:
 
 def patience() -> float:
     """Seconds that a read has. After one without an answer others have less: a run is to end soon then."""
-    return PATIENCE / 10 if unanswered.is_set() else PATIENCE
+    return PATIENCE / 10 if outages.unanswered.is_set() else PATIENCE
 
 
 def _call(path: Bucket, method: str, where: str, /, *args: str, **params: Any) -> Any:
@@ -406,43 +412,12 @@ def _told(
     """Turns the errors of requests, and those of the types `also`, into errors that users understand."""
     try:
         yield
-        unanswered.clear()
+        outages.unanswered.clear()
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from error
     except FileExistsError:
         raise
     except Exception as error:  # of gcsfs, aiohttp, google.auth or requests
-        if not isinstance(error, also) and not _of_network(error):
+        if not isinstance(error, also) and not outages.of_network(error):
             raise
-        raise failure(path, error, seconds) from error
-
-
-def _of_network(error: Exception) -> bool:
-    return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests", "fsspec")
-
-
-def failure(path: Bucket, error: Exception, seconds: float) -> OSError:
-    """What an error of a request means to the user."""
-    code = getattr(error, "code", None)
-    code = int(code) if str(code).isdigit() else 0
-    said = (str(error).strip() or type(error).__name__).splitlines()
-    if code in (401, 403) or "Forbidden" in said[0]:
-        told = ("permission is denied; give the account roles/storage.objectUser on the bucket, or log in "
-                "with another: gcloud auth application-default login")  # fmt: skip
-    elif type(error).__module__.startswith("google.auth"):
-        told = "no credentials are found; log in: gcloud auth application-default login"
-    elif code == 429:
-        told = "the storage refuses so many requests (429); write less often, or ask for a higher quota"
-    elif code >= 500:
-        told = f"the storage can't serve it now ({code}); try again later"
-    elif code:
-        told = f"the storage refuses it ({said[-1]})"
-    elif isinstance(error, TimeoutError) or type(error).__name__ == "FSTimeoutError":
-        told = f"there was no answer within {seconds:.0f} s; look at the network and try again"
-    else:
-        told = f"the storage can't be reached ({said[0]:.120}); look at the network and try again"
-    if not code or code >= 500:
-        unanswered.set()
-    failure = OSError(f"{path}: {told}")
-    failure.errno, failure.code = errno.EIO, code
-    return failure
+        raise outages.failure(path, error, seconds) from error

@@ -35,7 +35,7 @@ class Lease:
         told = {"owner": about, "process": _process(os.getpid()), "token": secrets.token_hex(8)}
         self._text = json.dumps(told).encode()
         self._generation = self._take(busy, tell)
-        self._ended = threading.Event()
+        self._ended, self._renewing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -71,17 +71,16 @@ class Lease:
         return None
 
     def _renew(self) -> None:
-        last = time.monotonic()
-        while not self._ended.wait(RENEW):
-            try:
-                generation = self._write(self._generation)
-            except OSError:  # the network; after EXPIRE seconds another process may take the lease
-                self.lost = time.monotonic() - last > EXPIRE
-                continue
-            if generation is None:
-                self.lost = True
-                return
-            self._generation, last, self.lost = generation, time.monotonic(), False
+        while not self._ended.wait(RENEW) and not self.lost:
+            self.check()
+
+    def check(self) -> None:
+        """Renews the lease now, and sees whether it was lost. Where the storage can't be reached that isn't
+        known: after EXPIRE seconds another process may take the lease."""
+        with self._renewing, contextlib.suppress(OSError):
+            generation = self._write(self._generation)
+            self.lost = generation is None
+            self._generation = generation or self._generation
 
     def release(self) -> None:
         """Gives the lease back. If the network fails, the lease ends by itself."""

@@ -162,7 +162,7 @@ def scan(folder: Path) -> list[Place]:
 def has_files(folder: Path) -> bool:
     """Whether anything is in a folder, or there is a file of this name."""
     if isinstance(folder, Bucket):
-        return folder.exists()
+        return folder.is_file() or bool(folder.list())  # an object NAME/ stands for an empty folder
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
@@ -175,7 +175,7 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether an error, or an error that caused it, says that a bucket has not served a request, though its
     object may be there."""
     while error is not None:
-        if isinstance(error, OSError) and hasattr(error, "code"):  # bucket.failure
+        if isinstance(error, OSError) and hasattr(error, "code"):  # outages.failure
             return True
         error = error.__cause__
     return False
@@ -332,6 +332,7 @@ class Growing:
             self.add()
 
     def _add_to_bucket(self, wait: bool) -> None:
+        refuse_lost(self.path)
         if self._whole is None:
             self._whole = bytearray(b"".join(self._begin()))
         if self._upload and (wait or self._upload.done()):
@@ -356,6 +357,20 @@ class Growing:
 # ---- One owner -----------------------------------------------------------------------------------
 
 
+_held: list[Lease] = []  # of this process
+
+
+def refuse_lost(where: Path) -> None:
+    """Raises OSError if the lease of a folder around `where` was taken by another process: what this one
+    writes there would destroy what that one has."""
+    for lease in _held:
+        if lease.lost and isinstance(where, Bucket) and where.is_relative_to(lease.path.parent):
+            told = (
+                "another process has taken the folder, since this one didn't reach the storage for a minute"
+            )
+            raise OSError(errno.EBUSY, told, str(lease.path.parent))
+
+
 @contextlib.contextmanager
 def locked(name: Name, busy: str) -> Iterator[TextIO | Lease]:
     """Holds the lock of the file `name`, which is made with its folders, or the lease of an object. The
@@ -368,9 +383,11 @@ def locked(name: Name, busy: str) -> Iterator[TextIO | Lease]:
     about = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%F %T')}"
     if isinstance(where, Bucket):
         lease = Lease(where, about, busy, lambda line: print(line, file=sys.stderr, flush=True))
+        _held.append(lease)
         try:
             yield lease
         finally:
+            _held.remove(lease)
             lease.release()
         return
     where.parent.mkdir(parents=True, exist_ok=True)

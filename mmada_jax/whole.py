@@ -85,8 +85,11 @@ def _in_bucket(place: Bucket) -> Iterator[None]:
         place.rmtree(keep=(mark,))
         try:
             yield
+            storage.refuse_lost(mark)
+            mark.unlink()  # now it is complete; what the storage refuses here is an error
         except BaseException:
-            storage.rmtree(place, ignore_errors=True)
+            if not lease.lost:
+                storage.rmtree(place, ignore_errors=True)
             raise
 
 

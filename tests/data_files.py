@@ -165,7 +165,7 @@ def write_codes(folder):
 @contextlib.contextmanager
 def fresh_cache(folder):
     """This process's copies of what it reads lie below a folder, and it knows nothing of objects."""
-    from mmada_jax import bucket, nearby
+    from mmada_jax import nearby, outages
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -174,7 +174,7 @@ def fresh_cache(folder):
             patch.delenv(name)
         patch.setattr(nearby, "_facts", {})
         patch.setattr(nearby, "_full", {})
-        bucket.unanswered.clear()
+        outages.unanswered.clear()
         yield
 
 

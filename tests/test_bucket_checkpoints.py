@@ -96,11 +96,53 @@ def test_damaged_steps_are_set_aside_and_the_one_before_is_taken(workdir, capsys
 def test_an_unfinished_step_is_no_step(workdir):
     save(workdir, 1, 2)
     (workdir / "checkpoints/2" / COMMITTED).unlink()
+    (workdir / "checkpoints/2" / MANIFEST).unlink()  # it comes before the mark
     assert steps(workdir) == [1] and newest_step(workdir).name == "1"
     with Checkpoints(workdir) as checkpoints:
         assert checkpoints.latest() == 1
         jax.tree.map(np.testing.assert_array_equal, restore_tiny(checkpoints), tiny(1))
     assert steps_in(workdir) == ["1"]
+
+
+def test_a_whole_step_that_lacks_its_mark_is_marked_and_not_removed(workdir):
+    # It was copied from a disk, or its writer was killed between the manifest and the mark.
+    save(workdir, 1, 2)
+    for step in ("1", "2"):
+        (workdir / "checkpoints" / step / COMMITTED).unlink()
+    flip(payload(workdir / "checkpoints/2"))
+    with Checkpoints(workdir) as checkpoints:
+        assert checkpoints.latest() == 1
+        jax.tree.map(np.testing.assert_array_equal, restore_tiny(checkpoints), tiny(1))
+
+
+def served(request):
+    return None
+
+
+@pytest.mark.parametrize("what", ["manifest", "params/manifest.ocdbt", "params/_METADATA", "d%2F"])
+def test_a_step_that_is_not_served_is_not_damaged(workdir, proxy, what, capsys):
+    save(workdir, 1, 2)
+    what = what.replace("/", "%2F")
+    proxy.fails = lambda request: 403 if what in request.target and request.method == "GET" else None
+    with (
+        pytest.raises(OSError, match=r"permission is denied") as error,
+        Checkpoints(workdir) as checkpoints,
+    ):
+        restore_tiny(checkpoints)
+    assert "\n" not in str(error.value) and str(workdir) in str(error.value)
+    proxy.fails = served
+    assert "damaged" not in capsys.readouterr().err
+    assert steps(workdir) == [1, 2] and steps_in(workdir) == ["1", "2"]
+
+
+def test_a_run_that_has_lost_its_workdir_leaves_the_next_ones_save_alone(workdir):
+    checkpoints = Checkpoints(workdir)
+    with checkpoints:
+        checkpoints._lock.lost = True
+        (workdir / "checkpoints/7/params/d/abc").write_bytes(b"of another run")
+        with pytest.raises(OSError, match="another process has taken"):
+            storage.Growing(workdir / "metrics.jsonl", lambda: [], pause=0).flush()
+    assert (workdir / "checkpoints/7/params/d/abc").exists()
 
 
 def test_a_save_that_the_network_refuses_costs_that_save_alone(workdir, proxy, monkeypatch, capsys):
@@ -149,7 +191,7 @@ def test_a_last_save_that_fails_is_an_error(workdir, proxy):
 def test_a_run_that_has_lost_its_workdir_saves_nothing(workdir):
     with Checkpoints(workdir) as checkpoints:
         checkpoints.save(tiny(1))
-        checkpoints._lock.lost = True
+        (workdir / ".lock").write_bytes(b"of another run")
         with pytest.raises(OSError, match="another process has taken"):
             checkpoints.save(tiny(2))
     assert steps(workdir) == [1]

@@ -32,6 +32,8 @@ def proxy():
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_data_go_from_a_bucket_into_a_bucket_and_survive_a_kill(
     assert content(folder / "out") == content(tmp_path / "out")
     assert again | {"source": 0} == report | {"source": 0}
     assert again["source"]["fingerprint"] == report["source"]["fingerprint"]
-    assert not list(pathlib.Path(tempfile.gettempdir()).glob("mmada_jax-*"))
+    assert not list((tmp_path / "temporary").iterdir())
 
     opened = [sources.open_source(sources.SourceConfig(str(out / "out"))) for out in (tmp_path, folder)]
     assert all(repr(opened[0][i]) == repr(opened[1][i]) for i in range(len(opened[0])))

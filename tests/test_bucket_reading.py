@@ -22,7 +22,7 @@ from data_files import (
 )
 
 from mmada_jax import bucket as bucket_lib
-from mmada_jax import nearby, storage
+from mmada_jax import nearby, outages, storage
 from mmada_jax.data import pipeline
 from mmada_jax.data.records import Record
 from mmada_jax.data.sources import SourceConfig, open_source
@@ -222,8 +222,8 @@ def test_a_read_without_an_answer_ends(fault, two, proxy, hurry):
         began = time.monotonic()
         with pytest.raises(ValueError, match=r"no answer within|can't serve it now"):
             source[2]
-        assert time.monotonic() - began < 2 and bucket_lib.unanswered.is_set()
-        bucket_lib.unanswered.clear()
+        assert time.monotonic() - began < 2 and outages.unanswered.is_set()
+        outages.unanswered.clear()
     proxy.fails, proxy.delay = lambda request: None, 0.0
     assert [source[1].key for source in two] == ["r1", "x.jsonl:2"]
 

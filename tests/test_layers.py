@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up; within a floor from left to right. A module imports only what stands before it.
 FLOORS = {
-    "": "ranges bucket lease storage whole files nearby config progress cluster",
+    "": "ranges outages bucket lease storage whole files nearby config progress cluster",
     "tokens": "vocab tokenizer layout",
     "data": "records images digits totals sources.source sources.paths sources.rows sources.shards "
     "sources.arrayrecord sources.imagefolder sources.jsonl sources.llava sources.parquet sources.tfds "

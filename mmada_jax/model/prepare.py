@@ -26,6 +26,7 @@ from mmada_jax import files, storage
 from mmada_jax.bucket import SCHEME
 from mmada_jax.data import sources
 from mmada_jax.data.records import pack
+from mmada_jax.data.sources.shards import Shard
 from mmada_jax.model.reading import RECORDS, Encoder, Skip, Skips, ahead, read
 from mmada_jax.progress import progress
 
@@ -274,6 +275,11 @@ def library_errors(path: storage.Path) -> Iterator[None]:
 
 def count_records(path: storage.Path) -> int:
     """Counts the records of a shard. -1: it isn't whole. A file that was cut off opens empty."""
+    if storage.in_bucket(path):
+        try:
+            return len(Shard(str(path)))
+        except ValueError:
+            return -1
     reader = ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
     return reader.num_records() if reader.ok() else -1
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmada_jax import storage
+from mmada_jax import nearby, storage
 from mmada_jax.storage import Growing
 
 # The names of files with samples: the step and, of a run with several tasks, the task.
@@ -41,13 +41,16 @@ class Board:
             yield _record(wall_time=began, file_version="brain.Event:2")
             yield from map(self._row, rows)
             seconds = {row["step"]: row.get("wall_seconds", 0.0) for row in rows}
-            for text in sorted((workdir / "samples").glob("*.md")):
-                name = _SAMPLES.fullmatch(text.name)
-                if name and text.is_file() and (step := int(name[1])) <= last:
-                    picture = text.with_suffix(".png")
-                    png = picture.read_bytes() if picture.is_file() else b""
-                    at = seconds.get(step, 0.0)
-                    yield self._samples(step, at, text.read_bytes(), png, name[2] or "")
+            there = storage.files_below(workdir / "samples")
+            texts = {name: found for name in there if (found := _SAMPLES.fullmatch(name))}
+            texts = {name: found for name, found in texts.items() if int(found[1]) <= last}
+            pictures = [name for text in texts if (name := f"{text.removesuffix('.md')}.png") in there]
+            read = nearby.each(lambda path: storage.path(path).read_bytes(),
+                               [str(there[name].path) for name in (*texts, *pictures)])  # fmt: skip
+            data = dict(zip((*texts, *pictures), read, strict=True))
+            for name, found in texts.items():
+                step, png = int(found[1]), data.get(f"{name.removesuffix('.md')}.png", b"")
+                yield self._samples(step, seconds.get(step, 0.0), data[name], png, found[2] or "")
 
         self._file = Growing(folder / name, begin, pause=30)
 

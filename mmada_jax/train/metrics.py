@@ -55,6 +55,8 @@ class Metrics:
         try:
             rows = read(path)
         except OSError as error:
+            if storage.in_bucket(path):
+                raise  # the rows are there, and the file would be written without them
             rows = []
             warn(f"{path} can't be read ({error}); {_set_aside(path)}")
         kept = [row for row in rows if row["step"] <= resume_step]

@@ -257,7 +257,8 @@ def begun(workdir: storage.Path, space: Domains) -> list[Overrides]:
             for path in folder.glob("trial.json.*.tmp"):
                 path.unlink()
             with contextlib.suppress(OSError):  # it isn't empty; check_unchanged says so
-                folder.rmdir()
+                if not storage.in_bucket(folder):
+                    folder.rmdir()
             continue
         if not folder.name.startswith(f"trial-{number:03}-"):
             raise ValueError(f"{workdir} lacks trial-{number:03}; put it back, or choose an empty workdir")

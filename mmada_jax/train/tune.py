@@ -192,7 +192,7 @@ def joined(workdir: storage.Path, address: str) -> Iterator[bool]:
             yield alone
     finally:
         signal.signal(signal.SIGHUP, before)
-        shutil.rmtree(records, ignore_errors=True)
+        shutil.rmtree(records.parent if storage.in_bucket(workdir) else records, ignore_errors=True)
 
 
 def _storage_of(workdir: storage.Path) -> pathlib.Path:

@@ -20,6 +20,7 @@ from etils import epath
 
 from mmada_jax import storage
 from mmada_jax.bucket import Bucket
+from mmada_jax.outages import understood
 from mmada_jax.weights.lazy import Lazy, leaves, pieces, refuse, tree
 from mmada_jax.weights.manifest import write_manifest
 
@@ -123,7 +124,12 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         self._few = asyncio.Semaphore(3)
         # No write waits until the disk has it. After a power cut the manifest shows what is missing.
         self._context = tensorstore.Context(
-            {"file_io_sync": False, "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000}}
+            {
+                "file_io_sync": False,
+                "cache_pool#ocdbt": {"total_bytes_limit": 100_000_000},
+                # Each request to a bucket holds a data file in memory.
+                "gcs_request_concurrency": {"limit": 4},
+            }
         )
         self.error: Exception | None = None
 
@@ -158,7 +164,8 @@ def _chunks(array: Any, names: tuple[str | None, ...] | None) -> tuple[int, ...]
 def _stored(folder: storage.Path) -> dict[tuple[str, ...], Any]:
     """Path -> what Orbax recorded (shape, dtype) of every leaf of a checkpoint."""
     try:
-        found = ocp.PyTreeCheckpointHandler().metadata(orbax_path(folder))
+        with understood(folder):
+            found = ocp.PyTreeCheckpointHandler().metadata(orbax_path(folder))
     except (ValueError, FileNotFoundError, KeyError) as error:
         raise ValueError(f"{folder} is no readable checkpoint: {error}") from error
     return ocp.tree.to_flat_dict(found.tree)
@@ -169,13 +176,17 @@ def missing(folder: storage.Path) -> list[str]:
     them; one line for each that is not there, or not all of it."""
     try:
         spec = {"driver": "ocdbt", "base": storage.kvstore(folder)}
-        store = tensorstore.KvStore.open(spec, context=_READING).result()
-        keys = store.list().result()
+        with understood(folder):
+            store = tensorstore.KvStore.open(spec, context=_READING).result()
+            keys = store.list().result()
+            stored = list(_stored(folder))
+            # All are asked for before the first answer is waited for.
+            waiting = [store.read(f"{'.'.join(path)}/.zarray") for path in stored]
+            described = [json.loads(each.result().value or "{}") for each in waiting]
         pieces_of = collections.Counter(key.rpartition(b"/")[0].decode() for key in keys)
         wrong = []
-        for path in _stored(folder):
+        for path, about in zip(stored, described, strict=True):
             name = ".".join(path)
-            about = json.loads(store.read(f"{name}/.zarray").result().value or "{}")
             sizes = zip(about.get("shape", ()), about.get("chunks", ()), strict=True)
             want = math.prod(-(-n // chunk) for n, chunk in sizes)
             if not about or pieces_of[name] != want + 1:  # its chunks, and .zarray, which describes it

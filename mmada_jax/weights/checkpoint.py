@@ -22,6 +22,8 @@ from jax.experimental import multihost_utils
 from mmada_jax import storage
 from mmada_jax.bucket import Bucket
 from mmada_jax.devices.distributed import is_lost, together
+from mmada_jax.lease import Lease
+from mmada_jax.outages import understood
 from mmada_jax.weights.arrays import check_leaves, missing, open_params, orbax_path
 from mmada_jax.weights.lazy import leaves, refuse
 from mmada_jax.weights.manifest import (
@@ -65,7 +67,11 @@ class Checkpoints:
             with together("taking the workdir"):
                 if jax.process_index() == 0:
                     self._lock = stack.enter_context(claimed(self.folder.parent))
-            self._manager = ocp.CheckpointManager(orbax_path(self.folder), options=options)
+                    # Orbax removes what isn't marked as complete. A step that was copied from a disk may
+                    # lack the mark, and so may one whose writer was killed just before it.
+                    _commit([path for path in self.folder.glob("*") if path.name.isdigit()])
+            with understood(self.folder):
+                self._manager = ocp.CheckpointManager(orbax_path(self.folder), options=options)
             self._owned = stack.pop_all()
 
     def __enter__(self):
@@ -100,11 +106,9 @@ class Checkpoints:
 
         Raises FloatingPointError, and saves nothing, if params or the optimizer's state aren't finite."""
         step = int(state.step)
-        if getattr(self._lock, "lost", False):
-            raise OSError(
-                f"another process has taken {self.folder.parent}, after this one couldn't reach the "
-                "storage for a minute; it goes on there, so this one ends"
-            )
+        if isinstance(self._lock, Lease):
+            self._lock.check()
+            storage.refuse_lost(self.folder)
         if step == self.latest():  # waits too: there is one save at a time, described by `_saving`
             return
         for part in PARTS:
@@ -191,7 +195,8 @@ class Checkpoints:
         args = {part: ocp.args.StandardRestore(getattr(target, part)) for part in PARTS}
         wrong = []
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            with understood(self.folder):
+                restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             wrong = [f"its {NAMED[part]} not finite" for part in PARTS if not all_finite(restored[part])]
         except (ValueError, KeyError, FileNotFoundError) as error:
             if "RESOURCE_EXHAUSTED" in str(error):
@@ -232,7 +237,8 @@ class Checkpoints:
             if self._problem:
                 return  # a consequence of the first failure, which is known
             # Orbax forgets an old step before it removes the files: reload() reads which steps there are.
-            self._manager.reload()
+            with contextlib.suppress(*storage.failures()):
+                self._manager.reload()
             if self._saving is None or self._saving.step in self._manager.all_steps():
                 return  # the step is saved; the removal of an older step has failed
             with contextlib.suppress(*storage.failures()):
@@ -243,7 +249,7 @@ class Checkpoints:
             while jax.process_count() > 1 and cause.__context__:
                 # The error says that the other processes didn't come to the barrier; this is the reason.
                 cause = cause.__context__
-            reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+            reason = (str(cause).strip() or repr(cause)).splitlines()[0].split(" [")[0]
             self._problem = f"the checkpoint of step {self._saving.step} could not be saved ({reason})"
             if (free := storage.free_bytes(self.folder)) is not None:
                 arrays = jax.tree.leaves(self._saving[1:])
@@ -254,14 +260,16 @@ class Checkpoints:
     def _clear(self) -> None:
         """Removes the files of failed saves, when no save is under way. It is called again and again, since
         a write that ends late makes its folder anew."""
-        if jax.process_index() > 0:
+        if jax.process_index() > 0 or getattr(self._lock, "lost", False):
             return
-        left = self.folder.glob("*.orbax-checkpoint-tmp*")
-        if isinstance(self.folder, Bucket):
+        left = []
+        if not isinstance(self.folder, Bucket):
+            left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
+        else:
             with contextlib.suppress(OSError):  # the network; the next start removes them
                 whole = {str(step) for step in steps(self.folder.parent)}
                 there = [path for path in self.folder.iterdir() if path.name.isdigit()]
-                left = iter([path for path in there if path.name not in whole])
+                left = [path for path in there if path.name not in whole]
         for path in left:
             storage.rmtree(path, ignore_errors=True)
 

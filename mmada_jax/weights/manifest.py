@@ -86,15 +86,20 @@ def find_damage(folder: storage.Name, part: str = "") -> list[str]:
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = [f"{MANIFEST} can't be read: {error!r}"]
+        if storage.is_outage(error):  # the files may be whole
+            wrong = [_UNSERVED + str(error)]
     if jax.process_count() > 1:
         told = "\n".join(wrong).encode()[:_TOLD].ljust(_TOLD)
         found = multihost_utils.process_allgather(np.frombuffer(told, np.uint8))
         texts = [bytes(np.asarray(text)).decode(errors="replace").strip() for text in found]
         # All of them say the same: the first process prints it.
         wrong = list(dict.fromkeys(line for text in texts for line in text.splitlines()))
+    if unserved := next((line for line in wrong if line.startswith(_UNSERVED)), ""):
+        raise OSError(unserved.removeprefix(_UNSERVED))
     return wrong
 
 
+_UNSERVED = "unserved: "  # begins what isn't damage
 _TOLD = 2000  # bytes of what a process tells the others of its damaged files
 
 

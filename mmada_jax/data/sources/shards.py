@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from mmada_jax import files, nearby, storage
-from mmada_jax.bucket import Bucket, failure, patience, unanswered
+from mmada_jax.bucket import Bucket, patience
 from mmada_jax.data.sources.paths import start_of
+from mmada_jax.outages import failure, unanswered
 
 T = TypeVar("T")
 HOME = os.getpid()  # the process that has loaded this module, and not one that was forked of it
