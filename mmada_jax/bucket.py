@@ -162,7 +162,9 @@ class Bucket(os.PathLike[str]):
             found += [Entry(Bucket(f"{self.bucket}/{name}"), None) for name in page.get("prefixes", ())]
             token = page.get("nextPageToken")
             if not token:
-                return sorted(found, key=lambda entry: entry.path)
+                # A folder that spans several pages may be named in each of them.
+                once = {entry.path: entry for entry in found}
+                return sorted(once.values(), key=lambda entry: entry.path)
 
     def _page(self, **params: Any) -> dict[str, Any]:
         prefix = f"{self.key}/" if self.key else ""

@@ -90,6 +90,17 @@ def test_files_are_written_listed_and_removed(either):
     assert not (either / "b").exists()
 
 
+def test_listings_of_several_pages(folder, monkeypatch):
+    for i in range(12):
+        for name in (f"{i:03}", f"d{i:03}/a"):
+            (folder / name).write_bytes(b"x")
+    page = Bucket._page
+    monkeypatch.setattr(Bucket, "_page", lambda self, **of: page(self, **({"maxResults": 5} | of)))
+    assert [entry.path.name for entry in folder.list()] == [
+        *(f"{i:03}" for i in range(12)), *(f"d{i:03}" for i in range(12))]  # fmt: skip
+    assert len(storage.files_below(folder)) == 24 and folder.is_dir()
+
+
 def test_what_fails_while_it_is_written_isn_t_there(either):
     def write():
         with storage.writing(either / "x") as file:
