@@ -6,7 +6,9 @@ set -euo pipefail
 extras=digits,rl,test
 which=(-m "not slow")
 if [ "${1-}" = --all ]; then
-  extras=aot,bucket,cluster,digits,eval,gcp,gym,rl,serve,torch,test
+  # Without the extra cluster: tests of Ray kill processes and wait for others, and want a quiet machine of their
+  # own: pip install -e ".[cluster]" and pytest tests/test_prepare_ray.py tests/test_sweep_ray.py
+  extras=aot,bucket,digits,eval,gcp,gym,rl,serve,torch,test
   which=()
   shift
 fi

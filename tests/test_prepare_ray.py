@@ -24,7 +24,10 @@ from mmada_jax.data import sources
 from mmada_jax.model import prepare as module
 from mmada_jax.model.actors import TRIES, OnRay
 
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),  # of jax; Ray's children don't use it
+]
 prepare = pytest.fixture(preparer)
 tokenizer = pytest.fixture(scope="module")(published)
 RECORDS, SHARDS, MARK = 144, 6, "MMADA_TEST_MARK"
