@@ -60,7 +60,7 @@ WRONG = {
         {"data.lm.texts.format": "webdataset"}, r"config.data.lm.texts: .*looks like 'parquet'"
     ),
     "truncated tar": ({"data.mmu.pictures.path": "cut.tar"}, r"config.data.mmu.pictures: .*cut.tar is tru"),
-    "truncated ArrayRecord": ({"data.t2i": codes("cut_codes")}, r"config.data.t2i.codes: .*it is truncated"),
+    "truncated ArrayRecord": ({"data.t2i": codes("cut_codes")}, r"config.data.t2i.codes: .*is truncated"),
     "key of a source": (
         {"data.t2i.pictures.pth": "x"},
         r"unknown config key 'data.t2i.pictures.pth'; did you mean 'data.t2i.pictures.path'",
