@@ -16,7 +16,7 @@ import logging
 import os
 import pathlib
 import posixpath
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -129,8 +129,8 @@ class Bucket(os.PathLike[str]):
         return _call(self, "GET", "b/{}/o/{}", self.bucket, self.key, json_out=True)
 
     def stat(self) -> os.stat_result:
-        """The size and the time of the last change, as of a file. Raises FileNotFoundError."""
-        return _stat(self.info())
+        """The size, as of a file, and nothing else. Raises FileNotFoundError."""
+        return os.stat_result((0o100644, 0, 0, 0, 0, 0, int(self.info()["size"]), 0, 0, 0))
 
     def is_file(self) -> bool:
         """Whether there is an object of this name."""
@@ -280,7 +280,7 @@ class Bucket(os.PathLike[str]):
     def rmtree(self, keep: "tuple[Bucket, ...]" = ()) -> None:
         """Removes all objects below this name but for those to `keep`."""
         there = [entry.path for entry in self.list(recursive=True) if entry.path not in keep]
-        _each(lambda path: path.unlink(missing_ok=True), there)
+        each(lambda path: path.unlink(missing_ok=True), there)
 
     def rename(self, target: "Bucket", last: str) -> None:
         """Copies all objects below this name to `target`, within the bucket's storage, and removes them;
@@ -292,7 +292,7 @@ class Bucket(os.PathLike[str]):
             names = [f"{where.bucket}/{where.key}" for where in (path, to)]
             _ask(path, "cp_file", *names, seconds=10 * PATIENCE)
 
-        _each(copy, there)
+        each(copy, there)
         (self / last).unlink(missing_ok=True)
         self.rmtree()
 
@@ -312,15 +312,13 @@ class Entry(NamedTuple):
         return int(self.item.get("size", 0)) if self.item else 0
 
 
-def _each(do: Callable[[Bucket], Any], paths: Sequence[Bucket]) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        for _ in pool.map(do, paths):
-            pass
+AT_ONCE = 16  # requests at a time, where many objects are asked for
 
 
-def _stat(item: Mapping[str, Any]) -> os.stat_result:
-    size = int(item.get("size", 0))
-    return os.stat_result((0o100644, 0, 0, 0, 0, 0, size, 0, 0, 0))
+def each(do: Callable[[Any], Any], asked: Iterable[Any]) -> list[Any]:
+    """The results of `do` for what is asked of a bucket, in order; requests are made side by side."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(do, asked))
 
 
 class _Reading(io.RawIOBase):

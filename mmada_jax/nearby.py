@@ -17,14 +17,12 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from mmada_jax import storage
+from mmada_jax import bucket, storage
 from mmada_jax.bucket import BLOCK, Bucket, Entry
 
 FOLDER, GIB = "MMADA_CACHE_DIR", "MMADA_CACHE_GIB"
-AT_ONCE = 16  # requests at a time, where many objects are asked for
 _SHARE = 8  # an object that would take more than this part of the limit isn't kept
 FETCH = 4 * BLOCK  # bytes that are asked for at once, of an object that is fetched whole
 IN_USE = 3600  # seconds since its last use for which a copy stays
@@ -104,8 +102,7 @@ def each(do: Callable[[str], object], paths: Iterable[str]) -> list:
     paths = list(paths)
     if len(paths) < 2 or not all(storage.in_bucket(path) for path in paths):
         return [do(path) for path in paths]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(do, paths))
+    return bucket.each(do, paths)
 
 
 # ---- Copies --------------------------------------------------------------------------------------

@@ -266,15 +266,6 @@ def put(file: pathlib.Path, where: Path) -> None:
         file.replace(where)
 
 
-def rename(file: Path, to: Path) -> None:
-    """Gives a file another name, in a bucket by copying it."""
-    if isinstance(file, Bucket):
-        to.write_bytes(file.read_bytes())
-        file.unlink()
-    else:
-        file.rename(to)
-
-
 def rmtree(folder: Path, ignore_errors: bool = False) -> None:
     """Removes a folder with all that is in it."""
     if not isinstance(folder, Bucket):

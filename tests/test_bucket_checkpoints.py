@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from buckets import BUCKET, behind_proxy, skip_without_server, upload, variables
 from programs import Program
-from states import payload, restore_tiny, steps_in, tiny
+from states import flip, payload, restore_tiny, steps_in, tiny
 
 from mmada_jax import storage
 from mmada_jax.weights.checkpoint import Checkpoints, newest_params, trust
@@ -32,12 +32,6 @@ def workdir(proxy, tmp_path):
     yield where
     proxy.fails = lambda request: None
     where.rmtree()
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 def save(workdir, *numbers, keep=3):

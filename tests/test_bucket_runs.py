@@ -13,7 +13,7 @@ import pytest
 from buckets import BUCKET, behind_proxy, environment, skip_without_server, upload
 from conftest import xla_flags
 from programs import Program
-from states import payload
+from states import flip, payload
 
 from mmada_jax import storage
 from mmada_jax.serve.api import MMaDA
@@ -155,9 +155,7 @@ def test_two_processes_save_and_restore_one_state_and_find_a_flipped_byte(
     two(folder / "run", 4)
     assert hash_of(folder / "run") == hash_of(tmp_path / "disk")
     damaged = payload(newest_step(folder / "run") / "params")
-    data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
-    damaged.write_bytes(bytes(data))
+    flip(damaged)
     out = two(folder / "run", 4)
     assert "step 4 is damaged" in out and damaged.name in out and "crc32c" in out
     assert "resuming at step 2\n" in out

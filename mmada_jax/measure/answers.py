@@ -54,7 +54,7 @@ class Answers:
 @contextlib.contextmanager
 def alone(folder: storage.Path) -> Iterator[None]:
     """A folder, made if it isn't there, to which no other evaluation writes. Raises ValueError if one
-    does. The folder itself is locked: `weights.workdir.locked` leaves a file, and judges read all files."""
+    does. The folder itself is locked: `storage.locked` leaves a file, and judges read all files."""
     if storage.in_bucket(folder):
         raise ValueError(f"--out {folder}: judges read its files, so it must be a folder of this machine")
     folder.mkdir(parents=True, exist_ok=True)

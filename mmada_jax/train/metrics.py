@@ -249,7 +249,7 @@ def _set_aside(path: storage.Path) -> str:
     while aside.exists():
         aside, again = path.with_name(f"metrics.unreadable.{again}.jsonl"), again + 1
     try:
-        storage.rename(path, aside)
+        path.rename(aside)
     except OSError as error:
         return f"it can't be renamed ({error})"
     return f"it is now called {aside.name}"

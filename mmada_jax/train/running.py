@@ -159,8 +159,13 @@ def _log(trial: Trial) -> BinaryIO:
 
 
 def _log_here(trial: Trial) -> pathlib.Path:
-    name = hashlib.sha256(str(trial.folder).encode()).hexdigest()[:16]
-    return pathlib.Path(tempfile.gettempdir()) / f"mmada_jax-{name}-{os.getpid()}.log"
+    return stand_in(trial.folder).with_suffix(f".{os.getpid()}.log")
+
+
+def stand_in(folder: storage.Path) -> pathlib.Path:
+    """A temporary place on this machine for what can't lie in a folder of a bucket."""
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
+    return pathlib.Path(tempfile.gettempdir()) / f"mmada_jax-{name}"
 
 
 def _keep_log(trial: Trial) -> storage.Path:

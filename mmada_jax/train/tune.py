@@ -7,7 +7,6 @@ proposes is computed from the seed, the number of the trial and the results so f
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import logging
 import math
@@ -16,14 +15,13 @@ import pathlib
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmada_jax import cluster, storage
-from mmada_jax.train.running import ROOT, Attempt, Sweep, signals
+from mmada_jax.train.running import ROOT, Attempt, Sweep, signals, stand_in
 from mmada_jax.train.sweep import Choice, Domains, Overrides, Trial, draw, fresh, lock_trial
 
 # A diverged trial: ASHA never stops a nan, since no comparison with it holds.
@@ -200,8 +198,7 @@ def _storage_of(workdir: storage.Path) -> pathlib.Path:
     a workdir in a bucket stay on this machine."""
     if not storage.in_bucket(workdir):
         return workdir.resolve()
-    name = hashlib.sha256(str(workdir).encode()).hexdigest()[:16]
-    return pathlib.Path(tempfile.gettempdir()) / f"mmada_jax-{name}"
+    return stand_in(workdir)
 
 
 def share(asked: Mapping[str, float], alone: bool, parallel: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ from mmada_jax.weights.manifest import (
     write_manifest,
 )
 from mmada_jax.weights.state import TrainState, all_finite
-from mmada_jax.weights.workdir import FILES, claimed, newest_step, record_files, steps
+from mmada_jax.weights.workdir import FILES, claimed, newest_step, record_files
 
 NAMED = {"params": "params are", "opt_state": "numbers of the optimizer are"}
 
@@ -267,9 +267,8 @@ class Checkpoints:
             left = list(self.folder.glob("*.orbax-checkpoint-tmp*"))
         else:
             with contextlib.suppress(OSError):  # the network; the next start removes them
-                whole = {str(step) for step in steps(self.folder.parent)}
                 there = [path for path in self.folder.iterdir() if path.name.isdigit()]
-                left = [path for path in there if path.name not in whole]
+                left = [path for path in there if not (path / COMMITTED).is_file()]
         for path in left:
             storage.rmtree(path, ignore_errors=True)
 
