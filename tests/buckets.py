@@ -208,6 +208,11 @@ def behind_proxy():
         bucket._connect.cache_clear()
 
 
+def put(tmp_path, folder):
+    """Puts what is below tmp_path / "up" into a folder of the bucket."""
+    return upload(tmp_path / "up", folder.key)
+
+
 def upload(folder, name):
     """Copies a folder of this machine to gs://BUCKET/name, which it returns."""
     from mmada_jax import storage

@@ -71,6 +71,28 @@ def pytest_collection_modifyitems(items):
                     item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="module")
+def proxy():
+    """A fake of Google's storage behind a proxy (buckets.py); this process's environment is for it."""
+    from buckets import behind_proxy
+
+    with behind_proxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def folder(proxy, tmp_path):
+    """A folder of the fake's bucket. After the test it is removed, and the storage serves all again."""
+    from buckets import BUCKET
+
+    from mmada_jax import storage
+
+    where = storage.path(f"gs://{BUCKET}/{tmp_path.name}")
+    yield where
+    proxy.fails, proxy.delay = lambda request: None, 0.0
+    where.rmtree()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_folder_is_named_after_a_storage():
     """A path of gs:// that is taken for one of a disk makes a folder gs: without an error."""

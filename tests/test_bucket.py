@@ -11,19 +11,13 @@ import sys
 import time
 
 import pytest
-from buckets import BUCKET, behind_proxy, skip_without_server
+from buckets import BUCKET, skip_without_server
 
 from mmada_jax import lease, storage
 from mmada_jax.bucket import Bucket
 from mmada_jax.lease import Lease
 
 skip_without_server()
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
 
 
 @pytest.fixture

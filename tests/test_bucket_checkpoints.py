@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from buckets import BUCKET, behind_proxy, skip_without_server, upload, variables
+from buckets import skip_without_server, upload, variables
 from programs import Program
 from states import flip, payload, restore_tiny, steps_in, tiny
 
@@ -20,18 +20,9 @@ from mmada_jax.weights.workdir import newest_step, steps
 skip_without_server()
 
 
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
-
-
 @pytest.fixture
-def workdir(proxy, tmp_path):
-    where = storage.path(f"gs://{BUCKET}/{tmp_path.name}")
-    yield where
-    proxy.fails = lambda request: None
-    where.rmtree()
+def workdir(folder):
+    return folder
 
 
 def save(workdir, *numbers, keep=3):

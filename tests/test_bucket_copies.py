@@ -6,7 +6,7 @@ import pathlib
 import resource
 
 import pytest
-from buckets import behind_proxy, skip_without_server, upload
+from buckets import put, skip_without_server
 from data_files import Counted, N, fresh_cache, write_codes, write_lines
 
 from mmada_jax import nearby, storage
@@ -16,12 +16,6 @@ from mmada_jax.data.sources import SourceConfig, open_source
 skip_without_server()
 
 
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, proxy):
     with fresh_cache(tmp_path / "cache"):
@@ -29,18 +23,10 @@ def cache(tmp_path, proxy):
     proxy.fails, proxy.delay = lambda request: None, 0.0
 
 
-@pytest.fixture
-def folder(proxy, tmp_path):
-    """A function that puts what is below tmp_path / "up" into a new folder of the bucket."""
-    where = storage.path(f"gs://bkt/{tmp_path.name}")
+@pytest.fixture(autouse=True)
+def up(tmp_path):
+    """What `put` uploads."""
     (tmp_path / "up").mkdir()
-    yield where
-    proxy.fails, proxy.delay = lambda request: None, 0.0
-    where.rmtree()
-
-
-def put(tmp_path, folder):
-    return upload(tmp_path / "up", folder.key)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import tarfile
 import tempfile
 
 import pytest
-from buckets import BUCKET, behind_proxy, environment, skip_without_server, upload
+from buckets import environment, skip_without_server, upload
 from conftest import ROOT, xla_flags
 from prepare_run import encode, picture, published
 
@@ -23,25 +23,11 @@ tokenizer = pytest.fixture(scope="module")(published)
 SETTINGS = {"records_per_shard": 8, "image_size": 64, "shuffle": 1}
 
 
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-
-
-@pytest.fixture
-def folder(proxy, tmp_path):
-    where = storage.path(f"gs://{BUCKET}/{tmp_path.name}")
-    yield where
-    proxy.fails = lambda request: None
-    where.rmtree()
 
 
 @pytest.fixture(scope="module")

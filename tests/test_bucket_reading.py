@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from buckets import behind_proxy, environment, skip_without_server, upload
+from buckets import environment, put, skip_without_server
 from data_files import (
     Counted,
     fresh_cache,
@@ -31,12 +31,6 @@ skip_without_server()
 MB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
-
-
 @pytest.fixture(autouse=True)
 def cache(tmp_path, proxy):
     with fresh_cache(tmp_path / "cache"):
@@ -44,18 +38,10 @@ def cache(tmp_path, proxy):
     proxy.fails, proxy.delay = lambda request: None, 0.0
 
 
-@pytest.fixture
-def folder(proxy, tmp_path):
-    """A function that puts what is below tmp_path / "up" into a new folder of the bucket."""
-    where = storage.path(f"gs://bkt/{tmp_path.name}")
+@pytest.fixture(autouse=True)
+def up(tmp_path):
+    """What `put` uploads."""
     (tmp_path / "up").mkdir()
-    yield where
-    proxy.fails, proxy.delay = lambda request: None, 0.0
-    where.rmtree()
-
-
-def put(tmp_path, folder):
-    return upload(tmp_path / "up", folder.key)
 
 
 def opened_twice(config, proxy):

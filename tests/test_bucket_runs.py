@@ -10,7 +10,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from buckets import BUCKET, behind_proxy, environment, skip_without_server, upload
+from buckets import environment, skip_without_server, upload
 from conftest import xla_flags
 from programs import Program
 from states import flip, payload
@@ -29,20 +29,6 @@ from tests.rl_toys import history, one_device, params, rl_config, stopped_in, to
 skip_without_server()
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = ROOT / "configs/pretrain.py:digits,smoke"
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def folder(proxy, tmp_path):
-    where = storage.path(f"gs://{BUCKET}/{tmp_path.name}")
-    yield where
-    proxy.fails, proxy.delay = lambda request: None, 0.0
-    where.rmtree()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from buckets import BUCKET, behind_proxy, skip_without_server, upload
+from buckets import BUCKET, skip_without_server, upload
 from data_files import (
     DEEP,
     POINTER,
@@ -42,12 +42,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),  # of jax; the child doesn't use it
 ]
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import sys
 import tempfile
 
 import pytest
-from buckets import BUCKET, behind_proxy, environment, skip_without_server
+from buckets import BUCKET, environment, skip_without_server
 from conftest import ROOT, xla_flags
 
 from mmada_jax import storage
@@ -29,12 +29,6 @@ if lr > 1 and not before:
 rows = [json.dumps({"step": step, "loss": lr / step}) for step in range(1, 5)]
 storage.write_whole(workdir / "metrics.jsonl", chr(10).join(rows) + chr(10))
 """
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with behind_proxy() as proxy:
-        yield proxy
 
 
 ENGINES = [
