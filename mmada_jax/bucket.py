@@ -208,8 +208,8 @@ class Bucket(os.PathLike[str]):
         end, seconds = at + size, patience() + size / SLOW
         try:
             return _ask(self, "cat_file", f"{self.bucket}/{self.key}", at, end, seconds=seconds)
-        except OSError as error:
-            if getattr(error, "code", 0) == 416:  # it ends before
+        except outages.Unserved as error:
+            if error.code == 416:  # it ends before
                 return b""
             raise
 

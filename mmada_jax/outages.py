@@ -7,6 +7,16 @@ import re
 import threading
 from collections.abc import Iterator
 
+
+class Unserved(OSError):
+    """A bucket has not served a request, though its object may be there. `code` is the status of HTTP, 0 if
+    there was no answer."""
+
+    def __init__(self, text: str, code: int = 0):
+        super().__init__(text)
+        self.errno, self.code = errno.EIO, code
+
+
 unanswered = threading.Event()  # set while the last request wasn't answered
 
 
@@ -36,7 +46,7 @@ def of_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("gcsfs", "aiohttp", "google", "requests", "fsspec")
 
 
-def failure(path: os.PathLike[str], error: Exception, seconds: float = 0.0) -> OSError:
+def failure(path: os.PathLike[str], error: Exception, seconds: float = 0.0) -> Unserved:
     """What an error of a request means to the user."""
     code = getattr(error, "code", None)
     found = re.search(r"http_response_code='(\d+)'", str(error))  # of TensorStore
@@ -59,6 +69,4 @@ def failure(path: os.PathLike[str], error: Exception, seconds: float = 0.0) -> O
         told = f"the storage can't be reached ({said[0]:.120}); look at the network and try again"
     if not code or code >= 500:
         unanswered.set()
-    failure = OSError(f"{path}: {told}")
-    failure.errno, failure.code = errno.EIO, code
-    return failure
+    return Unserved(f"{path}: {told}", code)

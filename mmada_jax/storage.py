@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 from mmada_jax import bucket
 from mmada_jax.bucket import Bucket
 from mmada_jax.lease import Lease, look
+from mmada_jax.outages import Unserved
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Path = pathlib.Path | Bucket
@@ -175,7 +176,7 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether an error, or an error that caused it, says that a bucket has not served a request, though its
     object may be there."""
     while error is not None:
-        if isinstance(error, OSError) and hasattr(error, "code"):  # outages.failure
+        if isinstance(error, Unserved):
             return True
         error = error.__cause__
     return False

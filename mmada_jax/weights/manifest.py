@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from mmada_jax import files, storage
 from mmada_jax.bucket import Bucket
+from mmada_jax.outages import Unserved
 from mmada_jax.storage import File, write_whole
 from mmada_jax.weights.lazy import refuse
 
@@ -95,7 +96,7 @@ def find_damage(folder: storage.Name, part: str = "") -> list[str]:
         # All of them say the same: the first process prints it.
         wrong = list(dict.fromkeys(line for text in texts for line in text.splitlines()))
     if unserved := next((line for line in wrong if line.startswith(_UNSERVED)), ""):
-        raise OSError(unserved.removeprefix(_UNSERVED))
+        raise Unserved(unserved.removeprefix(_UNSERVED))
     return wrong
 
 
