@@ -42,7 +42,7 @@ def find_inputs(config: SourceConfig, root: str, pattern: str = "") -> list[str]
     """The files of a source. Raises ValueError for a pointer of git LFS, for a path that is no regular
     file, and if the signature of the first file belongs to another format."""
     paths = find_files(config.path, root, pattern)
-    starts = nearby.each(start_of, paths)
+    starts = nearby.each(lambda path: start_of(path, HEAD), paths)
     for path, start in zip(paths, starts, strict=True):
         if not storage.in_bucket(path) and not os.path.isdir(path) and not os.path.isfile(path):
             raise ValueError(f"{path} is no regular file")
@@ -191,18 +191,22 @@ def relative_names(paths: Sequence[str]) -> list[str]:
 
 
 _ENDS = 256 << 10  # bytes of the beginning and of the end of a file that tell it from others
+_TOGETHER = 64  # files whose ends are in memory at a time
+HEAD = 1024  # bytes of the beginning that tell a pointer of git LFS, and one format from another
 
 
 def stamp_of(paths: Sequence[str], more: bytes = b"") -> bytes:
     """A hash that differs between different files. It is made of the names, the sizes, the first 256 KiB
     and the last 256 KiB of the files, and of `more`."""
     seen = hashlib.sha256(more)
-    ends = nearby.each(_end, paths)
-    for path, name, end in zip(paths, relative_names(paths), ends, strict=True):
-        size = size_of(path)
-        seen.update(f"{name}:{size}\n".encode(errors="replace"))
-        seen.update(start_of(path))
-        seen.update(end)
+    names = relative_names(paths)
+    for first in range(0, len(paths), _TOGETHER):
+        part = slice(first, first + _TOGETHER)
+        ends = nearby.each(_end, paths[part])
+        for path, name, end in zip(paths[part], names[part], ends, strict=True):
+            seen.update(f"{name}:{size_of(path)}\n".encode(errors="replace"))
+            seen.update(start_of(path))
+            seen.update(end)
     return seen.digest()
 
 
@@ -215,14 +219,14 @@ def _end(path: str) -> bytes:
     return nearby.kept(path, "end", lambda: storage.read_range(storage.path(path), at, size - at))
 
 
-def start_of(path: str) -> bytes:
-    """The first 256 KiB of a file; nothing of a folder."""
+def start_of(path: str, size: int = _ENDS) -> bytes:
+    """The first `size` bytes of a file, 256 KiB at most; nothing of a folder."""
     where = storage.path(path)
     if not isinstance(where, Bucket):
-        return storage.read_range(where, 0, _ENDS) if where.is_file() else b""
+        return storage.read_range(where, 0, size) if where.is_file() else b""
     if nearby.facts(path) is None:
         return b""
-    return nearby.kept(path, "start", lambda: where.read_range(0, _ENDS))
+    return nearby.kept(path, "start", lambda: where.read_range(0, _ENDS))[:size]
 
 
 def size_of(path: str) -> int:

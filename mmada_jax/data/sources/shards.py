@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from mmada_jax import files, nearby, storage
 from mmada_jax.bucket import Bucket, patience
-from mmada_jax.data.sources.paths import start_of
+from mmada_jax.data.sources.paths import HEAD, start_of
 from mmada_jax.outages import failure, unanswered
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def _within(seconds: float, do: Callable[[], T], path: str) -> T:
 
 def open_shard(path: str, count: int | None, remedy: str) -> Shard:
     """Opens a shard. Raises ValueError if it isn't whole or doesn't have `count` records."""
-    start = start_of(path)
+    start = start_of(path, HEAD)
     if not start and not storage.path(path).is_file():
         raise FileNotFoundError(f"the shard {path} is missing; {remedy}")
     files.refuse_pointer(start, path)
