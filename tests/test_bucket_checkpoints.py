@@ -1,6 +1,7 @@
 """Checkpoints in a bucket keep the promises of those on a disk: whole or not there, verified, survived."""
 
 import contextlib
+import pathlib
 import random
 import signal
 import time
@@ -158,7 +159,9 @@ def test_a_storage_that_is_overloaded_holds_a_run_up_for_less_than_a_minute(work
         assert time.monotonic() - began < 60
         proxy.fails = lambda request: None
         checkpoints.save(tiny(3))
-    assert "503" in capsys.readouterr().err and steps(workdir) == [1, 3]
+    error = capsys.readouterr().err  # TensorStore names the code 503 or the answer's words, as it comes
+    assert "the checkpoint of step 2 could not be saved" in error and "retry" in error
+    assert steps(workdir) == [1, 3]
 
 
 def test_a_last_save_that_fails_is_an_error(workdir, proxy):
@@ -210,7 +213,7 @@ def test_a_step_of_a_bucket_is_verified_on_a_disk(workdir, tmp_path):
 
 SAVES = """
 import sys
-sys.path[:0] = {paths}
+sys.path.insert(0, {tests!r})
 from states import restore_tiny, tiny
 from mmada_jax.weights.checkpoint import Checkpoints
 with Checkpoints({workdir!r}) as checkpoints:
@@ -226,10 +229,8 @@ with Checkpoints({workdir!r}) as checkpoints:
 
 @pytest.mark.slow
 def test_kills_at_ten_moments_lose_no_step_that_was_whole(workdir, proxy, tmp_path):
-    import sys
-
     script, chance = tmp_path / "saves.py", random.Random(0)
-    script.write_text(SAVES.format(paths=sys.path[:8], workdir=str(workdir)))
+    script.write_text(SAVES.format(tests=str(pathlib.Path(__file__).parent), workdir=str(workdir)))
     complete = 0
     for _ in range(10):
         with Program([script], variables(proxy.port)) as process:

@@ -213,7 +213,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path, make, values, message):
 def test_three_pictures_of_one_class_are_trained_and_drawn(tmp_path, monkeypatch, capsys):
     write_pictures(tmp_path / "one_thing", 3, (16, 16))
     monkeypatch.chdir(tmp_path)
-    words = ["--config", str(runs.pathlib.Path(config_file.__file__)), "--config.data=one_thing"]
+    words = ["--config", config_file.__file__, "--config.data=one_thing"]
     words += ["--config.steps=2", "--config.image_steps=2", "--config.batch_size=4", "--workdir", "run"]
     main(words)
     told = capsys.readouterr().out
