@@ -52,7 +52,7 @@ LONGEST = (
     "test_bucket_runs", "test_rl_resume", "test_train", "test_distributed", "test_prepare_ray",
     "test_sweep_ray", "test_rl", "test_engine",
     "test_aot", "test_adapters", "test_rl_adapters", "test_pictures", "test_own", "test_own_reward",
-    "test_rl_update", "test_model", "test_denoise", "test_runs_training", "test_unigrpo",
+    "test_rl_update", "test_model", "test_denoise", "test_runs_training", "test_masks", "test_unigrpo",
     "test_benchmark_decode", "test_goldens", "test_api", "test_ml_cache", "test_wino", "test_cached",
     "test_transformer", "test_sample", "test_folder", "test_attention",
 )  # fmt: skip

@@ -19,6 +19,8 @@ from tests.rl_toys import TEXT, one_device, random_model  # noqa: F401
 ANEW = dataclasses.replace(TEXT, text=dataclasses.replace(TEXT.text, cache="dual", refresh=1))
 CACHED = dataclasses.replace(TEXT, text=dataclasses.replace(TEXT.text, cache="dual"))
 DRAW = Task("t2i", None, {}, groups=2, image=rules.ImageRule(steps=4, guidance=1.0))
+HALTON = dataclasses.replace(DRAW, image=rules.ImageRule(steps=4, guidance=0, order="halton", columns=4))
+EMERGE = dataclasses.replace(DRAW, image=rules.ImageRule(steps=4, guidance=0, order="emerge"))
 
 
 READ = dataclasses.replace(TEXT, layout="mmu", max_prompt=60)
@@ -38,13 +40,15 @@ def generate(model, task, prompts, responses=2, seed=0):
 
 
 @pytest.mark.parametrize(
-    "task", [TEXT, READ, DRAW, ANEW], ids=["lm_chat", "mmu", "t2i", "a cache that is stored anew"]
+    "task",
+    [TEXT, READ, DRAW, HALTON, EMERGE, ANEW],
+    ids=["lm_chat", "mmu", "t2i", "t2i by halton", "t2i by emerge", "a cache that is stored anew"],
 )
 def test_the_record_is_what_the_policy_gives_at_the_state_of_the_reveal(model, task):
     prompts = PROMPTS
     if task is READ:
         prompts = [p._replace(image=np.zeros((*model.image_size, 1), np.float32)) for p in PROMPTS]
-    if task is DRAW:
+    if task.layout == "t2i":
         prompts = [Prompt("a handwritten three", "3"), Prompt("a handwritten nine", "9")]
     _, rollout, job = generate(model, task, prompts)
     rollout = jax.device_get(rollout)

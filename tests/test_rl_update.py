@@ -1,5 +1,7 @@
 """Updates: the first one is the policy gradient, what isn't scored has none, and gradients measured."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +31,9 @@ def batch_of(run, opened, rollout, scored, advantage, fresh):
         ("text", "uniform", "none", "token"),
         ("text", "top_entropy", "dual", "none"),
         ("text", "random", "none", "sequence"),
+        ("text", "surprisal", "none", "token"),
         ("draw", "full", "none", "token"),
+        ("draw", "fading", "none", "sequence"),
     ],
 )
 def test_the_first_inner_update_is_the_policy_gradient(config, name, masking, cache, ratio):
@@ -74,6 +78,40 @@ def test_the_first_inner_update_is_the_policy_gradient(config, name, masking, ca
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradients[fresh], want
         )
+
+
+@pytest.mark.parametrize("order", [{"order": "emerge"}, {"order": "halton", "columns": 4}], ids=str)
+def test_exact_is_unbiased_for_images_whose_order_does_not_depend_on_the_draw(config, order):
+    config["tasks"]["draw"]["image"] |= {"steps": 4, **order}
+    run, model, _, _, rollout = rolled_out(config, "draw", "exact", mu=2)
+    step = np.asarray(rollout.step_RL)
+    assert len(np.unique(step[step >= 0])) == 4
+    size_R = np.asarray(rollout.response_RL).sum(axis=1)
+    assert (size_R == model.n_image).all()
+
+    def gradients_of(masking, n, keys, mu):
+        """d loss / d log-probability of each token, the mean over keys and n inner updates."""
+        settings = dataclasses.replace(run.objective, masking=masking, mu=mu)
+
+        def one(key, n):
+            masked = unigrpo.hide(key, rollout, n, model.vocab.mask, masking, settings, True)
+
+            def of(new_RL):
+                advantage_R = jnp.linspace(-1, 1, len(step))
+                of_rows = (advantage_R, masked.scored_RL, masked.weight_R, settings.clip, 0.0)
+                return unigrpo.objective(new_RL, jax.lax.stop_gradient(new_RL), new_RL, *of_rows)[0]
+
+            return jax.grad(of)(rollout.logp_RL)
+
+        each = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
+        return np.asarray(jax.jit(each)(jax.random.split(jax.random.key(1), keys), jnp.arange(n)))
+
+    every_RL = gradients_of("every", model.n_image, 1, model.n_image).mean(axis=(0, 1))
+    draws = gradients_of("exact", 2, 2000, 2).mean(axis=1)
+    error_RL = (draws.mean(axis=0) - every_RL) / (draws.std(axis=0) / np.sqrt(2000) + 1e-7)
+    assert np.abs(error_RL).max() < 4.5
+    assert draws.std(axis=0)[step >= 0].min() > 0
+    np.testing.assert_array_equal(every_RL[step < 0], 0)
 
 
 def test_rows_without_a_ratio_weigh_by_the_softmax_of_their_advantages(config):

@@ -1,7 +1,6 @@
-"""UniGRPO: advantages, masks and their spacing, the objective against NumPy and finite differences."""
+"""UniGRPO: advantages, and the objective against NumPy and finite differences."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,39 +10,7 @@ import pytest
 from mmada_jax.diffusion import loss
 from mmada_jax.ranges import without_effect
 from mmada_jax.train.rl import unigrpo
-from mmada_jax.train.rl.unigrpo import MASKINGS, Rollout, UniGRPOConfig, hide
-
-R, L, START, MASK = 64, 24, 10, 99
-SIZES = 1 + np.arange(R) % (L - START)  # tokens up to the end of text
-RNG = np.random.default_rng(0)
-CONFIG = UniGRPOConfig(mu=4)
-
-
-def rollout():
-    place = np.arange(L)[None]
-    response = (place >= START) & (place < START + SIZES[:, None])
-    generated = np.broadcast_to(place >= START, (R, L))
-    # Revealed in a random order, two at a time.
-    order = np.stack([RNG.permutation(L - START) // 2 for _ in range(R)])
-    step = np.full((R, L), -1)
-    step[:, START:] = order
-    return Rollout(
-        jnp.asarray(RNG.integers(0, MASK, (R, L)), jnp.int32),
-        jnp.asarray(np.broadcast_to(place >= 2, (R, L))),
-        jnp.asarray(response),
-        jnp.asarray(step, jnp.int32),
-        jnp.asarray(np.where(generated, -RNG.exponential(size=(R, L)), 0), jnp.float32),
-        jnp.asarray(np.where(generated, RNG.exponential(size=(R, L)), 0), jnp.float32),
-    )
-
-
-ROLLOUT = rollout()
-
-
-@functools.partial(jax.jit, static_argnames=("masking", "config"))
-def hide_jit(seed, n, masking, config=CONFIG):
-    return hide(jax.random.key(seed), ROLLOUT, n, MASK, masking, config)
-
+from tests.masks import CONFIG, RNG, ROLLOUT, L
 
 # ---- Advantages ----------------------------------------------------------------------------------
 
@@ -65,164 +32,6 @@ def test_a_group_without_spread_has_no_advantage(value, n):
     rewards = np.full((1, n), value, np.float32)  # whose float32 mean isn't always the value
     np.testing.assert_array_equal(unigrpo.advantages(rewards), np.zeros((1, n)))
     np.testing.assert_array_equal(unigrpo.advantages(rewards, normalise=False), np.zeros((1, n)))
-
-
-# ---- Masks ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("masking", [*MASKINGS, "every"])
-def test_prompts_stay_and_at_least_one_token_of_the_response_is_scored(masking):
-    for seed, n in ((0, 0), (1, 1), (2, 3)):
-        masked = jax.device_get(hide_jit(seed, n, masking))
-        changed = masked.seen_RL != np.asarray(ROLLOUT.tokens_RL)
-        assert (masked.seen_RL[changed] == MASK).all()
-        if masking != "full":
-            assert not changed[:, :START].any()
-        assert (masked.seen_RL[masked.scored_RL] == MASK).all()
-        assert not (masked.scored_RL & ~np.asarray(ROLLOUT.response_RL)).any()
-        counted = masked.weight_R > 0
-        assert masked.scored_RL.any(axis=1)[counted].all()
-        assert counted.all() or masking in ("every", "top_entropy")
-        if masking not in ("trace", *unigrpo.SAME_STATE):  # what follows the end of text
-            tail = np.asarray((ROLLOUT.step_RL >= 0) & ~ROLLOUT.response_RL)
-            assert (masked.seen_RL[tail] == MASK).all()
-
-
-@pytest.mark.parametrize("mu", [1, 2, 4, 5])
-def test_ratios_are_evenly_spaced_from_a_random_start(mu):
-    points = np.sort([np.asarray(unigrpo.spaced(jax.random.key(3), R, n, mu)) for n in range(mu)], axis=0)
-    assert (points > 0).all()
-    assert (points <= 1).all()
-    np.testing.assert_allclose(np.diff(points, axis=0), 1 / mu, atol=1e-6)
-    np.testing.assert_allclose(points[0] + 1 - points[-1], 1 / mu, atol=1e-6)  # wrapping
-    starts = points[0] * mu  # anywhere within a gap
-    assert starts.min() < 0.2
-    assert starts.max() > 0.8
-
-
-@pytest.mark.parametrize("mu", [2, 4])
-def test_unigrpo_hides_as_many_tokens_as_the_ratio_says(mu):
-    config = dataclasses.replace(CONFIG, mu=mu)
-    place = jax.random.fold_in(jax.random.key(5), 0)
-    for n in range(mu):
-        masked = hide_jit(5, n, "unigrpo", config)
-        ratio = np.asarray(unigrpo.spaced(place, R, n, mu))
-        want = np.clip(np.ceil(ratio * SIZES.astype(np.float32)), 1, SIZES)
-        np.testing.assert_array_equal(masked.scored_RL.sum(axis=1), want)
-
-
-def test_updates_and_seeds_hide_other_tokens():
-    first = np.asarray(hide_jit(0, 0, "unigrpo").scored_RL)
-    np.testing.assert_array_equal(first, hide_jit(0, 0, "unigrpo").scored_RL)
-    for masking in MASKINGS:
-        a, b, c = (hide_jit(*at, masking) for at in ((0, 0), (0, 1), (1, 0)))
-        assert (a.seen_RL != b.seen_RL).any(), masking
-        assert (a.seen_RL != c.seen_RL).any() or masking == "top_entropy", masking
-
-
-def test_full_hides_the_response_and_some_of_the_prompt():
-    masked = jax.device_get(hide_jit(0, 0, "full"))
-    np.testing.assert_array_equal(masked.scored_RL, ROLLOUT.response_RL)
-    prompt = np.asarray(ROLLOUT.valid_RL & (ROLLOUT.step_RL < 0))
-    share = (masked.seen_RL == MASK)[prompt].mean()
-    assert 0.08 < share < 0.22
-    assert not (masked.seen_RL == MASK)[~np.asarray(ROLLOUT.valid_RL)].any()
-    none = hide_jit(0, 0, "full", dataclasses.replace(CONFIG, prompt_mask=0.0))
-    assert not (none.seen_RL[:, :START] == MASK).any()
-
-
-def test_coupled_masks_are_complements():
-    for pair in (0, 2):
-        first, second = (np.asarray(hide_jit(0, pair + i, "coupled").scored_RL) for i in range(2))
-        long = SIZES > 1
-        np.testing.assert_array_equal((first ^ second)[long], np.asarray(ROLLOUT.response_RL)[long])
-        np.testing.assert_array_equal(first[~long], second[~long])
-    assert (hide_jit(0, 0, "coupled").scored_RL != hide_jit(0, 2, "coupled").scored_RL).any()
-
-
-@pytest.mark.parametrize("masking", ["trace", *unigrpo.SAME_STATE])
-def test_reveal_masks_are_states_of_the_rollout(masking):
-    step, response = np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.response_RL)
-    for n in range(4):
-        masked = jax.device_get(hide_jit(n, n, masking))
-        for r in np.flatnonzero(masked.weight_R > 0):
-            cut = step[r][masked.scored_RL[r]].min()
-            np.testing.assert_array_equal(masked.seen_RL[r] == MASK, step[r] >= cut)
-            if masking == "trace":
-                # The next tokens in the order of the rollout, fewer only where it ends.
-                rest = (response[r] & (step[r] > step[r][masked.scored_RL[r]].max())).sum()
-                assert masked.scored_RL[r].sum() == 3 or rest == 0
-            elif masking != "every":
-                np.testing.assert_array_equal(masked.scored_RL[r], response[r] & (step[r] == cut))
-            else:
-                assert masked.scored_RL[r].sum() == 1
-
-
-@pytest.mark.parametrize("masking", ["exact", "uniform"])
-def test_draws_of_steps_are_unbiased_for_the_mean_over_the_rollout(masking):
-    value = RNG.normal(size=(R, L)).astype(np.float32)
-    response = np.asarray(ROLLOUT.response_RL)
-    want = (value * response).sum(axis=1) / SIZES
-
-    @jax.jit
-    def estimate(seed):
-        def one(n):
-            masked = hide(jax.random.key(seed), ROLLOUT, n, MASK, masking, CONFIG)
-            sum_R, n_R = (jnp.sum(jnp.where(masked.scored_RL, x, 0), axis=1) for x in (value, 1.0))
-            return masked.weight_R * sum_R / n_R, masked.weight_R
-
-        return jax.vmap(one)(jnp.arange(4))
-
-    got, weights = jax.lax.map(estimate, jnp.arange(1500))
-    if masking == "exact":
-        assert weights.max() <= 1 / unigrpo.UNIFORM + 1e-3
-    got = np.asarray(got, np.float64)
-    error = got.mean(axis=(0, 1)) - want
-    deviation = got.mean(axis=1).std(axis=0) / np.sqrt(1500) + 1e-6
-    assert np.abs(error / deviation).max() < 4.5
-    if masking == "uniform":
-        return
-    # And steps that were uncertain are drawn more often.
-    often = np.asarray(jax.lax.map(lambda s: hide_jit(s, 0, "exact").scored_RL, jnp.arange(500))).mean(
-        axis=0
-    )
-    r, step, entropy = R - 2, np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.entropy_RL)
-    together = (step[r][:, None] == step[r][None]) & response[r]
-    of_step = np.sum(together * entropy[r], axis=1)
-    assert np.corrcoef(often[r][response[r]], of_step[response[r]])[0, 1] > 0.8
-
-
-def test_uniform_draws_every_step_equally_often():
-    drawn = np.asarray(jax.lax.map(lambda s: hide_jit(s, 1, "uniform").scored_RL, jnp.arange(3000)))
-    step, response = np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.response_RL)
-    for r in range(R):
-        steps = np.unique(step[r][response[r]])
-        often = [drawn[:, r, np.flatnonzero(response[r] & (step[r] == at))[0]].mean() for at in steps]
-        error = np.sqrt((1 / len(steps)) * (1 - 1 / len(steps)) / 3000) + 1e-9
-        assert np.abs(np.array(often) - 1 / len(steps)).max() < 4.5 * error + 1e-6
-
-
-def test_top_entropy_takes_the_steps_in_the_order_of_their_mean_entropy():
-    step, response = np.asarray(ROLLOUT.step_RL), np.asarray(ROLLOUT.response_RL)
-    entropy = np.asarray(ROLLOUT.entropy_RL)
-    for r in range(R):
-        steps = np.unique(step[r][response[r]])
-        means = [entropy[r][response[r] & (step[r] == at)].mean() for at in steps]
-        want = steps[np.argsort(means)[::-1]]
-        for n in range(4):
-            masked = jax.device_get(hide_jit(7, n, "top_entropy"))
-            assert masked.weight_R[r] == (n < len(steps))
-            if n < len(steps):
-                np.testing.assert_array_equal(masked.scored_RL[r], response[r] & (step[r] == want[n]))
-
-
-def test_every_reveal_counts_once():
-    config = dataclasses.replace(CONFIG, mu=L - START)
-    total = np.zeros((R, L))
-    for n in range(config.mu):
-        masked = jax.device_get(hide_jit(0, n, "every", config))
-        total += masked.weight_R[:, None] * masked.scored_RL / config.mu
-    np.testing.assert_allclose(total, np.asarray(ROLLOUT.response_RL) / SIZES[:, None], rtol=1e-5)
 
 
 # ---- Objective -----------------------------------------------------------------------------------
@@ -402,6 +211,10 @@ def test_gradients_reach_states_and_head_as_if_the_logits_had_been_there(chunk):
         ({"beta": -1.0}, "beta is -1.0"),
         ({"trace_next": 0}, "trace_next is 0"),
         ({"prompt_mask": 1.0}, "prompt_mask is 1.0"),
+        ({"hidden": (0.2, 1.2)}, r"hidden\[1\] is 1.2; it must be a share from 0 to 1"),
+        ({"hidden": (0.9, 0.5)}, "hidden is .0.9, 0.5.; it must be the least and the most share"),
+        ({"hidden": (0.5, 0.5)}, "the first one lower"),
+        ({"hidden": (0.5,)}, "two numbers"),
     ],
 )
 def test_bad_settings_are_errors(change, message):

@@ -2,9 +2,9 @@
 
 The method is UniGRPO of the MMaDA paper (arXiv 2505.15809). The other masks come from d1 (arXiv
 2504.12216), DiffuCoder (arXiv 2506.20639), dLLM-RL with TraceRL (arXiv 2509.06949), AGRPO (arXiv
-2510.04019) and EGSPO (arXiv 2603.12554); `exact` and `every` are our own. Ratios of whole responses come
-from ESPO (arXiv 2512.03759), weights without a ratio from wd1 (arXiv 2507.08838). Nothing here knows a
-model: a policy is an array of log-probabilities.
+2510.04019), EGSPO (arXiv 2603.12554), RLDF (arXiv 2605.25638) and MaskGRPO (arXiv 2510.02880); `exact` and
+`every` are our own. Ratios of whole responses come from ESPO (arXiv 2512.03759), weights without a ratio
+from wd1 (arXiv 2507.08838). Nothing here knows a model: a policy is an array of log-probabilities.
 
 P prompts, G responses to each, R = P G rows, L positions, T tokens of a response.
 """
@@ -16,15 +16,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Weight
+from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Share, Weight
 
-MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact", "uniform", "top_entropy")
+# The masks that hide a share of a response, with the least and the most of it by default.
+SHARES = {"unigrpo": (0.0, 1.0), "random": (0.1, 0.9), "fading": (0.6, 1.0)}
+MASKINGS = (
+    "unigrpo", "full", "random", "coupled", "fading",
+    "trace", "exact", "uniform", "top_entropy", "surprisal",
+)  # fmt: skip
 # Of these, and for `every`, a token is scored in the very state in which the rollout revealed it.
 SAME_STATE = ("exact", "uniform", "top_entropy", "every")
 RATIOS = ("token", "sequence", "none")
+SPREADS = ("each", "even", "one")
 # Share of the draws of `exact` that are uniform over the tokens of a response instead of following their
 # entropy. It keeps every importance weight at 1 / UNIFORM or less.
 UNIFORM = 0.1
+# "surprisal" scores hidden tokens too whose probability is above this (RLDF).
+LIKELY = 0.6
 # The largest correction of a token that a rollout drew from slightly other probabilities than the policy's.
 MOST_CORRECTION = 2.0
 
@@ -37,7 +45,9 @@ class UniGRPOConfig(Ranged):
     compared with the rollout's policy (see `objective`); ratios are clipped to 1 +- `clip`. `beta` weighs
     the KL divergence from the frozen reference or from the rollout's policy (`kl`). With `normalise`
     advantages are divided by the standard deviation of their group. `prompt_mask` is the share of the
-    prompt that "full" hides, `trace_next` the number of tokens that "trace" scores.
+    prompt that "full" hides, `trace_next` the number of tokens that "trace" scores. `hidden` is the least
+    and the most share of a response that is hidden, None the one of SHARES; `spread` says how the shares of
+    "unigrpo" differ among rows (`spaced`).
     """
 
     masking: Literal[MASKINGS] = "unigrpo"
@@ -50,9 +60,16 @@ class UniGRPOConfig(Ranged):
     normalise: bool = True
     prompt_mask: Annotated[float, Range(0, 1, below=True), OnlyWith("masking", ("full",))] = 0.15
     trace_next: Annotated[Positive, OnlyWith("masking", ("trace",))] = 3
+    hidden: Annotated[tuple[Share, ...] | None, OnlyWith("masking", tuple(SHARES))] = None
+    spread: Annotated[Literal[SPREADS], OnlyWith("masking", ("unigrpo", "coupled"))] = "each"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.hidden is not None and (len(self.hidden) != 2 or self.hidden[0] >= self.hidden[1]):
+            raise ValueError(
+                f"hidden is {tuple(self.hidden)}; it must be the least and the most share of a response "
+                "that is hidden, two numbers, the first one lower"
+            )
         if self.masking == "coupled" and self.mu % 2:
             raise ValueError(f"mu is {self.mu}; it must be positive, for coupled masks even")
 
@@ -107,24 +124,45 @@ class Masked(NamedTuple):
     weight_R: jax.Array
 
 
-def spaced(key: jax.Array, rows: int, n: jax.Array | int, mu: int) -> jax.Array:
-    """The n-th of `mu` points in (0, 1] for each row: 1 - (u + n / mu) mod 1 with u uniform for each row
-    (the structured noising of MMaDA). The points of a row are evenly spaced, and each one is uniform."""
-    return 1 - (jax.random.uniform(key, (rows,)) + jnp.asarray(n, jnp.float32) / mu) % 1
+def spaced(
+    key: jax.Array, rows: int, n: jax.Array | int, mu: int, spread: str = "each", share: tuple = (0.0, 1.0)
+) -> jax.Array:
+    """The n-th of `mu` points above the first and up to the second number of `share`, for each row: the
+    part 1 - (u + n / mu) mod 1 of the way, with u uniform in [0, 1) (the structured noising of MMaDA). The
+    points of a row are evenly spaced, and each one is uniform. By `spread` u is drawn for "each" row by
+    itself, or it is "one" for all rows, or "even": then the rows have, in a random order, points that are
+    evenly spaced too."""
+    if spread == "each":
+        u_R = jax.random.uniform(key, (rows,))
+    else:
+        u_R = jax.random.uniform(key, ()) + jnp.zeros(rows)
+    if spread == "even":
+        u_R += jax.random.permutation(jax.random.fold_in(key, 1), rows).astype(jnp.float32) / rows
+    low, high = map(np.float32, share)
+    return high - (u_R + jnp.asarray(n, jnp.float32) / mu) % 1 * (high - low)
 
 
 def hide(
-    key: jax.Array, rollout: Rollout, n: jax.Array | int, mask: int, masking: str, config: UniGRPOConfig
+    key: jax.Array,
+    rollout: Rollout,
+    n: jax.Array | int,
+    mask: int,
+    masking: str,
+    config: UniGRPOConfig,
+    image: bool = False,
 ) -> Masked:
     """The masks of inner update n of `config.mu`. The same key and n give the policy, the rollout's policy
-    and the reference the same masks.
+    and the reference the same masks. `image` says that responses are images.
 
     At least one token of each response is hidden and scored. Tokens that a rollout generated after its
-    first end of text are hidden; under trace, exact and every only if they were still hidden at that step.
+    first end of text are hidden; where masks follow the rollout only if they were still hidden at its step.
 
         unigrpo  ceil(p T) of the T tokens are hidden and scored, p spaced over the inner updates (MMaDA)
         full     all T tokens, and each token of the prompt is hidden with probability prompt_mask (d1)
         random   each token with the probability of its row, uniform in [0.1, 0.9] (dLLM-RL)
+        fading   each token with a probability that rises from the first one of a text to the last, or is
+                 the same for all tokens of an image; its mean is p = 0.6 + 0.4 (n + 1) / mu (MaskGRPO). The
+                 rise is linear here, from max(0, 2 p - 1) to min(1, 2 p)
         coupled  as unigrpo, with p spaced over pairs of updates; the second update of a pair hides and
                  scores the other tokens (DiffuCoder)
         trace    all tokens from a random step of the rollout on are hidden, the next trace_next are scored
@@ -136,27 +174,56 @@ def hide(
         uniform  as exact, but each step of a row is equally likely (AGRPO): without a bias too
         top_entropy  as exact, for the steps whose tokens had the highest entropy in the mean: update n
                  takes the n-th of them. All weigh the same; a row with fewer steps weighs 0 (EGSPO)
+        surprisal  mu steps of a row are drawn without replacement, each in proportion to exp of the mean
+                 surprisal -log p of its tokens. Hidden are all tokens that were hidden then. Scored are all
+                 of these, until `likely` leaves those of the step and the likely ones. No weights but 0 for
+                 a row with fewer steps (RLDF)
         every    as exact, for the step that revealed the n-th token of each row, of which this token alone
                  is scored, with the weight mu / T: over all n that is every token once
     """
+    if masking in ("trace", "surprisal", *SAME_STATE):
+        return _hide_from_a_step(jax.random.fold_in(key, 0), rollout, n, mask, masking, config)
+    return _hide_a_share(key, rollout, n, mask, masking, config, image)
+
+
+def likely(masked: Masked, step_RL: jax.Array, old_RL: jax.Array) -> jax.Array:
+    """Of the tokens that "surprisal" hides those that it scores, bool [R, L]: what was revealed first of
+    them, and what the policy of the rollout gave a probability above LIKELY (RLDF)."""
+    late = np.iinfo(np.int32).max
+    first_R1 = jnp.min(jnp.where(masked.scored_RL, step_RL, late), axis=1, keepdims=True)
+    return masked.scored_RL & ((step_RL == first_R1) | (old_RL > np.log(np.float32(LIKELY))))
+
+
+def _hide_a_share(key, rollout, n, mask, masking, config, image):
+    """The masks that hide a share of the response, wherever the rollout began."""
     tokens_RL, valid_RL, response_RL, step_RL, _, _ = rollout
     R, L = tokens_RL.shape
     place, each, other = (jax.random.fold_in(key, i) for i in range(3))
     size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
-    if masking in ("trace", *SAME_STATE):
-        return _hide_from_a_step(place, rollout, n, mask, masking, config)
+    share = SHARES.get(masking, (0.0, 1.0))
+    if masking in SHARES and config.hidden:
+        share = config.hidden
     turns, turn = (config.mu // 2, n // 2) if masking == "coupled" else (config.mu, n)
     noise_RL = jax.random.uniform(jax.random.fold_in(each, turn), (R, L))
     rank_RL = jnp.argsort(jnp.argsort(jnp.where(response_RL, noise_RL, 2.0), axis=1), axis=1)
-    n_R1 = _count(spaced(place, R, turn, turns)[:, None], size_R1)
+    n_R1 = _count(spaced(place, R, turn, turns, config.spread, share)[:, None], size_R1)
     hidden_RL = (step_RL >= 0) & ~response_RL
     if masking == "full":
         n_R1 = size_R1
         by_chance_RL = jax.random.uniform(jax.random.fold_in(other, n), (R, L)) < config.prompt_mask
         hidden_RL |= valid_RL & (step_RL < 0) & by_chance_RL
     elif masking == "random":
-        p_R1 = jax.random.uniform(jax.random.fold_in(place, n), (R, 1), minval=0.1, maxval=0.9)
+        p_R1 = jax.random.uniform(jax.random.fold_in(place, n), (R, 1), minval=share[0], maxval=share[1])
         n_R1 = jnp.maximum(1, jnp.sum(response_RL & (noise_RL < p_R1), axis=1, keepdims=True))
+    elif masking == "fading":
+        p = share[0] + (share[1] - share[0]) * (jnp.asarray(n, jnp.float32) + 1) / config.mu
+        low, high = (p, p) if image else (jnp.maximum(0, 2 * p - 1), jnp.minimum(1, 2 * p))
+        way_RL = jnp.cumsum(response_RL.astype(jnp.float32), axis=1) - np.float32(0.5)
+        way_RL /= jnp.maximum(size_R1, 1).astype(jnp.float32)
+        # What is left of its probability ranks a token: hidden are those with something left.
+        left_RL = jnp.where(response_RL, low + (high - low) * way_RL - noise_RL, -1)
+        rank_RL = jnp.argsort(jnp.argsort(-left_RL, axis=1), axis=1)
+        n_R1 = jnp.maximum(1, jnp.sum(response_RL & (left_RL > 0), axis=1, keepdims=True))
     elif masking == "coupled":
         n_R1 = jnp.clip(n_R1, 1, jnp.maximum(size_R1 - 1, 1))
     rest_R1 = (n % 2 == 1) & (size_R1 > 1) & (masking == "coupled")
@@ -183,13 +250,16 @@ def _hide_from_a_step(place, rollout, n, mask, masking, config):
     if masking == "every":
         cut_R1 = jnp.full((R, 1), jnp.minimum(n, L - 1))
         weight_R1 = jnp.where(cut_R1 < size_R1, config.mu / length_R1, 0)
-    elif masking == "top_entropy":
-        first_RL, _, mean_RL = _of_steps(rollout, order_RL)
+    elif masking in ("top_entropy", "surprisal"):
+        of_token_RL = rollout.entropy_RL if masking == "top_entropy" else -rollout.logp_RL
+        first_RL, _, mean_RL = _of_steps(rollout, order_RL, of_token_RL)
+        if masking == "surprisal":  # the n largest sums with Gumbel noise are n draws without replacement
+            mean_RL += jax.random.gumbel(place, (R, L))
         # A step stands where its first token does in the order of the rollout.
-        by_entropy_RL = jnp.where(response_RL & (rank_RL == first_RL), mean_RL, -jnp.inf)
-        nth_R1 = jnp.argsort(-by_entropy_RL, axis=1)[:, jnp.minimum(n, L - 1)][:, None]
+        score_RL = jnp.where(response_RL & (rank_RL == first_RL), mean_RL, -jnp.inf)
+        nth_R1 = jnp.argsort(-score_RL, axis=1)[:, jnp.minimum(n, L - 1)][:, None]
         cut_R1 = jnp.take_along_axis(rank_RL, nth_R1, axis=1)
-        steps_R1 = jnp.sum(by_entropy_RL > -jnp.inf, axis=1, keepdims=True)
+        steps_R1 = jnp.sum(score_RL > -jnp.inf, axis=1, keepdims=True)
         weight_R1 = jnp.float32(n < steps_R1)
         cut_R1 = jnp.where(n < steps_R1, cut_R1, 0)
     elif masking in ("exact", "uniform"):
@@ -203,15 +273,17 @@ def _hide_from_a_step(place, rollout, n, mask, masking, config):
     scored_RL = response_RL & (rank_RL >= cut_R1) & (rank_RL < cut_R1 + width)
     if masking in ("exact", "uniform", "top_entropy"):
         scored_RL = response_RL & (step_RL == at_R1)
+    if masking == "surprisal":
+        scored_RL = response_RL & (step_RL >= at_R1)
     if masking in ("exact", "uniform"):
         weight_R1 = 1 / (length_R1 * jnp.mean(share_RL, axis=1, keepdims=True, where=scored_RL))
     hidden_RL = (step_RL >= 0) & (step_RL >= at_R1)
     return Masked(jnp.where(hidden_RL, jnp.int32(mask), tokens_RL), scored_RL, weight_R1[:, 0])
 
 
-def _of_steps(rollout, order_RL):
+def _of_steps(rollout, order_RL, value_RL):
     """Of the step that revealed each token of a response: its first place in the order of the rollout, the
-    number of its tokens, their mean entropy."""
+    number of its tokens, the mean of their values."""
     late = np.iinfo(np.int32).max
     step_RL = jnp.where(rollout.response_RL, rollout.step_RL, late)
     sorted_RL = jnp.take_along_axis(step_RL, order_RL, axis=1)
@@ -220,8 +292,8 @@ def _of_steps(rollout, order_RL):
         for side in ("left", "right")
     )
     n_RL = jnp.maximum(end_RL - first_RL, 1)
-    entropy_RL = jnp.where(rollout.response_RL, rollout.entropy_RL, 0)
-    sums_RL = jnp.cumsum(jnp.take_along_axis(entropy_RL, order_RL, axis=1), axis=1)
+    value_RL = jnp.where(rollout.response_RL, value_RL, 0)
+    sums_RL = jnp.cumsum(jnp.take_along_axis(value_RL, order_RL, axis=1), axis=1)
     sums_RL = jnp.pad(sums_RL, ((0, 0), (1, 0)))
     of_step_RL = jnp.take_along_axis(sums_RL, end_RL, 1) - jnp.take_along_axis(sums_RL, first_RL, 1)
     return first_RL, n_RL, of_step_RL / n_RL.astype(jnp.float32)
@@ -230,7 +302,7 @@ def _of_steps(rollout, order_RL):
 def _shares(rollout, order_RL, length_R1, masking):
     """How likely the step of each token is drawn because of this token; the shares of a row sum to 1."""
     if masking == "uniform":
-        _, n_RL, _ = _of_steps(rollout, order_RL)
+        _, n_RL, _ = _of_steps(rollout, order_RL, rollout.entropy_RL)
         share_RL = jnp.where(rollout.response_RL, 1 / n_RL.astype(jnp.float32), 0)
         return share_RL / jnp.sum(share_RL, axis=1, keepdims=True)  # the sum is the number of steps
     share_RL = jnp.where(rollout.response_RL, rollout.entropy_RL + np.float32(1e-6), 0)

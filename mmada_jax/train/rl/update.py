@@ -92,7 +92,8 @@ def make_score(
     objective, vocab = run.objective, model.vocab
 
     def score(params, reference, rollout, key, n):
-        masked = unigrpo.hide(key, rollout, n, vocab.mask, objective.masking, objective)
+        image = at.rule.modality == "image"
+        masked = unigrpo.hide(key, rollout, n, vocab.mask, objective.masking, objective, image)
 
         def log_probs(params):
             h_RLD = transformer.hidden_states(params, model.config, masked.seen_RL, rollout.valid_RL)
@@ -106,6 +107,8 @@ def make_score(
         old_RL = rollout.logp_RL if same_state and not cached else log_probs(params)
         anchor_RL = old_RL if reference is None else log_probs(reference)
         correction_RL = unigrpo.correction(old_RL, rollout.logp_RL) if same_state and cached else None
+        if objective.masking == "surprisal":
+            masked = masked._replace(scored_RL=unigrpo.likely(masked, rollout.step_RL, old_RL))
         return Scored(*masked, old_RL, anchor_RL, correction_RL)
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
