@@ -9,20 +9,49 @@ from launch.benchmarks import rl as benchmark_rl
 from mmada_jax.serve.api import MMaDA
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [((310, 400), (338, 400)), ((5, 9), (2, 8)), ((4, 4), (4, 4))]
-)
-def test_the_test_for_two_proportions_is_that_of_the_chi_square(before, after):
-    from scipy.stats import chi2_contingency
+def test_a_gain_is_the_paired_t_test_of_seeds():
+    from scipy.stats import ttest_rel
 
-    z, p = benchmark_rl.two_proportions(before, after)
-    if before[0] == before[1] and after[0] == after[1]:
-        assert (z, p) == (0, 1)
-        return
-    counts = [[x, n - x] for x, n in (before, after)]
-    want = chi2_contingency(counts, correction=False)
-    np.testing.assert_allclose([z**2, p], [want.statistic, want.pvalue], rtol=1e-9)
-    assert np.sign(z) == np.sign(after[0] / after[1] - before[0] / before[1])
+    before, after = np.random.default_rng(0).normal(size=(2, 5))
+    want = ttest_rel(after, before)
+    found = benchmark_rl.gain(after - before)
+    interval = want.confidence_interval(0.95)
+    np.testing.assert_allclose([found.low, found.high, found.p], [*interval, want.pvalue], rtol=1e-9)
+    assert str(benchmark_rl.gain([0.125])) == "+12.5"  # one seed says nothing of others
+    same, none = benchmark_rl.gain([0.25] * 3), benchmark_rl.gain([0.0] * 3)
+    assert (same.low, same.high, same.p, none.p) == (0.25, 0.25, 0, 1)
+
+
+def test_p_is_corrected_for_the_number_of_comparisons():
+    p = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}  # the example of Holm's procedure
+    gains = {name: benchmark_rl.Gain((0.0, 0.0), 0, 0, 0, value) for name, value in p.items()}
+    found = {name: of.p_holm for name, of in benchmark_rl.holm(gains).items()}
+    assert list(found) == list(p)
+    np.testing.assert_allclose([found[name] for name in "abcd"], [0.03, 0.06, 0.06, 0.02])
+
+
+def counts(*shares):
+    return {f"m{i}": {"correct": x, "total": 10} for i, x in enumerate(shares)} | {"rewards": {"task": 1.0}}
+
+
+def test_gains_are_paired_by_seed_and_drawn():
+    results = {
+        "exact": {0: (counts(1, 5), counts(5, 5)), 1: (counts(3, 5), counts(8, 6))},
+        "full": {0: (counts(1, 5), counts(2, 5)), 1: (counts(3, 5), counts(4, 5))},
+    }
+    found = benchmark_rl.gains(results)
+    np.testing.assert_allclose(found["m0"]["exact"].of_seeds, [0.4, 0.5])
+    np.testing.assert_allclose(found["m0"]["full"].of_seeds, [0.1, 0.1])
+    differences = benchmark_rl.gains(results, "exact")
+    assert list(differences["m1"]) == ["full"]
+    np.testing.assert_allclose(differences["m0"]["full"].of_seeds, [-0.3, -0.4])
+    figure = benchmark_rl.intervals(results)
+    assert [axis.get_title() for axis in figure.axes] == ["m0", "m1"]
+    dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
+    np.testing.assert_allclose(dots[0].get_xdata(), [40, 50])
+    text = benchmark_rl.as_text(results)
+    assert "| full | -35.0 (-98.5 to +28.5, p 0.09) |" in text
+    assert "1 -> 5 of 10" in text
 
 
 def test_measures_are_counts_and_mean_rewards(model_workdir):
@@ -39,7 +68,7 @@ def test_measures_are_counts_and_mean_rewards(model_workdir):
     lines = benchmark_rl.table({"exact": {3: (result, result), 5: (result, result)}})
     assert len(lines) == 5
     assert lines[2].startswith("| exact | 3 |")
-    assert "z +0.0, p 1" in lines[4]
+    assert "| +0.0 (+0.0 to +0.0, p 1) |" in lines[4]
 
 
 def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path, monkeypatch):
@@ -84,7 +113,7 @@ def test_bad_input_is_refused_at_once(model_workdir, tmp_path, capsys, flags, me
 
 def test_curves_leave_out_the_rows_of_the_other_task():
     run = [{"step": 2 * i + 1 + t, f"{task}/reward": float(i)} for i in range(8)
-           for t, task in enumerate(benchmark_rl.TASKS)]  # fmt: skip
+           for t, task in enumerate(("arithmetic", "drawing"))]  # fmt: skip
     figure = benchmark_rl.curves({"exact": [run, run[:8]]})
     for axis in figure.axes:
         thick = axis.lines[-1]

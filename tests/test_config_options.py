@@ -218,6 +218,7 @@ PRESETS = {
     "totals.py:short": ["short", "long", "short,smoke"],
     "pages.py:pages": ["pages", "pages,smoke"],
     "unigrpo.py:digits": ["digits", "digits,full", "digits,fast"],
+    "unigrpo.py:totals": ["totals"],
     "unigrpo.py:8b": ["8b"],
 }
 

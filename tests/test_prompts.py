@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmada_jax.data import totals
 from mmada_jax.train.rl import prompts as prompts_lib
 
 
@@ -92,9 +93,22 @@ def test_a_line_of_prompts_ends_where_json_says_so(tmp_path):
     [
         ({"path": "t2i_one", "format": "digits", "split": "prompts"}, "unknown split 'prompts'"),
         ({"path": "text_cot", "format": "digits", "split": "luck"}, "unknown split 'luck'"),
+        ({"path": "10", "format": "totals"}, "'10' must be a number of rounds from 1 to 9"),
+        ({"path": "1", "format": "totals", "split": "luck"}, "unknown split 'luck'; known: train"),
         ({"path": "chain_sum", "format": "reasoning_gym", "count": 0}, "count is 0"),
     ],
 )
 def test_prompts_that_are_not_there(values, message):
     with pytest.raises(ValueError, match=message):
         prompts_lib.open_prompts(prompts_lib.PromptsConfig(**values))
+
+
+def test_totals_are_questions_with_their_last_total():
+    config = prompts_lib.PromptsConfig("1-2", "totals", "validation", count=20)
+    found = prompts_lib.open_prompts(config)
+    assert len(found) == 20 == len({prompt.text for prompt in found})
+    for prompt in found:
+        chain = totals.parse(prompt.text)
+        assert chain.split == "validation" and chain.rounds in (1, 2)
+        assert int(prompt.answer) == sum(chain.terms) * chain.rounds % 10
+        assert totals.check(prompt.text, chain.answer).total

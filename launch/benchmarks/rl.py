@@ -1,12 +1,14 @@
-"""What UniGRPO does to a model of the digits: trained with several seeds and maskings, measured before and
-after on held-out cases.
+"""What UniGRPO does to a model: trained with several seeds and maskings, measured before and after on
+held-out cases.
 
     mmada bench rl --init runs/quickstart/cot --workdir runs/benchmark_rl
+    mmada bench rl --config totals --init runs/totals_short --workdir runs/benchmark_totals
 
-Trains configs/unigrpo.py:digits,full as it is, but for the masking and the seed, and writes the table
-(report.md), all counts (report.json) and the rewards over the iterations (rewards.png). What is done
-already isn't done again, so that several of these, each with seeds of its own, can share a workdir; the
-report is of the seeds and maskings that were asked for, so ask for all of them in the end.
+Trains a configuration of configs/unigrpo.py as it is, but for the masking and the seed, and writes the
+tables (report.md), all counts (report.json), the gains with their intervals (gains.png) and the rewards
+over the iterations (rewards.png). What is done already isn't done again, so that several of these, each
+with seeds of its own, can share a workdir; the report is of the seeds and maskings that were asked for, so
+ask for all of them in the end.
 """
 
 import argparse
@@ -18,17 +20,20 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from configs import unigrpo as config_file
 from mmada_jax.data import digits
-from mmada_jax.diffusion.rules import ImageRule
+from mmada_jax.data.totals import open_records
+from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
+from mmada_jax.measure import totals
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.storage import write_whole
+from mmada_jax.tokens.tokenizer import split_thought
 from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.rewards.functions import Combined
@@ -37,40 +42,43 @@ from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, ne
 
 # Cases of a metric that isn't sampled as in a rollout.
 MOST = 400
-TASKS = ("arithmetic", "drawing")
 CAVEAT = (
-    "p is two-sided, of the pooled test for two proportions, as if all cases were independent: the seeds "
-    "share their questions, and the greedy answers of the model before are counted once for each of them."
+    "Gains are in points of a hundred, with the 95 % interval of the mean over the seeds by Student's t. A "
+    "seed is what varies, not a case: the cases of one trained model rise and fall together. p is that of "
+    "the paired t test with Holm's correction for all maskings of a column."
 )
+# Masking -> seed -> counts and rewards, before and after.
+Results = Mapping[str, Mapping[int, tuple[dict, dict]]]
 COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_one")
 
 
-def measure(args: argparse.Namespace) -> dict[str, dict[int, tuple[dict, dict]]]:
+def measure(args: argparse.Namespace) -> Results:
     """Trains and measures what isn't yet, and writes the report. Counts and rewards by masking and seed,
     before and after."""
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
-        "config": config_file.get_config("digits,full").to_dict(),
+        "config": config_file.get_config(args.config).to_dict(),
     }
+    measured_by = measure_totals if args.config == "totals" else measure_model
     check_workdir(workdir, made_of, ("model", "config"))
     claim_workdir(workdir, made_of)
     name = f"{args.split}-{args.n}.json"
     for masking, seed in itertools.product(args.maskings, args.seeds):
-        config = config_file.get_config("digits,full")
+        config = config_file.get_config(args.config)
         config.init = str(pathlib.Path(args.init).absolute())
         config.objective.masking, config.seed = masking, seed
         folder = workdir / f"{masking}-{seed}"
         before = workdir / f"before-{seed}-{name}"
         print(f"{masking}, seed {seed}", flush=True)
         if not before.is_file():
-            result, _ = measure_model(start, config, args.n, args.split, seed)
+            result, _ = measured_by(start, config, args.n, args.split, seed)
             write_whole(before, json.dumps(result, indent=1))
         if not (folder / name).is_file():
             began = time.perf_counter()
             train_to_the_end(config, folder)
             seconds = time.perf_counter() - began
-            result, _ = measure_model(MMaDA.load(folder), config, args.n, args.split, seed)
+            result, _ = measured_by(MMaDA.load(folder), config, args.n, args.split, seed)
             write_whole(folder / name, json.dumps(result | {"seconds": round(seconds, 1)}, indent=1))
 
     # ---- Report -------------------------------------------------------------------------------------
@@ -90,8 +98,9 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, tuple[dict, dict]]]
         masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in args.seeds]
         for masking in args.maskings
     }
-    write_curves(workdir / "rewards.png", rewards)
-    print(f"{workdir.absolute()}: report.md, report.json, rewards.png", flush=True)
+    write_figure(workdir / "rewards.png", curves(rewards))
+    write_figure(workdir / "gains.png", intervals(results))
+    print(f"{workdir.absolute()}: report.md, report.json, rewards.png, gains.png", flush=True)
     return results
 
 
@@ -146,51 +155,166 @@ def measure_model(
     return result, {"sums": rows, "drawn": (pixels, wanted)}
 
 
-def two_proportions(before: tuple[int, int], after: tuple[int, int]) -> tuple[float, float]:
-    """(z, two-sided p) of the pooled test for two proportions, each (correct, total)."""
-    (x, n), (y, m) = before, after
-    share = (x + y) / (n + m)
-    deviation = math.sqrt(share * (1 - share) * (1 / n + 1 / m))
-    z = (y / m - x / n) / deviation if deviation else 0.0
-    return z, math.erfc(abs(z) / math.sqrt(2))
+def measure_totals(
+    model: MMaDA, config, n: int, split: str = "test", seed: int = 0
+) -> tuple[dict, list[str]]:
+    """Counts of `n` held-out long sums of one round, and the mean reward; then the sampled answers.
+
+    totals_sampled   the last total, at temperature 1, as in a rollout
+    chains_sampled   the answer as a whole, all totals, of the same answers
+    totals, chains   greedy
+    """
+    counts, answers = {}, []
+    task = config.tasks.totals
+    for suffix, temperature in (("_sampled", 1.0), ("", 0.0)):
+        rule = TextRule(**task.text.to_dict() | {"temperature": temperature})
+        outcome = totals.chains(model, n, int(task.data.path), rule, task.max_new, split, seed)
+        for name, right_B in (("totals", outcome.total_B), ("chains", outcome.chain_B)):
+            counts[name + suffix] = measured.Count(int(right_B.sum()), n)
+        answers = answers or outcome.answers
+    records = open_records(task.data.path, split)
+    wanted = [split_thought(records.chain(i).answer)[1] for i in range(n)]
+    questions = [records.chain(i).question for i in range(n)]
+    with Combined(task.rewards.to_dict()) as combined:
+        reward = float(np.mean(combined(questions, answers, None, wanted)[0]))
+    for name, count in counts.items():
+        print(f"  {name}: {count}", flush=True)
+    result = {name: dataclasses.asdict(count) for name, count in counts.items()}
+    return result | {"rewards": {"totals": reward}}, answers
 
 
-def as_text(results: dict[str, dict[int, tuple[dict, dict]]]) -> str:
-    """The table, and what its p means."""
-    return "\n".join([*table(results), "", CAVEAT])
+@dataclasses.dataclass(frozen=True)
+class Gain:
+    """A mean over seeds with its 95 % interval by Student's t, NaN for one seed, and p, two-sided, that it
+    is 0. `p_holm` is p with Holm's correction for all gains that it was looked at with."""
+
+    of_seeds: tuple[float, ...]
+    mean: float
+    low: float
+    high: float
+    p: float
+    p_holm: float = math.nan
+
+    def __str__(self):
+        if len(self.of_seeds) < 2:
+            return f"{100 * self.mean:+.1f}"
+        p = f", p {self.p_holm:.2g}" if self.p_holm == self.p_holm else ""
+        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f}{p})"
 
 
-def table(results: dict[str, dict[int, tuple[dict, dict]]]) -> list[str]:
+def gain(of_seeds: Sequence[float]) -> Gain:
+    """The mean of what seeds brought. Where all brought the same the interval is a point, and p is 0, or 1
+    for nothing."""
+    from scipy import stats
+
+    x, n = np.asarray(of_seeds, float), len(of_seeds)
+    mean, error = float(x.mean()), float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    half = error * float(stats.t.ppf(0.975, n - 1)) if n > 1 else math.nan
+    p = math.nan if n < 2 else 1.0 * (mean == 0) if error == 0 else 2 * stats.t.sf(abs(mean) / error, n - 1)
+    return Gain(tuple(x.tolist()), mean, mean - half, mean + half, float(p))
+
+
+def holm(gains: Mapping[str, Gain]) -> dict[str, Gain]:
+    """The same gains with p corrected for their number (Holm 1979)."""
+    order, least, found = sorted(gains, key=lambda name: gains[name].p), 0.0, {}
+    for i, name in enumerate(order):
+        least = float(np.maximum(least, np.minimum(1.0, (len(order) - i) * gains[name].p)))
+        found[name] = dataclasses.replace(gains[name], p_holm=least)
+    return {name: found[name] for name in gains}
+
+
+def gains(results: Results, against: str = "") -> dict[str, dict[str, Gain]]:
+    """Metric -> masking -> what the training brought, as shares of right cases, paired by seeds: after less
+    before, or where a masking is named after less what that one has after. A seed has the same prompts in
+    the same order under all maskings, and is measured on the same cases with the same draws."""
+
+    def share(masking, seed, metric, i):
+        count = results[masking][seed][i][metric]
+        return count["correct"] / count["total"]
+
+    found = {}
+    for metric in metrics_of(results):
+        of_maskings = {
+            masking: gain(
+                [
+                    share(masking, seed, metric, 1)
+                    - (share(against, seed, metric, 1) if against else share(masking, seed, metric, 0))
+                    for seed in runs
+                ]
+            )
+            for masking, runs in results.items()
+            if masking != against
+        }
+        found[metric] = holm(of_maskings)
+    return found
+
+
+def metrics_of(results: Results) -> list[str]:
+    """The names of what was counted."""
+    before, _ = next(iter(next(iter(results.values())).values()))
+    return [name for name in before if name not in ("rewards", "seconds")]
+
+
+def as_text(results: Results) -> str:
+    """The tables, and what they mean."""
+    baseline = "exact" if "exact" in results else next(iter(results))
+    lines = [*table(results), "", f"After, less what `{baseline}` has after:", ""]
+    lines += ["| masking | " + " | ".join(metrics_of(results)) + " |"]
+    lines += ["|---" * (len(metrics_of(results)) + 1) + "|"]
+    differences = gains(results, baseline)
+    for masking in results:
+        if masking != baseline:
+            cells = [str(of_maskings[masking]) for of_maskings in differences.values()]
+            lines.append(f"| {masking} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", CAVEAT])
+
+
+def table(results: Results) -> list[str]:
     """Markdown: a row for each run, before -> after, and for each masking one with all its seeds."""
-    heads = [*(f"reward, {task}" for task in TASKS), *COUNTS]
+    names, of_all = metrics_of(results), gains(results)
+    tasks = list(next(iter(next(iter(results.values())).values()))[0]["rewards"])
+    heads = [*(f"reward, {task}" for task in tasks), *names]
     lines = ["| masking | seed | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for masking, runs in results.items():
         for seed, (before, after) in runs.items():
-            cells = [f"{before['rewards'][task]:.3f} -> {after['rewards'][task]:.3f}" for task in TASKS]
+            cells = [f"{before['rewards'][task]:.3f} -> {after['rewards'][task]:.3f}" for task in tasks]
             cells += [
                 f"{before[name]['correct']} -> {after[name]['correct']} of {after[name]['total']}"
-                for name in COUNTS
+                for name in names
             ]
             lines.append(f"| {masking} | {seed} | " + " | ".join(cells) + " |")
-        means = np.mean([[[x["rewards"][t] for t in TASKS] for x in run] for run in runs.values()], axis=0)
+        means = np.mean([[[x["rewards"][t] for t in tasks] for x in run] for run in runs.values()], axis=0)
         cells = [f"{before:.3f} -> {after:.3f}" for before, after in means.T]
-        for name in COUNTS:
-            pairs = [
-                tuple(sum(run[i][name][key] for run in runs.values()) for key in ("correct", "total"))
-                for i in (0, 1)
-            ]
-            z, p = two_proportions(*pairs)
-            shares = [f"{100 * x / n:.1f}" for x, n in pairs]
-            cells.append(f"{shares[0]} -> {shares[1]} % (z {z:+.1f}, p {p:.1g})")
+        cells += [str(of_all[name][masking]) for name in names]
         lines.append(f"| **{masking}** | all | " + " | ".join(cells) + " |")
     return lines
 
 
-def write_curves(path: pathlib.Path, rewards: dict[str, list[list[dict]]]) -> None:
-    """Writes the figure of `curves` as a PNG, whole or not at all."""
+def write_figure(path: pathlib.Path, figure) -> None:
+    """Writes a figure as a PNG, whole or not at all."""
     buffer = io.BytesIO()
-    curves(rewards).savefig(buffer, dpi=90, bbox_inches="tight")
+    figure.savefig(buffer, dpi=90, bbox_inches="tight")
     write_whole(path, buffer.getvalue())
+
+
+def intervals(results: Results):
+    """A figure: what each masking brought of each metric, in points of a hundred: the mean over seeds with
+    its 95 % interval, and the seeds as dots."""
+    from matplotlib.figure import Figure
+
+    found = gains(results)
+    figure = Figure(figsize=(3.4 * len(found) + 1, 0.42 * len(results) + 1.4))
+    axes = np.atleast_1d(figure.subplots(1, len(found), sharey=True))
+    for axis, (metric, of_maskings) in zip(axes, found.items(), strict=True):
+        for i, (masking, of) in enumerate(of_maskings.items()):
+            axis.plot([100 * x for x in of.of_seeds], [i] * len(of.of_seeds), ".", color=f"C{i}", alpha=0.4)
+            axis.plot([100 * of.low, 100 * of.high], [i, i], color=f"C{i}", lw=2)
+            axis.plot(100 * of.mean, i, "o", color=f"C{i}", label=masking)
+        axis.axvline(0, color="grey", lw=0.8)
+        axis.set(title=metric, xlabel="points gained")
+        axis.set_yticks(range(len(of_maskings)), of_maskings)
+    axes[0].invert_yaxis()
+    return figure
 
 
 def curves(rewards: dict[str, list[list[dict]]]):
@@ -198,8 +322,10 @@ def curves(rewards: dict[str, list[list[dict]]]):
     mean of a masking over its seeds and over five of the task's iterations."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5 * len(TASKS), 4))
-    for axis, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+    tasks = sorted({name[:-7] for runs in rewards.values() for run in runs for row in run for name in row
+                    if name.endswith("/reward")})  # fmt: skip
+    figure = Figure(figsize=(6.5 * len(tasks), 4))
+    for axis, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         for i, (masking, runs) in enumerate(rewards.items()):
             points = [
                 [(r["step"], r[f"{task}/reward"]) for r in run if f"{task}/reward" in r] for run in runs

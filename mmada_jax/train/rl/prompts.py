@@ -2,6 +2,8 @@
 
 digits          `path` says which: text_cot (`3+1+4+8`), vqa_sum (two scans and `add them`), t2i_one (`a
                 handwritten seven`)
+totals          `count` long sums of the `path`'s numbers of rounds (data/totals.py), as `1` or `1-3`; the
+                answer is the last total
 jsonl           one object in a line: "prompt", "answer", and for image understanding "image", a file
                 beside the JSON lines or in a folder there. <image> in a prompt is removed: the picture
                 comes first.
@@ -20,11 +22,12 @@ import numpy as np
 from PIL import Image
 
 from mmada_jax import files, nearby, storage
-from mmada_jax.data import digits, images
+from mmada_jax.data import digits, images, totals
 from mmada_jax.data.records import without_image_tag
 from mmada_jax.data.sources.paths import below, read_file
 from mmada_jax.data.sources.rows import one_of
 from mmada_jax.ranges import Range, Ranged, Seed
+from mmada_jax.tokens.tokenizer import split_thought
 from mmada_jax.train.rl.rewards.functions import ReasoningGym
 
 DIGITS = ("text_cot", "vqa_sum", "t2i_one")
@@ -32,12 +35,13 @@ DIGITS = ("text_cot", "vqa_sum", "t2i_one")
 
 @dataclasses.dataclass(frozen=True)
 class PromptsConfig(Ranged):
-    """The source of prompts. `path` is a file (jsonl), the name of a task (reasoning_gym) or a kind of
-    question about the digits in `split`: train, validation or test, and for text_cot also prompts, which
-    are sums that no explained example contains."""
+    """The source of prompts. `path` is a file (jsonl), the name of a task (reasoning_gym), numbers of
+    rounds (totals, as in its data) or a kind of question about the digits in `split`: train, validation or
+    test, and for text_cot also prompts, which are sums that no explained example contains. Of totals and
+    of reasoning-gym there are `count` prompts."""
 
     path: str
-    format: Literal["digits", "jsonl", "reasoning_gym"] = "jsonl"
+    format: Literal["digits", "jsonl", "reasoning_gym", "totals"] = "jsonl"
     split: str = "train"
     count: Annotated[int, Range(1, 10_000_000)] = 1000
     seed: Seed = 0
@@ -61,6 +65,10 @@ def open_prompts(config: PromptsConfig, root: storage.Name = "") -> Sequence[Pro
     """
     if config.format == "digits":
         return _of_digits(config)
+    if config.format == "totals":
+        records = totals.open_records(config.path, config.split)
+        turns = [records[i].turns for i in range(min(config.count, len(records)))]
+        return [Prompt(ask["content"], split_thought(says["content"])[1]) for ask, says in turns]
     if config.format == "reasoning_gym":
         task = ReasoningGym(config.path, config.seed, config.settings)
         problems = [task.problem(i) for i in range(config.count)]
