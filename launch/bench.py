@@ -28,7 +28,10 @@ DECODINGS = (
     "factor", "bound", "all", "engine", "draw",
 )  # fmt: skip
 CACHES = ("none", "prefix", "dual")
-MASKINGS = ("unigrpo", "full", "random", "coupled", "trace", "exact", "uniform", "top_entropy")
+MASKINGS = (
+    "unigrpo", "full", "random", "coupled", "fading",
+    "trace", "exact", "uniform", "top_entropy", "surprisal",
+)  # fmt: skip
 
 
 def twin_options(parser: Parser) -> None:
@@ -133,9 +136,9 @@ def rl_options(parser: Parser) -> None:
         "--maskings",
         nargs="+",
         choices=MASKINGS,
-        default=["exact", "unigrpo", "full", "random", "trace"],
+        default=["exact", "unigrpo", "fading", "uniform", "top_entropy", "surprisal", "trace"],
         metavar="MASKING",
-        help=f"of {', '.join(MASKINGS)} (all but coupled)",
+        help=f"of {', '.join(MASKINGS)} (default: %(default)s)",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     parser.add_argument(

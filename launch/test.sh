@@ -5,12 +5,13 @@
 set -euo pipefail
 extras=digits,rl,test
 which=(-m "not slow")
+ray=
 if [ "${1-}" = --all ]; then
-  # Without the extra cluster: tests of Ray kill processes and wait for others, and want a quiet machine of their
-  # own: pip install -e ".[cluster]" and pytest tests/test_prepare_ray.py tests/test_sweep_ray.py
-  extras=aot,bucket,digits,eval,gcp,gym,rl,serve,torch,test
+  extras=aot,bucket,cluster,digits,eval,gcp,gym,rl,serve,torch,test
   which=()
   shift
+  # Tests of Ray kill processes and wait for others: they have the machine for themselves, after all the others.
+  [ $# -gt 0 ] || { which=(-m "not cluster"); ray=yes; }
 fi
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh" "$extras"
 .venv/bin/python - <<'END'
@@ -21,4 +22,6 @@ print("Python", sys.version.split()[0], *(f"{name} {found.get(name, '-')}" for n
 END
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder ${which[@]+"${which[@]}"} "$@"
+tests() { .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"; }
+tests ${which[@]+"${which[@]}"} "$@"
+[ -z "$ray" ] || tests -m cluster

@@ -134,12 +134,14 @@ def start(config, tokenizer, tmp_path):
         return runs[-1]
 
     yield call
-    for run in runs:
-        for process in run.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
-        run.process.communicate()
     left = [path.name for path in pathlib.Path(folder).iterdir() if path.name != ".cache"]
+    for run in runs:
+        while processes := run.processes():  # they may still start others, and write
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.1)
+        run.process.communicate()
     shutil.rmtree(folder)
     assert not left, "Ray's session, or a token in the home"
 

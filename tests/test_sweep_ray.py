@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, xla_flags
 from programs import Program
 
-pytest.importorskip("ray", reason="needs ray: pip install 'mmada_jax[cluster]'")
+pytestmark = pytest.mark.cluster
 
 BASE = {"program": "vq", "steps": 12, "batch_size": 8, "seed": 0, "optim": {"lr": 0.1, "name": "muon"}}
 # As the program of test_sweep.py, but with saves: it goes on from the last one, every second step, and
@@ -65,14 +65,16 @@ def of_ours(mark):
 @pytest.fixture
 def alone(tmp_path):
     """An environment for programs; those that have it, and what they leave, are removed."""
-    environment = {"OURS": str(tmp_path), "TMPDIR": tempfile.mkdtemp(prefix="mt_")}
-    yield environment
-    # Agents of a Ray that was killed wait a minute before they end.
-    for pid in of_ours(f"OURS={tmp_path}"):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    left = list(pathlib.Path(environment["TMPDIR"]).iterdir())
-    shutil.rmtree(environment["TMPDIR"])
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="mt_"))
+    yield {"OURS": str(tmp_path), "TMPDIR": str(folder)}
+    left = list(folder.iterdir())
+    # Agents of a Ray that was killed wait a minute before they end, and may still write.
+    while pids := list(of_ours(f"OURS={tmp_path}")):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    shutil.rmtree(folder)
     assert not left
 
 
