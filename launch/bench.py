@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -123,6 +124,17 @@ def prepare_options(parser: Parser) -> None:
     parser.add_argument("--folder", help="where to work (default: a temporary folder)")
 
 
+def variant(text: str) -> str:
+    """A masking, with changes or without."""
+    masking, *changes = text.split(":")
+    if masking not in MASKINGS:
+        raise argparse.ArgumentTypeError(f"invalid choice: {masking!r} (choose from {', '.join(MASKINGS)})")
+    for change in changes:
+        if not re.fullmatch(r"[a-z_]+=[^=]+", change):
+            raise argparse.ArgumentTypeError(f"{change!r} must be FIELD=VALUE, as spread=even")
+    return text
+
+
 def rl_options(parser: Parser) -> None:
     """Adds the options of `mmada bench rl`."""
     parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
@@ -135,10 +147,11 @@ def rl_options(parser: Parser) -> None:
     parser.add_argument(
         "--maskings",
         nargs="+",
-        choices=MASKINGS,
+        type=variant,
         default=["exact", "unigrpo", "fading", "uniform", "top_entropy", "surprisal", "trace"],
-        metavar="MASKING",
-        help=f"of {', '.join(MASKINGS)} (default: %(default)s)",
+        metavar="MASKING[:FIELD=VALUE...]",
+        help=f"of {', '.join(MASKINGS)}, with other values of the objective's fields, or with ahead=1, as "
+        "unigrpo:spread=even (default: %(default)s)",
     )
     parser.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     parser.add_argument(

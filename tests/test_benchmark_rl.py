@@ -6,7 +6,9 @@ import pytest
 from configs import unigrpo
 from launch import bench
 from launch.benchmarks import rl as benchmark_rl
+from mmada_jax.config import from_dict
 from mmada_jax.serve.api import MMaDA
+from mmada_jax.train.rl.run import RLRun
 
 
 def test_a_gain_is_the_paired_t_test_of_seeds():
@@ -94,10 +96,21 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
     assert len(measured) == 1
 
 
+def test_a_variant_changes_the_objective_or_ahead():
+    config = benchmark_rl.changed("totals", "unigrpo:hidden=(0.6,1.0):spread=even:ahead=1")
+    assert list(config.tasks) == ["totals"]
+    run = from_dict(RLRun, config.to_dict())
+    assert run.objective.masking == "unigrpo" and run.objective.hidden == (0.6, 1.0)
+    assert run.objective.spread == "even" and run.ahead == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--maskings", "exact", "luck"], "invalid choice: 'luck'"),
+        (["--maskings", "exact:ahead"], "'ahead' must be FIELD=VALUE"),
+        (["--maskings", "exact:luck=1"], "luck"),
+        (["--maskings", "exact:mu=0"], "mu is 0"),
         (["--n", "0"], "argument --n: 0 is too few"),
         (["--init", "nowhere"], "nowhere"),
     ],
@@ -105,7 +118,7 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
 def test_bad_input_is_refused_at_once(model_workdir, tmp_path, capsys, flags, message):
     workdir = tmp_path / "run"
     words = ["rl", "--init", str(model_workdir), "--workdir", str(workdir), *flags]
-    with pytest.raises((SystemExit, OSError)) as error:
+    with pytest.raises((SystemExit, OSError, ValueError)) as error:
         bench.main(words)
     assert message in capsys.readouterr().err + str(error.value)
     assert not workdir.exists()

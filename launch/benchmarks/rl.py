@@ -1,5 +1,5 @@
 """What UniGRPO does to a model: trained with several seeds and maskings, measured before and after on
-held-out cases.
+held-out cases. A masking may change fields of the objective too: `unigrpo:hidden=(0.6,1)`.
 
     mmada bench rl --init runs/quickstart/cot --workdir runs/benchmark_rl
     mmada bench rl --config totals --init runs/totals_short --workdir runs/benchmark_totals
@@ -12,6 +12,8 @@ ask for all of them in the end.
 """
 
 import argparse
+import ast
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -23,8 +25,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from configs import unigrpo as config_file
+from mmada_jax.config import from_dict
 from mmada_jax.data import digits
 from mmada_jax.data.totals import open_records
 from mmada_jax.diffusion.rules import ImageRule, TextRule
@@ -37,6 +41,7 @@ from mmada_jax.tokens.tokenizer import split_thought
 from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.rewards.functions import Combined
+from mmada_jax.train.rl.run import RLRun
 from mmada_jax.weights.manifest import fingerprint
 from mmada_jax.weights.workdir import check_workdir, claim_workdir, has_step, newest_step
 
@@ -55,6 +60,7 @@ COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_on
 def measure(args: argparse.Namespace) -> Results:
     """Trains and measures what isn't yet, and writes the report. Counts and rewards by masking and seed,
     before and after."""
+    configs = {masking: changed(args.config, masking) for masking in args.maskings}
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
@@ -65,9 +71,8 @@ def measure(args: argparse.Namespace) -> Results:
     claim_workdir(workdir, made_of)
     name = f"{args.split}-{args.n}.json"
     for masking, seed in itertools.product(args.maskings, args.seeds):
-        config = config_file.get_config(args.config)
-        config.init = str(pathlib.Path(args.init).absolute())
-        config.objective.masking, config.seed = masking, seed
+        config = configs[masking].copy_and_resolve_references()
+        config.init, config.seed = str(pathlib.Path(args.init).absolute()), seed
         folder = workdir / f"{masking}-{seed}"
         before = workdir / f"before-{seed}-{name}"
         print(f"{masking}, seed {seed}", flush=True)
@@ -102,6 +107,19 @@ def measure(args: argparse.Namespace) -> Results:
     write_figure(workdir / "gains.png", intervals(results))
     print(f"{workdir.absolute()}: report.md, report.json, rewards.png, gains.png", flush=True)
     return results
+
+
+def changed(name: str, variant: str) -> ConfigDict:
+    """A configuration with the masking of `MASKING[:FIELD=VALUE...]` and these values of fields of the
+    objective, or of `ahead`. Values are Python's, or texts. Raises ValueError for what can't be."""
+    config = config_file.get_config(name).copy_and_resolve_references()
+    config.objective.masking, *changes = variant.split(":")
+    for field, _, value in (one.partition("=") for one in changes):
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(value)
+        (config if field == "ahead" else config.objective)[field] = value
+    from_dict(RLRun, config.to_dict())
+    return config
 
 
 def train_to_the_end(config, workdir) -> None:
