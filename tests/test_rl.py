@@ -15,7 +15,7 @@ from mmada_jax.train.rl.loop import train
 from mmada_jax.train.rl.rewards import functions as rewards_lib
 from mmada_jax.train.rl.run import RLRun
 from mmada_jax.train.rl.start import load_policy
-from tests.rl_toys import history, one_device, params, rl_config, toy_rewards  # noqa: F401
+from tests.rl_toys import history, one_device, params, rl_config, stopped_in, toy_rewards  # noqa: F401
 
 
 def count_digits():
@@ -104,17 +104,26 @@ def test_old_scores_are_those_of_the_rollouts_policy(config, tmp_path, ahead):
         {"masking": "coupled", "kl": "reference", "beta": 0.1},
         {"masking": "trace", "kl": "old", "beta": 0.1},
         {"masking": "full", "prompt_mask": 0.3},
+        {"masking": "unigrpo", "hidden": (0.5, 1.0), "spread": "even"},
+        {"masking": "fading", "ratio": "sequence"},
+        {"masking": "uniform", "ratio": "none"},
+        {"masking": "top_entropy", "kl": "reference", "beta": 0.1},
+        {"masking": "surprisal", "cache": "dual"},
         {"masking": "exact", "cache": "dual"},
     ],
 )
-def test_every_way_of_masking_trains(config, tmp_path, objective):
+def test_every_way_of_masking_trains_and_resumes_to_the_bit(config, tmp_path, objective):
     objective = dict(objective)
     config["tasks"]["text"]["text"] |= {"cache": objective.pop("cache", "none")}
     tasks = {"text": config["tasks"]["text"] | {"rewards": {"long": 1.0}}}
-    config = config | {"objective": config["objective"] | objective, "tasks": tasks, "iterations": 1}
+    config = config | {"objective": config["objective"] | objective, "tasks": tasks, "iterations": 2}
     _, before, _ = load_policy(from_dict(RLRun, config), tmp_path, sharding.make_mesh())
     train(config, tmp_path / "run")
     after = params(tmp_path / "run")
+    with stopped_in(1):
+        assert int(train(config, tmp_path / "broken").step) == 2  # one iteration of mu 2
+    train(config, tmp_path / "broken")
+    jax.tree.map(np.testing.assert_array_equal, after, params(tmp_path / "broken"))
     change = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), before, after)
     assert 1e-4 < max(jax.tree.leaves(change)) < 1e-2
     assert history(tmp_path / "run", "text/skipped")[-1] == 0
