@@ -73,6 +73,16 @@ def test_measures_are_counts_and_mean_rewards(model_workdir):
     assert "| +0.0 (+0.0 to +0.0, p 1) |" in lines[4]
 
 
+def test_long_sums_are_counted_by_their_last_total_and_as_a_whole(model_workdir):
+    config = unigrpo.get_config("totals")
+    config.tasks.totals.max_new = 16
+    result, answers = benchmark_rl.measure_totals(MMaDA.load(model_workdir), config, 3)
+    names = ["totals_sampled", "chains_sampled", "totals", "chains"]
+    assert list(result) == [*names, "rewards"] and len(answers) == 3
+    assert all(result[name]["total"] == 3 for name in names)
+    assert 0 <= result["rewards"]["totals"] <= 2.5
+
+
 def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path, monkeypatch):
     measured = []
 
