@@ -75,7 +75,7 @@ def test_measures_are_counts_and_mean_rewards(model_workdir):
 
 def test_long_sums_are_counted_by_their_last_total_and_as_a_whole(model_workdir):
     config = unigrpo.get_config("totals")
-    config.tasks.totals.max_new = 16
+    config.tasks.totals.max_new = config.tasks.totals.text.block = 8
     result, answers = benchmark_rl.measure_totals(MMaDA.load(model_workdir), config, 3)
     names = ["totals_sampled", "chains_sampled", "totals", "chains"]
     assert list(result) == [*names, "rewards"] and len(answers) == 3
