@@ -14,6 +14,8 @@ from programs import Program
 from states import flip, payload, restore_tiny, steps_in, tiny
 
 from mmada_jax import storage
+from mmada_jax.nets import lora, transformer
+from mmada_jax.weights.adapters import Adapter, read_peft, write_peft
 from mmada_jax.weights.checkpoint import Checkpoints, newest_params, trust
 from mmada_jax.weights.manifest import COMMITTED, MANIFEST, find_damage, write_manifest
 from mmada_jax.weights.workdir import newest_step, steps
@@ -209,6 +211,17 @@ def test_a_step_of_a_bucket_is_verified_on_a_disk(workdir, tmp_path):
     flip(payload(tmp_path / "run/checkpoints/1/params"))
     with pytest.raises(ValueError, match="has changed: its crc32c is another"):
         newest_params(tmp_path / "run")
+
+
+def test_adapters_of_peft_are_read_as_from_a_disk(folder, tmp_path):
+    config = transformer.ModelConfig(d_model=8, n_layers=2, n_heads=2, n_kv_heads=2, d_mlp=16, vocab=32)
+    with_ranks = lora.LoraConfig(rank=2, targets="q_proj+ff_out")
+    arrays = lora.init_adapters(jax.random.key(0), config, with_ranks)
+    for where in (folder, tmp_path / "peft"):
+        write_peft(where, Adapter(with_ranks, arrays, "00ff"), "base")
+        found = read_peft(where, config)
+        assert (found.lora, found.base_sha256) == (with_ranks, "00ff")
+        jax.tree.map(np.testing.assert_array_equal, found.arrays, dict(arrays))
 
 
 SAVES = """

@@ -144,7 +144,7 @@ def read_peft(folder: storage.Path, config: transformer.ModelConfig) -> Adapter:
         raise ValueError(
             f"{folder / CONFIG} has r={R!r} and lora_alpha={alpha!r}; both must be positive numbers"
         )
-    tensors = hub.read_tensors_of(folder / WEIGHTS)
+    tensors = {key: np.asarray(x) for key, x in hub.read_tensors_of(folder / WEIGHTS).items()}
     targets = "+".join(target for target in MATRICES if _key(0, target, "A") in tensors)
     lora = LoraConfig(R, alpha * (R**0.5 if about.get("use_rslora") else 1), targets or "+".join(MATRICES))
     shapes = {
