@@ -140,7 +140,7 @@ def rl_options(parser: Parser) -> None:
     parser.add_argument("--init", default="runs/quickstart/cot", help="model to begin with (%(default)s)")
     parser.add_argument("--workdir", default="runs/benchmark_rl", help="default: %(default)s")
     parser.add_argument(
-        "--config", choices=("digits", "digits,full", "totals"), default="digits,full",
+        "--preset", choices=("digits", "digits,full", "totals"), default="digits,full",
         help="of configs/unigrpo.py (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

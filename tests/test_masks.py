@@ -62,7 +62,7 @@ def test_ratios_of_rows_are_their_own_or_even_or_one(spread):
 
 
 @pytest.mark.parametrize("spread", unigrpo.SPREADS)
-@pytest.mark.parametrize(("mu", "hidden"), [(2, None), (4, None), (4, (0.25, 0.5))])
+@pytest.mark.parametrize(("mu", "hidden"), [(2, None), (4, None), (4, (0.25, 0.5)), (2, (0.5, 0.5))])
 def test_unigrpo_hides_as_many_tokens_as_the_ratio_says(mu, hidden, spread):
     config = dataclasses.replace(CONFIG, mu=mu, hidden=hidden, spread=spread)
     place = jax.random.fold_in(jax.random.key(5), 0)

@@ -213,7 +213,6 @@ def test_gradients_reach_states_and_head_as_if_the_logits_had_been_there(chunk):
         ({"prompt_mask": 1.0}, "prompt_mask is 1.0"),
         ({"hidden": (0.2, 1.2)}, r"hidden\[1\] is 1.2; it must be a share from 0 to 1"),
         ({"hidden": (0.9, 0.5)}, "hidden is .0.9, 0.5.; it must be the least and the most share"),
-        ({"hidden": (0.5, 0.5)}, "the first one lower"),
         ({"hidden": (0.5,)}, "two numbers"),
     ],
 )

@@ -2,7 +2,7 @@
 held-out cases. A masking may change fields of the objective too: `unigrpo:hidden=(0.6,1)`.
 
     mmada bench rl --init runs/quickstart/cot --workdir runs/benchmark_rl
-    mmada bench rl --config totals --init runs/totals_short --workdir runs/benchmark_totals
+    mmada bench rl --preset totals --init runs/totals_short --workdir runs/benchmark_totals
 
 Trains a configuration of configs/unigrpo.py as it is, but for the masking and the seed, and writes the
 tables (report.md), all counts (report.json), the gains with their intervals (gains.png) and the rewards
@@ -60,13 +60,13 @@ COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_on
 def measure(args: argparse.Namespace) -> Results:
     """Trains and measures what isn't yet, and writes the report. Counts and rewards by masking and seed,
     before and after."""
-    configs = {masking: changed(args.config, masking) for masking in args.maskings}
+    configs = {masking: changed(args.preset, masking) for masking in args.maskings}
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
-        "config": config_file.get_config(args.config).to_dict(),
+        "config": config_file.get_config(args.preset).to_dict(),
     }
-    measured_by = measure_totals if args.config == "totals" else measure_model
+    measured_by = measure_totals if args.preset == "totals" else measure_model
     check_workdir(workdir, made_of, ("model", "config"))
     claim_workdir(workdir, made_of)
     name = f"{args.split}-{args.n}.json"

@@ -65,10 +65,10 @@ class UniGRPOConfig(Ranged):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hidden is not None and (len(self.hidden) != 2 or self.hidden[0] >= self.hidden[1]):
+        if self.hidden is not None and (len(self.hidden) != 2 or self.hidden[0] > self.hidden[1]):
             raise ValueError(
                 f"hidden is {tuple(self.hidden)}; it must be the least and the most share of a response "
-                "that is hidden, two numbers, the first one lower"
+                "that is hidden, two numbers, the first one not above the second"
             )
         if self.masking == "coupled" and self.mu % 2:
             raise ValueError(f"mu is {self.mu}; it must be positive, for coupled masks even")
