@@ -30,16 +30,15 @@ from ml_collections import ConfigDict
 from configs import unigrpo as config_file
 from mmada_jax.config import from_dict
 from mmada_jax.data import digits
-from mmada_jax.data.totals import open_records
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.files import read_json
 from mmada_jax.measure import digits as measured
 from mmada_jax.measure import totals
 from mmada_jax.serve.api import MMaDA
 from mmada_jax.storage import write_whole
-from mmada_jax.tokens.tokenizer import split_thought
 from mmada_jax.train import metrics
 from mmada_jax.train.rl.loop import train
+from mmada_jax.train.rl.prompts import PromptsConfig, open_prompts
 from mmada_jax.train.rl.rewards.functions import Combined
 from mmada_jax.train.rl.run import RLRun
 from mmada_jax.weights.manifest import fingerprint
@@ -190,9 +189,8 @@ def measure_totals(
         for name, right_B in (("totals", outcome.total_B), ("chains", outcome.chain_B)):
             counts[name + suffix] = measured.Count(int(right_B.sum()), n)
         answers = answers or outcome.answers
-    records = open_records(task.data.path, split)
-    wanted = [split_thought(records.chain(i).answer)[1] for i in range(n)]
-    questions = [records.chain(i).question for i in range(n)]
+    asked = open_prompts(PromptsConfig(task.data.path, "totals", split, count=n))
+    questions, wanted = [prompt.text for prompt in asked], [prompt.answer for prompt in asked]
     with Combined(task.rewards.to_dict()) as combined:
         reward = float(np.mean(combined(questions, answers, None, wanted)[0]))
     for name, count in counts.items():

@@ -200,9 +200,7 @@ def _hide_a_share(key, rollout, n, mask, masking, config, image):
     R, L = tokens_RL.shape
     place, each, other = (jax.random.fold_in(key, i) for i in range(3))
     size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
-    share = SHARES.get(masking, (0.0, 1.0))
-    if masking in SHARES and config.hidden:
-        share = config.hidden
+    share = (config.hidden or SHARES[masking]) if masking in SHARES else (0.0, 1.0)
     turns, turn = (config.mu // 2, n // 2) if masking == "coupled" else (config.mu, n)
     noise_RL = jax.random.uniform(jax.random.fold_in(each, turn), (R, L))
     rank_RL = jnp.argsort(jnp.argsort(jnp.where(response_RL, noise_RL, 2.0), axis=1), axis=1)
@@ -273,7 +271,7 @@ def _hide_from_a_step(place, rollout, n, mask, masking, config):
     scored_RL = response_RL & (rank_RL >= cut_R1) & (rank_RL < cut_R1 + width)
     if masking in ("exact", "uniform", "top_entropy"):
         scored_RL = response_RL & (step_RL == at_R1)
-    if masking == "surprisal":
+    elif masking == "surprisal":
         scored_RL = response_RL & (step_RL >= at_R1)
     if masking in ("exact", "uniform"):
         weight_R1 = 1 / (length_R1 * jnp.mean(share_RL, axis=1, keepdims=True, where=scored_RL))
