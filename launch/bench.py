@@ -129,10 +129,17 @@ def variant(text: str) -> str:
     masking, *changes = text.split(":")
     if masking not in MASKINGS:
         raise argparse.ArgumentTypeError(f"invalid choice: {masking!r} (choose from {', '.join(MASKINGS)})")
-    for change in changes:
-        if not re.fullmatch(r"[a-z_]+=[^=]+", change):
-            raise argparse.ArgumentTypeError(f"{change!r} must be FIELD=VALUE, as spread=even")
+    for one in changes:
+        change(one)
     return text
+
+
+def change(text: str) -> tuple[str, str]:
+    """A field and the value that it is given."""
+    if not re.fullmatch(r"[a-z_.]+=[^=]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be FIELD=VALUE, as spread=even")
+    field, _, value = text.partition("=")
+    return field, value
 
 
 def rl_options(parser: Parser) -> None:
@@ -157,6 +164,13 @@ def rl_options(parser: Parser) -> None:
     parser.add_argument(
         "--n", type=at_least_one, default=1200, help="cases of each sampled metric (%(default)s)"
     )
+    parser.add_argument(
+        "--few", type=at_least_one, default=400, help="cases of the other metrics (%(default)s)"
+    )
+    parser.add_argument(
+        "--set", nargs="+", type=change, default=[], metavar="FIELD=VALUE",
+        help="other values of the preset, as iterations=48 optim.warmup=30",
+    )  # fmt: skip
 
 
 def rollouts_options(parser: Parser) -> None:

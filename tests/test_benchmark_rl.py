@@ -76,17 +76,17 @@ def test_measures_are_counts_and_mean_rewards(model_workdir):
 def test_long_sums_are_counted_by_their_last_total_and_as_a_whole(model_workdir):
     config = unigrpo.get_config("totals")
     config.tasks.totals.max_new = config.tasks.totals.text.block = 8
-    result, answers = benchmark_rl.measure_totals(MMaDA.load(model_workdir), config, 3)
-    names = ["totals_sampled", "chains_sampled", "totals", "chains"]
-    assert list(result) == [*names, "rewards"] and len(answers) == 3
-    assert all(result[name]["total"] == 3 for name in names)
+    result, answers = benchmark_rl.measure_totals(MMaDA.load(model_workdir), config, 3, few=2)
+    cases = {"totals_sampled": 3, "chains_sampled": 3, "totals": 2, "chains": 2}
+    assert list(result) == [*cases, "rewards"] and len(answers) == 3
+    assert {name: result[name]["total"] for name in cases} == cases
     assert 0 <= result["rewards"]["totals"] <= 2.5
 
 
 def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path, monkeypatch):
     measured = []
 
-    def measure(*args):
+    def measure(*args, few):
         measured.append(args)
         raise InterruptedError
 
@@ -107,11 +107,16 @@ def test_a_workdir_is_of_one_model_and_one_configuration(model_workdir, tmp_path
 
 
 def test_a_variant_changes_the_objective_or_ahead():
-    config = benchmark_rl.changed("totals", "unigrpo:hidden=(0.6,1.0):spread=even:ahead=1")
+    config = benchmark_rl.changed(
+        unigrpo.get_config("totals"), "unigrpo:hidden=(0.6,1.0):spread=even:ahead=1"
+    )
     assert list(config.tasks) == ["totals"]
     run = from_dict(RLRun, config.to_dict())
     assert run.objective.masking == "unigrpo" and run.objective.hidden == (0.6, 1.0)
     assert run.objective.spread == "even" and run.ahead == 1
+    benchmark_rl.put(config, "optim.warmup", "7")
+    benchmark_rl.put(config, "init", "elsewhere")
+    assert (config.optim.warmup, config.init) == (7, "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -121,6 +126,11 @@ def test_a_variant_changes_the_objective_or_ahead():
         (["--maskings", "exact:ahead"], "'ahead' must be FIELD=VALUE"),
         (["--maskings", "exact:luck=1"], "luck"),
         (["--maskings", "exact:mu=0"], "mu is 0"),
+        (["--set", "luck=1"], "luck"),
+        (["--set", "iterations=many"], "iterations is 'many'"),
+        (["--set", "optim=3"], "optim is '3'"),
+        (["--set", "iterations=0"], "iterations is 0"),
+        (["--set", "iterations"], "'iterations' must be FIELD=VALUE"),
         (["--n", "0"], "argument --n: 0 is too few"),
         (["--init", "nowhere"], "nowhere"),
     ],

@@ -4,11 +4,11 @@ held-out cases. A masking may change fields of the objective too: `unigrpo:hidde
     mmada bench rl --init runs/quickstart/cot --workdir runs/benchmark_rl
     mmada bench rl --preset totals --init runs/totals_short --workdir runs/benchmark_totals
 
-Trains a configuration of configs/unigrpo.py as it is, but for the masking and the seed, and writes the
-tables (report.md), all counts (report.json), the gains with their intervals (gains.png) and the rewards
-over the iterations (rewards.png). What is done already isn't done again, so that several of these, each
-with seeds of its own, can share a workdir; the report is of the seeds and maskings that were asked for, so
-ask for all of them in the end.
+Trains a configuration of configs/unigrpo.py as it is, but for the masking, the seed and what --set says.
+Writes the tables (report.md), all counts (report.json), the gains with their intervals (gains.png) and the
+rewards over the iterations (rewards.png). What is done already isn't done again, so that several of these,
+each with seeds of its own, can share a workdir; the report is of the seeds and maskings that were asked
+for, so ask for all of them in the end.
 """
 
 import argparse
@@ -59,30 +59,35 @@ COUNTS = ("text_cot_sampled", "text_cot", "vqa_sum", "t2i_one_unguided", "t2i_on
 def measure(args: argparse.Namespace) -> Results:
     """Trains and measures what isn't yet, and writes the report. Counts and rewards by masking and seed,
     before and after."""
-    configs = {masking: changed(args.preset, masking) for masking in args.maskings}
+    preset = config_file.get_config(args.preset)
+    for field, value in args.set:
+        put(preset, field, value)
+    configs = {masking: changed(preset, masking) for masking in args.maskings}
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
-        "config": config_file.get_config(args.preset).to_dict(),
+        "config": preset.to_dict(),
     }
     measured_by = measure_totals if args.preset == "totals" else measure_model
     check_workdir(workdir, made_of, ("model", "config"))
     claim_workdir(workdir, made_of)
-    name = f"{args.split}-{args.n}.json"
-    for masking, seed in itertools.product(args.maskings, args.seeds):
+    n, few = args.n, min(args.n, args.few)
+    name = f"{args.split}-{n}-{few}.json"
+    # All maskings of a seed before the next one, since what is compared are the runs of one seed.
+    for seed, masking in itertools.product(args.seeds, args.maskings):
         config = configs[masking].copy_and_resolve_references()
         config.init, config.seed = str(pathlib.Path(args.init).absolute()), seed
         folder = workdir / f"{masking}-{seed}"
         before = workdir / f"before-{seed}-{name}"
         print(f"{masking}, seed {seed}", flush=True)
         if not before.is_file():
-            result, _ = measured_by(start, config, args.n, args.split, seed)
+            result, _ = measured_by(start, config, n, args.split, seed, few=few)
             write_whole(before, json.dumps(result, indent=1))
         if not (folder / name).is_file():
             began = time.perf_counter()
             train_to_the_end(config, folder)
             seconds = time.perf_counter() - began
-            result, _ = measured_by(MMaDA.load(folder), config, args.n, args.split, seed)
+            result, _ = measured_by(MMaDA.load(folder), config, n, args.split, seed, few=few)
             write_whole(folder / name, json.dumps(result | {"seconds": round(seconds, 1)}, indent=1))
 
     # ---- Report -------------------------------------------------------------------------------------
@@ -108,17 +113,29 @@ def measure(args: argparse.Namespace) -> Results:
     return results
 
 
-def changed(name: str, variant: str) -> ConfigDict:
-    """A configuration with the masking of `MASKING[:FIELD=VALUE...]` and these values of fields of the
+def changed(preset: ConfigDict, variant: str) -> ConfigDict:
+    """The configuration with the masking of `MASKING[:FIELD=VALUE...]` and these values of fields of the
     objective, or of `ahead`. Values are Python's, or texts. Raises ValueError for what can't be."""
-    config = config_file.get_config(name).copy_and_resolve_references()
+    config = preset.copy_and_resolve_references()
     config.objective.masking, *changes = variant.split(":")
     for field, _, value in (one.partition("=") for one in changes):
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
-        (config if field == "ahead" else config.objective)[field] = value
+        put(config, field if field == "ahead" else f"objective.{field}", value)
     from_dict(RLRun, config.to_dict())
     return config
+
+
+def put(config: ConfigDict, field: str, text: str) -> None:
+    """Gives a field, as "optim.warmup", the value that a text says in Python, or else the text. Raises
+    ValueError where the field has values of another kind."""
+    value = text
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(text)
+    try:
+        config.update_from_flattened_dict({field: value})
+    except TypeError as error:
+        raise ValueError(
+            f"{field} is {text!r}; it must be of the kind that the preset has there"
+        ) from error
 
 
 def train_to_the_end(config, workdir) -> None:
@@ -173,21 +190,21 @@ def measure_model(
 
 
 def measure_totals(
-    model: MMaDA, config, n: int, split: str = "test", seed: int = 0
+    model: MMaDA, config, n: int, split: str = "test", seed: int = 0, few: int = MOST
 ) -> tuple[dict, list[str]]:
     """Counts of `n` held-out long sums of one round, and the mean reward; then the sampled answers.
 
     totals_sampled   the last total, at temperature 1, as in a rollout
     chains_sampled   the answer as a whole, all totals, of the same answers
-    totals, chains   greedy
+    totals, chains   greedy, of at most `few`
     """
     counts, answers = {}, []
     task = config.tasks.totals
-    for suffix, temperature in (("_sampled", 1.0), ("", 0.0)):
+    for suffix, temperature, cases in (("_sampled", 1.0, n), ("", 0.0, min(n, few))):
         rule = TextRule(**task.text.to_dict() | {"temperature": temperature})
-        outcome = totals.chains(model, n, int(task.data.path), rule, task.max_new, split, seed)
+        outcome = totals.chains(model, cases, int(task.data.path), rule, task.max_new, split, seed)
         for name, right_B in (("totals", outcome.total_B), ("chains", outcome.chain_B)):
-            counts[name + suffix] = measured.Count(int(right_B.sum()), n)
+            counts[name + suffix] = measured.Count(int(right_B.sum()), cases)
         answers = answers or outcome.answers
     asked = open_prompts(PromptsConfig(task.data.path, "totals", split, count=n))
     questions, wanted = [prompt.text for prompt in asked], [prompt.answer for prompt in asked]
