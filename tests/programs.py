@@ -2,7 +2,8 @@
 do: they are forks of a process that has imported what all import.
 
 Two such processes take turns, so that programs that meet, or one after the other, hash texts with different
-seeds, as programs do. Nothing else belongs here.
+seeds, as programs do. And what finds and ends the processes that a program leaves. Nothing else belongs
+here.
 """
 
 import contextlib
@@ -10,11 +11,13 @@ import functools
 import itertools
 import json
 import os
+import pathlib
 import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 _LONGEST = 1 << 17  # bytes of a message
 IMPORTED = ("absl.flags", "mmada_jax.train.supervised", "mmada_jax.train.rl.loop")
@@ -75,6 +78,25 @@ class Program:
 
     def kill(self):
         self.send_signal(signal.SIGKILL)
+
+
+def heirs(variable):
+    """Numbers of the processes that were started with a variable in their environment, "NAME=value"."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def end_heirs(variable):
+    """Kills them. Until none is left they may start others, and write."""
+    while found := heirs(variable):
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
 
 
 class _Parent:

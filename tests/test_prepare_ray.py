@@ -17,6 +17,7 @@ import time
 import pytest
 from conftest import ROOT, xla_flags
 from prepare_run import encode, picture, preparer, published
+from programs import end_heirs, heirs
 
 from launch import bench
 from mmada_jax import cluster
@@ -82,21 +83,13 @@ class Run:
     """A call of the program with --engine ray, with a home and a temporary folder of its own."""
 
     def __init__(self, config, tokenizer, out, folder, *words):
-        self.out, self.mark = out, f"{folder}/{time.monotonic_ns()}"
+        mark = f"{folder}/{time.monotonic_ns()}"
+        self.out, self.mark = out, f"{MARK}={mark}"
         self.process = subprocess.Popen(
             command(config, tokenizer, out, "--engine", "ray", *words),
-            env=environment(HOME=folder, TMPDIR=folder, **{MARK: self.mark}),
+            env=environment(HOME=folder, TMPDIR=folder, **{MARK: mark}),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
-
-    def processes(self):
-        """Numbers of the processes that inherited the mark."""
-        found = []
-        for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if f"{MARK}={self.mark}".encode() in path.read_bytes():
-                    found.append(int(path.parent.name))
-        return found
 
     def writer_of(self, shard, besides=(), seconds=60):
         """The worker that writes the shard of this number, as soon as one has begun with it."""
@@ -112,7 +105,7 @@ class Run:
     def end(self):
         """What it printed on stderr; its processes must be gone."""
         _, error = self.process.communicate(timeout=120)
-        until(lambda: not self.processes())
+        until(lambda: not heirs(self.mark))
         return error
 
 
@@ -136,11 +129,7 @@ def start(config, tokenizer, tmp_path):
     yield call
     left = [path.name for path in pathlib.Path(folder).iterdir() if path.name != ".cache"]
     for run in runs:
-        while processes := run.processes():  # they may still start others, and write
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
-            time.sleep(0.1)
+        end_heirs(run.mark)
         run.process.communicate()
     shutil.rmtree(folder)
     assert not left, "Ray's session, or a token in the home"
@@ -164,7 +153,7 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "0000000000000000000
 def test_a_worker_that_is_killed_costs_nothing_but_time(start, plain):
     run = start("--workers", 2)
     worker = run.writer_of(2)
-    addresses = listening(run.processes())
+    addresses = listening(heirs(run.mark))
     time.sleep(0.2)
     os.kill(worker, signal.SIGKILL)
     error = run.end()

@@ -1,6 +1,5 @@
 """mmada sweep --engine ray, mostly with a program that trains nothing: resuming, early stops, endings."""
 
-import contextlib
 import csv
 import json
 import os
@@ -12,7 +11,7 @@ import time
 
 import pytest
 from conftest import ROOT, xla_flags
-from programs import Program
+from programs import Program, end_heirs
 
 pytestmark = pytest.mark.cluster
 
@@ -54,14 +53,6 @@ for step in range(done + 1, steps + 1):
 """
 
 
-def of_ours(mark):
-    """The processes that have inherited a variable of the environment."""
-    for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark.encode() in (folder / "environ").read_bytes():
-                yield int(folder.name)
-
-
 @pytest.fixture
 def alone(tmp_path):
     """An environment for programs; those that have it, and what they leave, are removed."""
@@ -69,11 +60,7 @@ def alone(tmp_path):
     yield {"OURS": str(tmp_path), "TMPDIR": str(folder)}
     left = list(folder.iterdir())
     # Agents of a Ray that was killed wait a minute before they end, and may still write.
-    while pids := list(of_ours(f"OURS={tmp_path}")):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.1)
+    end_heirs(f"OURS={tmp_path}")
     shutil.rmtree(folder)
     assert not left
 

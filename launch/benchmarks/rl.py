@@ -159,7 +159,7 @@ def measure_model(
     of unguided drawings with the digits asked for. Of the latter metrics those in `known` are taken from
     there: they were measured already.
 
-    text_cot           sums of four digits, greedy; text_cot_sampled at temperature 1, as in a rollout
+    text_cot           sums of four digits, greedy; text_cot_sampled as in a rollout
     vqa_sum            the sum of two scans, thought first, which the training doesn't ask for
     t2i_one            a digit drawn with guidance, in as many steps as elsewhere
     t2i_one_unguided   without guidance, in as few steps as in a rollout
@@ -171,7 +171,9 @@ def measure_model(
         counts["text_cot"] = measured.text_cot(model, min(few, len(digits.chains(split))), split, seed)[0]
         counts["vqa_sum"] = measured.vqa_sum(model, few, split, seed)[0]
         counts["t2i_one"] = measured.draw_digits(model, judge, 1, few, seed)[0]
-    counts["text_cot_sampled"], rows = measured.text_cot(model, n, split, seed, temperature=1.0)
+    sums = config.tasks.arithmetic
+    rule = TextRule(**sums.text)
+    counts["text_cot_sampled"], rows = measured.text_cot(model, n, split, seed, rule, sums.max_new)
     rule = ImageRule(**config.tasks.drawing.image)
     counts["t2i_one_unguided"], pixels, wanted = measured.draw_digits(model, judge, 1, n, seed, rule)
     prompts, texts, answers = zip(*rows, strict=True)

@@ -142,15 +142,21 @@ def arithmetic(model: MMaDA, n: int, seed: int = 0) -> tuple[Count, list]:
 
 
 def text_cot(
-    model: MMaDA, n: int, split: str = "test", seed: int = 0, temperature: float = 0.0
+    model: MMaDA,
+    n: int,
+    split: str = "test",
+    seed: int = 0,
+    rule: TextRule | None = None,
+    max_new: int | None = None,
 ) -> tuple[Count, list]:
-    """text_cot: sums of four digits that were held out, with the intermediate results as a thought. More
-    cases than there are sums ask them again, which says something more only with a temperature."""
+    """text_cot: sums of four digits that were held out, with the intermediate results as a thought, by the
+    rule, greedy by default. More cases than there are sums ask them again, which says something more only
+    with a temperature."""
     held_out = digits.chains(split)
     chains = [held_out[i % len(held_out)] for i in range(n)]
     questions = [digits.addition(*chain) for chain in chains]
-    rule = dataclasses.replace(_from_the_left(model), temperature=temperature)
-    texts = [text.text for text in model.generate(questions, rule, seed=seed)]
+    rule = dataclasses.replace(rule, stop=model.vocab.eos) if rule else _from_the_left(model)
+    texts = [text.text for text in model.generate(questions, rule, max_new, seed=seed)]
     wanted = [str(sum(chain)) for chain in chains]
     return _answered(texts, wanted), list(zip(questions, texts, wanted, strict=True))
 
