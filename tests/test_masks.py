@@ -84,7 +84,7 @@ def test_random_masks_hide_a_share_within_the_range_that_is_given():
 @pytest.mark.parametrize(("image", "hidden"), [(False, None), (True, None), (False, (0.2, 0.5))])
 def test_fading_hides_later_tokens_more_often_and_more_of_all_in_later_updates(image, hidden):
     config, draws = dataclasses.replace(CONFIG, hidden=hidden), 1500
-    least, most = hidden or (0.6, 1.0)
+    least, most = hidden or ((0.8, 1.0) if image else (0.6, 1.0))
     for n in (0, 2):
         masks = jax.lax.map(
             lambda seed, n=n: hide_jit(seed, n, "fading", config, image).scored_RL,
@@ -94,8 +94,11 @@ def test_fading_hides_later_tokens_more_often_and_more_of_all_in_later_updates(i
         often = np.asarray(masks).mean(axis=0)
         p = least + (most - least) * (n + 1) / 4
         for r in np.flatnonzero(SIZES >= 4):
-            way = (np.arange(SIZES[r]) + 0.5) / SIZES[r]
-            want = max(0, 2 * p - 1) + (min(1, 2 * p) - max(0, 2 * p - 1)) * way
+            # MaskGRPO's first algorithm: what stays falls in a straight line to 0 at the last token.
+            stays = np.linspace(1, 0, SIZES[r])
+            want = 1 - stays * (1 - p) * SIZES[r] / stays.sum()
+            if want[0] < 0:  # the paper's shares are 0.6 and more
+                want = 2 * p * np.linspace(0, 1, SIZES[r])
             want = np.full(SIZES[r], p) if image else want
             # Where nothing was drawn one token is hidden all the same, which few draws are.
             none = np.prod(1 - want)

@@ -18,8 +18,10 @@ import numpy as np
 
 from mmada_jax.ranges import OnlyWith, Positive, Range, Ranged, Share, Weight
 
-# The masks that hide a share of a response, with the least and the most of it by default.
+# The masks that hide a share of a response, with the least and the most of it by default; of images
+# MaskGRPO hides more.
 SHARES = {"unigrpo": (0.0, 1.0), "random": (0.1, 0.9), "fading": (0.6, 1.0)}
+SHARES_OF_IMAGES = SHARES | {"fading": (0.8, 1.0)}
 MASKINGS = (
     "unigrpo", "full", "random", "coupled", "fading",
     "trace", "exact", "uniform", "top_entropy", "surprisal",
@@ -160,9 +162,10 @@ def hide(
         unigrpo  ceil(p T) of the T tokens are hidden and scored, p spaced over the inner updates (MMaDA)
         full     all T tokens, and each token of the prompt is hidden with probability prompt_mask (d1)
         random   each token with the probability of its row, uniform in [0.1, 0.9] (dLLM-RL)
-        fading   each token with a probability that rises from the first one of a text to the last, or is
-                 the same for all tokens of an image; its mean is p = 0.6 + 0.4 (n + 1) / mu (MaskGRPO). The
-                 rise is linear here, from max(0, 2 p - 1) to min(1, 2 p)
+        fading   each token with a probability that rises in a straight line from the first one of a text to
+                 the last, from 2 p - 1 to 1 (below p = 0.5 from 0 to 2 p), or is p for all tokens of an
+                 image. Its mean p is g + (1 - g) (n + 1) / mu, with g 0.6 for texts and 0.8 for images
+                 (MaskGRPO)
         coupled  as unigrpo, with p spaced over pairs of updates; the second update of a pair hides and
                  scores the other tokens (DiffuCoder)
         trace    all tokens from a random step of the rollout on are hidden, the next trace_next are scored
@@ -200,7 +203,8 @@ def _hide_a_share(key, rollout, n, mask, masking, config, image):
     R, L = tokens_RL.shape
     place, each, other = (jax.random.fold_in(key, i) for i in range(3))
     size_R1 = jnp.sum(response_RL, axis=1, keepdims=True)
-    share = (config.hidden or SHARES[masking]) if masking in SHARES else (0.0, 1.0)
+    of_masking = SHARES_OF_IMAGES if image else SHARES
+    share = (config.hidden or of_masking[masking]) if masking in SHARES else (0.0, 1.0)
     turns, turn = (config.mu // 2, n // 2) if masking == "coupled" else (config.mu, n)
     noise_RL = jax.random.uniform(jax.random.fold_in(each, turn), (R, L))
     rank_RL = jnp.argsort(jnp.argsort(jnp.where(response_RL, noise_RL, 2.0), axis=1), axis=1)
@@ -216,8 +220,8 @@ def _hide_a_share(key, rollout, n, mask, masking, config, image):
     elif masking == "fading":
         p = share[0] + (share[1] - share[0]) * (jnp.asarray(n, jnp.float32) + 1) / config.mu
         low, high = (p, p) if image else (jnp.maximum(0, 2 * p - 1), jnp.minimum(1, 2 * p))
-        way_RL = jnp.cumsum(response_RL.astype(jnp.float32), axis=1) - np.float32(0.5)
-        way_RL /= jnp.maximum(size_R1, 1).astype(jnp.float32)
+        way_RL = jnp.cumsum(response_RL.astype(jnp.float32), axis=1) - 1
+        way_RL /= jnp.maximum(size_R1 - 1, 1).astype(jnp.float32)
         # What is left of its probability ranks a token: hidden are those with something left.
         left_RL = jnp.where(response_RL, low + (high - low) * way_RL - noise_RL, -1)
         rank_RL = jnp.argsort(jnp.argsort(-left_RL, axis=1), axis=1)
