@@ -163,7 +163,7 @@ def test_padding_and_what_follows_the_end_have_no_gradient(config):
 
 @pytest.mark.slow
 def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that_of_ratios(
-    config, tmp_path
+    config, tmp_path, capsys
 ):
     text = config["tasks"]["text"] | {"groups": 8, "update_groups": None, "rewards": {"long": 1.0}}
     config = config | {
@@ -172,6 +172,7 @@ def test_the_measured_gradient_of_exact_masks_is_nearer_to_all_reveals_than_that
     }
     found = diagnose(config, tmp_path, ["unigrpo", "exact"], 2)["text"]
     assert list(found) == ["every", "unigrpo", "exact"]
+    assert "text: exact (3 of 3), ETA 0s" in capsys.readouterr().out
     np.testing.assert_allclose(found["every"]["with_every"], 1, rtol=1e-5)
     assert 1 > found["exact"]["with_every"] > found["unigrpo"]["with_every"]
     assert all(values["norm"] > 0 for values in found.values())

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmada_jax.devices import sharding
 from mmada_jax.model.model import Model
 from mmada_jax.nets.lora import LoraConfig
 from mmada_jax.train import optim
+from mmada_jax.train.metrics import duration, tell
 from mmada_jax.train.rl import unigrpo
 from mmada_jax.train.rl.resume import state_shapes
 from mmada_jax.train.rl.rollout import read_responses
@@ -68,10 +70,16 @@ def diagnose(
         for name in sorted(run.tasks):
             opened = open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
             rolled = _roll(run, name, model, params, opened, batches)
-            gradients = {
-                masking: _gradients(run, model, params, opened, masking, rolled, shardings.params)
-                for masking in ("every", *maskings)
-            }
+            # "every" has one inner update for each token of the longest response that there can be.
+            updates = dict.fromkeys(maskings, run.objective.mu)
+            updates = {"every": opened.at.length} | updates
+            gradients, began, done = {}, time.perf_counter(), 0
+            for masking, n in updates.items():
+                of_rollouts = _gradients(run, model, params, opened, masking, n, rolled, shardings.params)
+                gradients[masking] = jax.block_until_ready(of_rollouts)
+                done += n
+                left = (time.perf_counter() - began) * (sum(updates.values()) / done - 1)
+                tell(f"{name}: {masking} ({len(gradients)} of {len(updates)}), ETA {duration(left)}")
             every = _mean(gradients["every"])
             found[name] = {
                 masking: {
@@ -111,12 +119,11 @@ def _gradients(
     params: Any,
     opened: OpenTask,
     masking: str,
+    mu: int,
     rolled: Sequence[tuple[Rollout, Chosen]],
     shardings: Any,
 ) -> list[Any]:
-    """The gradient of each rollout under a masking, the mean over its inner updates."""
-    # "every" has one inner update for each token of the longest response that there can be.
-    mu = opened.at.length if masking == "every" else run.objective.mu
+    """The gradient of each rollout under a masking, the mean over `mu` inner updates."""
     settings = dataclasses.replace(run.objective, masking=masking, mu=mu, beta=0.0, kl="old")
     run = dataclasses.replace(run, objective=settings)
     score = make_score(run, model, opened.at, model.mesh, shardings)
