@@ -114,7 +114,7 @@ from configs import unigrpo
 def get_config(arg=None):
     config = unigrpo.get_config("digits,smoke")
     asked = config.tasks.arithmetic.copy_and_resolve_references()
-    asked.update(layout="mmu", data={"path": "vqa_sum", "format": "digits"})
+    asked.update(layout="mmu", data={"path": "vqa_sum", "split": "train"})
     config.tasks.reading, config.iterations = asked, 3
     return config
 """
@@ -135,16 +135,16 @@ def test_two_processes_learn_from_rewards_as_one_does(model_workdir, free_port, 
                 out += line
                 if line.startswith(f"step {iteration}/"):
                     two[dies].kill()
-            other = two[1 - dies].wait(timeout=30)
-            out += two[1].stdout.read() if dies == 0 else ""
+            status = two[1 - dies].wait(timeout=30)
+            end = out if dies == 1 else two[1].stdout.read()
+        assert status != 0, end
         # Where process 0 dies, jax's client may end the other one by itself.
-        if dies == 1 or "another task died" not in out:
-            assert other == 1 and "Traceback" not in out, out
-            assert out.splitlines()[-1].startswith("error: another process of this run has ended")
-        assert other != 0, out
+        if dies == 1 or "another task died" not in end:
+            assert status == 1 and "Traceback" not in end, end
+            assert end.splitlines()[-1].startswith("error: another process of this run has ended")
         # Processes that are connected wait for one whose disk is slow.
-        _, met, then = out.partition("starting from" if dies == 1 else "resuming at")
-        assert met and not re.search("connected to [1-9]", then), out
+        begun = re.split("starting from|resuming at", out)
+        assert len(begun) == 2 and not re.search("connected to [1-9]", begun[1]), out
 
     with launch_two(free_port, tmp_path / "two", *flags, **what) as (first, second):
         other, out = second.communicate()[0], first.communicate()[0]
