@@ -51,6 +51,16 @@ def test_gains_are_paired_by_seed_and_drawn():
     assert [axis.get_title() for axis in figure.axes] == ["m0", "m1"]
     dots = [line for line in figure.axes[0].lines if line.get_marker() == "."]
     np.testing.assert_allclose(dots[0].get_xdata(), [40, 50])
+    for before, after in results["full"].values():  # a metric of fewer cases is in the tables alone
+        before["m1"] = after["m1"] = {"correct": 1, "total": 2}
+    assert [axis.get_title() for axis in benchmark_rl.intervals({"full": results["full"]}).axes] == ["m0"]
+
+
+def test_a_report_has_differences_and_counts():
+    results = {
+        "exact": {0: (counts(1, 5), counts(5, 5)), 1: (counts(3, 5), counts(8, 6))},
+        "full": {0: (counts(1, 5), counts(2, 5)), 1: (counts(3, 5), counts(4, 5))},
+    }
     text = benchmark_rl.as_text(results)
     assert "| full | -35.0 (-98.5 to +28.5, p 0.09) |" in text
     assert "1 -> 5 of 10" in text

@@ -333,11 +333,13 @@ def write_figure(path: pathlib.Path, figure) -> None:
 
 
 def intervals(results: Results):
-    """A figure: what each masking brought of each metric, in points of a hundred: the mean over seeds with
-    its 95 % interval, and the seeds as dots."""
+    """A figure: what each masking brought of each metric that has all cases, in points of a hundred: the
+    mean over seeds with its 95 % interval, and the seeds as dots."""
     from matplotlib.figure import Figure
 
-    found = gains(results)
+    before, _ = next(iter(next(iter(results.values())).values()))
+    most = max(before[metric]["total"] for metric in metrics_of(results))
+    found = {metric: of for metric, of in gains(results).items() if before[metric]["total"] == most}
     figure = Figure(figsize=(3.4 * len(found) + 1, 0.42 * len(results) + 1.4))
     axes = np.atleast_1d(figure.subplots(1, len(found), sharey=True))
     for axis, (metric, of_maskings) in zip(axes, found.items(), strict=True):
