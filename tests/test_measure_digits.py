@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from mmada_jax.data import digits
+from mmada_jax.diffusion.rules import TextRule
 from mmada_jax.measure import digits as measured
 
 SCANS = digits.load("test")
@@ -27,8 +28,9 @@ class Reader:
         total = sum(numbers) + self.error
         return types.SimpleNamespace(text=f"<think>{digits.thought(*numbers)}</think>{total}")
 
-    def generate(self, questions, rule, seed):
-        assert (rule.steps, rule.block, rule.stop) == (None, 1, self.vocab.eos)
+    def generate(self, questions, rule, max_new, seed):
+        wanted = (None, 1) if max_new is None else (12, 2)
+        assert (rule.steps, rule.block, rule.stop) == (*wanted, self.vocab.eos)
         return [self.say(*map(int, question.split("+"))) for question in questions]
 
     def answer(self, canvases, questions, rule, seed):
@@ -59,6 +61,7 @@ def test_thoughts_are_judged_by_what_follows_them(judge, error):
     count, rows = measured.text_cot(model, 40)
     assert dataclasses.astuple(count) == (right, 40)
     assert all(eval(question) == int(want) for question, _, want in rows)
+    assert measured.text_cot(model, 40, rule=TextRule(steps=12, block=2), max_new=24)[0] == count
     count, rows = measured.vqa_sum(model, 40)
     assert dataclasses.astuple(count) == (right, 40)
     assert rows[0][0].shape == (8, 16, 1)
