@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from configs import pretrain, unigrpo
 from mmada_jax import config
 from mmada_jax.devices import chips
+from mmada_jax.nets import transformer
 from mmada_jax.tokens import vocab
 from mmada_jax.train import aot, runs
 from mmada_jax.train.rl.run import RLRun
@@ -256,6 +257,23 @@ def test_a_model_of_ones_own_is_compiled(model_workdir):
     plan = runs.plan(own, model_workdir)
     assert report["fits"]
     assert (report["row_length"], report["vocabulary"]) == (plan.shape.length, plan.model.vocab)
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("nothing_kept")
+@pytest.mark.parametrize(("cache", "passes"), [("none", 1), ("dual", 2)])
+def test_rollouts_count_their_loop_once(model_workdir, cache, passes):
+    values = unigrpo.get_config("digits,smoke").to_dict() | {"init": str(model_workdir)}
+    values["tasks"]["arithmetic"]["text"] |= {"cache": cache, "block": 4}
+    own, workdir = config.from_dict(RLRun, values), model_workdir.parent / "rl"
+    report = aot.report(own, chips.topology("v5e:2x2"), "rollout", task="arithmetic", workdir=workdir)
+    model = aot.rl_model(own, workdir).config
+    assert (
+        report["model_flops"]
+        == passes * transformer.forward_flops(model, 16, 42, 16 * 4 * model.vocab) // 4
+    )
+    assert 0.8 < report["matmul_flops"] / report["model_flops"] < 1.5
+    assert report["mfu_ceiling"] < 1
 
 
 def test_a_gpu_is_accounted_for_on_the_host():

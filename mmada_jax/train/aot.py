@@ -262,10 +262,10 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: storage.P
             guided = 2 if at.rule.guidance else 1
             block = at.rule.size(at.length)
             logits = guided * rows * block * n_ids
-            # The compiler knows how many blocks there are, not how many steps each will take.
-            return Subject(
-                lower, model.config, mesh, guided * rows, at.row, at.length // block, logits, copies=guided
-            )
+            # How many steps there are is seen when it runs: the compiler counts the loop once. With a cache
+            # that is a first pass and a short step, and a first pass over all rows comes before the loop.
+            passes = 1 if at.rule.cache == "none" else 2
+            return Subject(lower, model.config, mesh, guided * rows, at.row, passes, logits, copies=guided)
         passes = 3 if step == "update" else 1 + (run.objective.kl == "reference")
         parts = run.accumulate if step == "update" else 1
         logits = rows * at.length * n_ids
@@ -294,8 +294,9 @@ def report(
     task: str = "",
     workdir: storage.Path = WORKDIR,
 ) -> dict[str, Any]:
-    """Compiles and reports. All figures are per chip; for "draw" and "rollout" they count one step of each
-    block. "mfu_ceiling" is None if the step doesn't fit. The program, as text, goes into `program_file`.
+    """Compiles and reports. All figures are per chip; for "draw" and "rollout" they count one step of the
+    loop, and for a rollout with a cache the first pass before it too. "mfu_ceiling" is None if the step
+    doesn't fit. The program, as text, goes into `program_file`.
 
     hbm_*_gib        arguments, temporaries, the peak that the compiler plans, all of them together
     matmul_flops     of matrix products, kernels included
