@@ -20,8 +20,13 @@ def test_a_gain_is_the_paired_t_test_of_seeds():
     interval = want.confidence_interval(0.95)
     np.testing.assert_allclose([found.low, found.high, found.p], [*interval, want.pvalue], rtol=1e-9)
     assert str(benchmark_rl.gain([0.125])) == "+12.5"  # one seed says nothing of others
-    same, none = benchmark_rl.gain([0.25] * 3), benchmark_rl.gain([0.0] * 3)
-    assert (same.low, same.high, same.p, none.p) == (0.25, 0.25, 0, 1)
+    # Nor do seeds that happen to agree.
+    same, none = (
+        benchmark_rl.gain([444 / 600 - 433 / 600, 430 / 600 - 419 / 600]),
+        benchmark_rl.gain([0.0] * 3),
+    )
+    assert (str(same), str(none)) == ("+1.8", "+0.0 (+0.0 to +0.0)")
+    assert np.isnan(same.p) and none.p == 1
 
 
 def test_p_is_corrected_for_the_number_of_comparisons():
@@ -30,6 +35,8 @@ def test_p_is_corrected_for_the_number_of_comparisons():
     found = {name: of.p_holm for name, of in benchmark_rl.holm(gains).items()}
     assert list(found) == list(p)
     np.testing.assert_allclose([found[name] for name in "abcd"], [0.03, 0.06, 0.06, 0.02])
+    unknown = gains | {"e": benchmark_rl.gain([0.5])}  # no comparison at all
+    assert {name: of.p_holm for name, of in benchmark_rl.holm(unknown).items() if name != "e"} == found
 
 
 def counts(*shares):

@@ -231,31 +231,36 @@ class Gain:
     p_holm: float = math.nan
 
     def __str__(self):
-        if len(self.of_seeds) < 2:
+        if math.isnan(self.low):
             return f"{100 * self.mean:+.1f}"
         p = f", p {self.p_holm:.2g}" if self.p_holm == self.p_holm else ""
         return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f}{p})"
 
 
 def gain(of_seeds: Sequence[float]) -> Gain:
-    """The mean of what seeds brought. Where all brought the same the interval is a point, and p is 0, or 1
-    for nothing."""
+    """The mean of what seeds brought. Of one seed, and of seeds that all brought the same, a t test says
+    nothing: interval and p are NaN, but for p of nothing at all, which is 1."""
     from scipy import stats
 
     x, n = np.asarray(of_seeds, float), len(of_seeds)
-    mean, error = float(x.mean()), float(x.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
-    half = error * float(stats.t.ppf(0.975, n - 1)) if n > 1 else math.nan
-    p = math.nan if n < 2 else 1.0 * (mean == 0) if error == 0 else 2 * stats.t.sf(abs(mean) / error, n - 1)
+    mean = float(x.mean())
+    if n < 2 or np.ptp(x) < 1e-12:  # shares are divided, and rounded
+        nothing = 0.0 if n > 1 and mean == 0 else math.nan
+        return Gain(tuple(x.tolist()), mean, mean - nothing, mean + nothing, nothing + 1)
+    error = float(x.std(ddof=1) / math.sqrt(n))
+    half = error * float(stats.t.ppf(0.975, n - 1))
+    p = 2 * stats.t.sf(abs(mean) / error, n - 1)
     return Gain(tuple(x.tolist()), mean, mean - half, mean + half, float(p))
 
 
 def holm(gains: Mapping[str, Gain]) -> dict[str, Gain]:
-    """The same gains with p corrected for their number (Holm 1979)."""
-    order, least, found = sorted(gains, key=lambda name: gains[name].p), 0.0, {}
-    for i, name in enumerate(order):
-        least = float(np.maximum(least, np.minimum(1.0, (len(order) - i) * gains[name].p)))
+    """The same gains with p corrected for their number (Holm 1979), of those that have one."""
+    known = {name: of.p for name, of in gains.items() if not math.isnan(of.p)}
+    least, found = 0.0, dict(gains)
+    for i, name in enumerate(sorted(known, key=known.get)):
+        least = max(least, min(1.0, (len(known) - i) * known[name]))
         found[name] = dataclasses.replace(gains[name], p_holm=least)
-    return {name: found[name] for name in gains}
+    return found
 
 
 def gains(results: Results, against: str = "") -> dict[str, dict[str, Gain]]:
