@@ -294,15 +294,14 @@ def report(
     task: str = "",
     workdir: storage.Path = WORKDIR,
 ) -> dict[str, Any]:
-    """Compiles and reports. All figures are per chip; for "draw" and "rollout" they count one step of the
-    loop, and for a rollout with a cache the first pass before it too. "mfu_ceiling" is None if the step
-    doesn't fit. The program, as text, goes into `program_file`.
+    """Compiles and reports, the program's text into `program_file`. All figures are per chip; "draw" and
+    "rollout" count one step of the loop, with a cache the first pass before it too.
 
     hbm_*_gib        arguments, temporaries, the peak that the compiler plans, all of them together
     matmul_flops     of matrix products, kernels included
     model_flops      of the model's forward and backward pass, nothing recomputed
     mfu_ceiling      model_flops / (peak * cycles / clock): the compiler's estimate of cycles, which
-                     knows neither collectives nor kernels. Not a throughput.
+                     knows neither collectives nor kernels. Not a throughput. None if it doesn't fit.
     roofline_ms      the least time that a step of text takes: to read what it is given once, weights and
                      cache, or to compute the products, whichever is longer. Not a measurement.
     collectives      kind -> count, how many of them are asynchronous, bytes
