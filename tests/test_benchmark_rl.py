@@ -133,7 +133,9 @@ def test_a_variant_changes_the_objective_or_ahead():
     assert run.objective.spread == "even" and run.ahead == 1
     benchmark_rl.put(config, "optim.warmup", "7")
     benchmark_rl.put(config, "init", "elsewhere")
+    benchmark_rl.put(config, "lora.rank", "4")  # a group that the preset doesn't name
     assert (config.optim.warmup, config.init) == (7, "elsewhere")
+    assert from_dict(RLRun, config.to_dict()).lora.rank == 4
 
 
 @pytest.mark.parametrize(
@@ -145,7 +147,9 @@ def test_a_variant_changes_the_objective_or_ahead():
         (["--maskings", "exact:mu=0"], "mu is 0"),
         (["--set", "luck=1"], "luck"),
         (["--set", "iterations=many"], "iterations is 'many'"),
-        (["--set", "optim=3"], "optim is '3'"),
+        (["--set", "optim=3"], "optim is 3; it must be a group of keys"),
+        (["--set", "iterations.x=1"], "iterations is no group of keys"),
+        (["--maskings", "exact:mu.x=1"], "objective.mu is no group of keys"),
         (["--set", "iterations=0"], "iterations is 0"),
         (["--set", "iterations"], "'iterations' must be FIELD=VALUE"),
         (["--n", "0"], "argument --n: 0 is too few"),

@@ -28,7 +28,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import unigrpo as config_file
-from mmada_jax.config import from_dict
+from mmada_jax.config import from_dict, set_key
 from mmada_jax.data import digits
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.files import read_json
@@ -126,16 +126,12 @@ def changed(preset: ConfigDict, variant: str) -> ConfigDict:
 
 def put(config: ConfigDict, field: str, text: str) -> None:
     """Gives a field, as "optim.warmup", the value that a text says in Python, or else the text. Raises
-    ValueError where the field has values of another kind."""
+    ValueError for a field below one that has none; what can't be is found when the run is made of it."""
     value = text
     with contextlib.suppress(ValueError, SyntaxError):
         value = ast.literal_eval(text)
-    try:
-        config.update_from_flattened_dict({field: value})
-    except TypeError as error:
-        raise ValueError(
-            f"{field} is {text!r}; it must be of the kind that the preset has there"
-        ) from error
+    with config.unlocked(), config.ignore_type():
+        set_key(config, field, value)
 
 
 def train_to_the_end(config, workdir) -> None:
