@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import random
+import re
 import signal
 import time
 
@@ -161,8 +162,9 @@ def test_a_storage_that_is_overloaded_holds_a_run_up_for_less_than_a_minute(work
         assert time.monotonic() - began < 60
         proxy.fails = lambda request: None
         checkpoints.save(tiny(3))
-    error = capsys.readouterr().err  # TensorStore names the code 503 or the answer's words, as it comes
-    assert "the checkpoint of step 2 could not be saved" in error and "retry" in error
+    error = capsys.readouterr().err
+    # TensorStore and gcsfs write side by side. The reason is in the words of the one that gave up first.
+    assert re.search(r"the checkpoint of step 2 could not be saved \(.*(retry|503).*\)", error, re.DOTALL)
     assert steps(workdir) == [1, 3]
 
 
