@@ -12,7 +12,6 @@ import importlib
 import json
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -29,6 +28,7 @@ DECODINGS = (
     "factor", "bound", "all", "engine", "draw",
 )  # fmt: skip
 CACHES = ("none", "prefix", "dual")
+MOST_SEED = 2**31 - 1
 MASKINGS = (
     "unigrpo", "full", "random", "coupled", "fading",
     "trace", "exact", "uniform", "top_entropy", "surprisal",
@@ -130,16 +130,26 @@ def variant(text: str) -> str:
     if masking not in MASKINGS:
         raise argparse.ArgumentTypeError(f"invalid choice: {masking!r} (choose from {', '.join(MASKINGS)})")
     for one in changes:
-        change(one)
+        if change(one)[0] == "masking":
+            raise argparse.ArgumentTypeError(f"{text!r} names two maskings; name the second one alone")
     return text
 
 
 def change(text: str) -> tuple[str, str]:
-    """A field and the value that it is given."""
-    if not re.fullmatch(r"[a-z_.]+=[^=]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} must be FIELD=VALUE, as spread=even")
-    field, _, value = text.partition("=")
+    """A field and the value that it is given. What has an option of its own is no such field."""
+    field, equals, value = text.partition("=")
+    if not (field and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be FIELD=VALUE, as spread=even or optim.b2=0.9")
+    if field in (own := {"seed": "--seeds", "init": "--init", "objective.masking": "--maskings"}):
+        raise argparse.ArgumentTypeError(f"{text!r} has an option of its own; use {own[field]}")
     return field, value
+
+
+def seed(text: str) -> int:
+    """A seed of a run."""
+    if not text.isdecimal() or int(text) > MOST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; it must be an integer from 0 to {MOST_SEED}")
+    return int(text)
 
 
 def rl_options(parser: Parser) -> None:
@@ -150,7 +160,7 @@ def rl_options(parser: Parser) -> None:
         "--preset", choices=("digits", "digits,full", "totals"), default="digits,full",
         help="of configs/unigrpo.py (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=seed, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument(
         "--maskings",
         nargs="+",
@@ -168,7 +178,7 @@ def rl_options(parser: Parser) -> None:
         "--few", type=at_least_one, default=400, help="cases of the other metrics (%(default)s)"
     )
     parser.add_argument(
-        "--set", nargs="+", type=change, default=[], metavar="FIELD=VALUE",
+        "--set", nargs="+", action="extend", type=change, default=[], metavar="FIELD=VALUE",
         help="other values of the preset, as iterations=48 optim.warmup=30",
     )  # fmt: skip
 

@@ -85,14 +85,16 @@ def heirs(variable):
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if variable.encode() in path.read_bytes():
+            if variable.encode() in path.read_bytes().split(b"\0"):
                 found.append(int(path.parent.name))
     return found
 
 
 def end_heirs(variable):
     """Kills them. Until none is left they may start others, and write."""
+    deadline = time.monotonic() + 60
     while found := heirs(variable):
+        assert time.monotonic() < deadline, f"processes {found} outlive a SIGKILL"
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -12,8 +12,6 @@ for, so ask for all of them in the end.
 """
 
 import argparse
-import ast
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -28,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import unigrpo as config_file
-from mmada_jax.config import from_dict, set_key
+from mmada_jax.config import from_dict, override, to_dict
 from mmada_jax.data import digits
 from mmada_jax.diffusion.rules import ImageRule, TextRule
 from mmada_jax.files import read_json
@@ -60,9 +58,10 @@ def measure(args: argparse.Namespace) -> Results:
     """Trains and measures what isn't yet, and writes the report. Counts and rewards by masking and seed,
     before and after."""
     preset = config_file.get_config(args.preset)
-    for field, value in args.set:
-        put(preset, field, value)
-    configs = {masking: changed(preset, masking) for masking in args.maskings}
+    override(preset, dict(args.set))
+    preset = complete(preset)
+    seeds, maskings = list(dict.fromkeys(args.seeds)), list(dict.fromkeys(args.maskings))
+    configs = {masking: changed(preset, masking) for masking in maskings}
     workdir, start = pathlib.Path(args.workdir), MMaDA.load(args.init)
     made_of = {
         "model": fingerprint(newest_step(args.init) if has_step(args.init) else args.init),
@@ -74,7 +73,7 @@ def measure(args: argparse.Namespace) -> Results:
     n, few = args.n, min(args.n, args.few)
     name = f"{args.split}-{n}-{few}.json"
     # All maskings of a seed before the next one, since what is compared are the runs of one seed.
-    for seed, masking in itertools.product(args.seeds, args.maskings):
+    for seed, masking in itertools.product(seeds, maskings):
         config = configs[masking].copy_and_resolve_references()
         config.init, config.seed = str(pathlib.Path(args.init).absolute()), seed
         folder = workdir / f"{masking}-{seed}"
@@ -97,15 +96,15 @@ def measure(args: argparse.Namespace) -> Results:
                 read_json(workdir / f"before-{seed}-{name}", dict),
                 read_json(workdir / f"{masking}-{seed}" / name, dict),
             )
-            for seed in args.seeds
+            for seed in seeds
         }
-        for masking in args.maskings
+        for masking in maskings
     }
     write_whole(workdir / "report.json", json.dumps(results, indent=1))
     write_whole(workdir / "report.md", as_text(results) + "\n")
     rewards = {
-        masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in args.seeds]
-        for masking in args.maskings
+        masking: [metrics.read(workdir / f"{masking}-{seed}" / "metrics.jsonl") for seed in seeds]
+        for masking in maskings
     }
     write_figure(workdir / "rewards.png", curves(rewards))
     write_figure(workdir / "gains.png", intervals(results))
@@ -115,23 +114,24 @@ def measure(args: argparse.Namespace) -> Results:
 
 def changed(preset: ConfigDict, variant: str) -> ConfigDict:
     """The configuration with the masking of `MASKING[:FIELD=VALUE...]` and these values of fields of the
-    objective, or of `ahead`. Values are Python's, or texts. Raises ValueError for what can't be."""
+    objective, or of `ahead`. Raises ValueError for what can't be."""
+    masking, *changes = variant.split(":")
     config = preset.copy_and_resolve_references()
-    config.objective.masking, *changes = variant.split(":")
-    for field, _, value in (one.partition("=") for one in changes):
-        put(config, field if field == "ahead" else f"objective.{field}", value)
-    from_dict(RLRun, config.to_dict())
-    return config
+    config.objective.masking = masking
+    fields = (one.partition("=") for one in changes)
+    try:
+        override(
+            config, {name if name == "ahead" else f"objective.{name}": text for name, _, text in fields}
+        )
+        return complete(config)
+    except ValueError as error:
+        raise ValueError(f"{variant}: {error}; change it with --set, or leave {variant} out") from None
 
 
-def put(config: ConfigDict, field: str, text: str) -> None:
-    """Gives a field, as "optim.warmup", the value that a text says in Python, or else the text. Raises
-    ValueError for a field below one that has none; what can't be is found when the run is made of it."""
-    value = text
-    with contextlib.suppress(ValueError, SyntaxError):
-        value = ast.literal_eval(text)
-    with config.unlocked(), config.ignore_type():
-        set_key(config, field, value)
+def complete(config: ConfigDict) -> ConfigDict:
+    """The configuration with the values of all fields, each of its own type. Raises ValueError for what
+    can't be."""
+    return ConfigDict(to_dict(from_dict(RLRun, config.to_dict())))
 
 
 def train_to_the_end(config, workdir) -> None:
@@ -192,14 +192,14 @@ def measure_totals(
 ) -> tuple[dict, list[str]]:
     """Counts of `n` held-out long sums of one round, and the mean reward; then the sampled answers.
 
-    totals_sampled   the last total, at temperature 1, as in a rollout
+    totals_sampled   the last total, as in a rollout
     chains_sampled   the answer as a whole, all totals, of the same answers
     totals, chains   greedy, of at most `few`
     """
     counts, answers = {}, []
     task = config.tasks.totals
-    for suffix, temperature, cases in (("_sampled", 1.0, n), ("", 0.0, min(n, few))):
-        rule = TextRule(**task.text.to_dict() | {"temperature": temperature})
+    for suffix, of_rule, cases in (("_sampled", {}, n), ("", {"temperature": 0.0}, min(n, few))):
+        rule = TextRule(**task.text.to_dict() | of_rule)
         outcome = totals.chains(model, cases, int(task.data.path), rule, task.max_new, split, seed)
         for name, right_B in (("totals", outcome.total_B), ("chains", outcome.chain_B)):
             counts[name + suffix] = measured.Count(int(right_B.sum()), cases)
@@ -216,8 +216,9 @@ def measure_totals(
 
 @dataclasses.dataclass(frozen=True)
 class Gain:
-    """A mean over seeds with its 95 % interval by Student's t, NaN for one seed, and p, two-sided, that it
-    is 0. `p_holm` is p with Holm's correction for all gains that it was looked at with."""
+    """A mean over seeds with its 95 % interval by Student's t and p, two-sided, that it is 0: NaN for one
+    seed, and for seeds that all brought the same. `p_holm` is p with Holm's correction for all gains
+    that it was looked at with."""
 
     of_seeds: tuple[float, ...]
     mean: float
@@ -235,14 +236,13 @@ class Gain:
 
 def gain(of_seeds: Sequence[float]) -> Gain:
     """The mean of what seeds brought. Of one seed, and of seeds that all brought the same, a t test says
-    nothing: interval and p are NaN, but for p of nothing at all, which is 1."""
+    nothing."""
     from scipy import stats
 
     x, n = np.asarray(of_seeds, float), len(of_seeds)
     mean = float(x.mean())
     if n < 2 or np.ptp(x) < 1e-12:  # shares are divided, and rounded
-        nothing = 0.0 if n > 1 and mean == 0 else math.nan
-        return Gain(tuple(x.tolist()), mean, mean - nothing, mean + nothing, nothing + 1)
+        return Gain(tuple(x.tolist()), mean, math.nan, math.nan, math.nan)
     error = float(x.std(ddof=1) / math.sqrt(n))
     half = error * float(stats.t.ppf(0.975, n - 1))
     p = 2 * stats.t.sf(abs(mean) / error, n - 1)
@@ -250,11 +250,12 @@ def gain(of_seeds: Sequence[float]) -> Gain:
 
 
 def holm(gains: Mapping[str, Gain]) -> dict[str, Gain]:
-    """The same gains with p corrected for their number (Holm 1979), of those that have one."""
+    """The same gains with p corrected for their number (Holm 1979). One without p counts, as the least
+    likely of all."""
     known = {name: of.p for name, of in gains.items() if not math.isnan(of.p)}
     least, found = 0.0, dict(gains)
     for i, name in enumerate(sorted(known, key=known.get)):
-        least = max(least, min(1.0, (len(known) - i) * known[name]))
+        least = max(least, min(1.0, (len(gains) - i) * known[name]))
         found[name] = dataclasses.replace(gains[name], p_holm=least)
     return found
 

@@ -236,6 +236,12 @@ class Subject:
     accumulate: int = 1
     chunk: int | None = None  # positions of a device that have logits at a time
     copies: int = 1  # two where guidance runs a second row beside each
+    shared: int = 1  # rows that share the pass before the loop, where one device has all rows
+
+    def flops(self, row_parts: int) -> int:
+        """Of the model's passes, where the rows lie in `row_parts` parts on the devices."""
+        passes = self.passes if row_parts > 1 else self.passes - 1 + 1 / self.shared
+        return round(passes * transformer.forward_flops(self.model, self.rows, self.length, self.logits))
 
 
 TRAINING, RL = ("train", "draw", "text", "text_cached"), ("rollout", "score", "update")
@@ -264,8 +270,11 @@ def subject(run: ModelRun | RLRun, step: str, task: str = "", workdir: storage.P
             logits = guided * rows * block * n_ids
             # How many steps there are is seen when it runs: the compiler counts the loop once. With a cache
             # that is a first pass and a short step, and a first pass over all rows comes before the loop.
-            passes = 1 if at.rule.cache == "none" else 2
-            return Subject(lower, model.config, mesh, guided * rows, at.row, passes, logits, copies=guided)
+            cached = at.rule.cache != "none"
+            return Subject(
+                lower, model.config, mesh, guided * rows, at.row, 1 + cached, logits, copies=guided,
+                shared=run.objective.responses if cached else 1,
+            )  # fmt: skip
         passes = 3 if step == "update" else 1 + (run.objective.kl == "reference")
         parts = run.accumulate if step == "update" else 1
         logits = rows * at.length * n_ids
@@ -348,8 +357,7 @@ def report(
     if program_file:
         storage.path(program_file).write_text(text)
     program = hlo.CompiledProgram(text, trips=chunks)
-    flops = what.passes * transformer.forward_flops(model, what.rows, what.length, what.logits)
-    flops //= topology.chips
+    flops = what.flops(n_data) // topology.chips
     cycles = program.cycles()
     return out | {
         "fits": memory.peak_memory_in_bytes <= chip.hbm_gib * GIB,

@@ -70,15 +70,19 @@ def diagnose(
         for name in sorted(run.tasks):
             opened = open_task(run, name, model, prompts[name], rewards[name], optimizer, mesh, shardings)
             rolled = _roll(run, name, model, params, opened, batches)
-            # "every" has one inner update for each token of the longest response that there can be.
-            updates = dict.fromkeys(maskings, run.objective.mu)
-            updates = {"every": opened.at.length} | updates
+            # "every" has one inner update for each token of the longest response that there can be. Beyond
+            # the longest one that there is every weight is 0.
+            longest = [int(jnp.max(jnp.sum(rollout.response_RL, axis=1))) for rollout, _ in rolled]
+            updates = {"every": longest} | dict.fromkeys(maskings, [run.objective.mu] * batches)
             gradients, began, done = {}, time.perf_counter(), 0
-            for masking, n in updates.items():
-                of_rollouts = _gradients(run, model, params, opened, masking, n, rolled, shardings.params)
+            for masking, of_each in updates.items():
+                mu = opened.at.length if masking == "every" else run.objective.mu
+                settings = dataclasses.replace(run.objective, masking=masking, mu=mu, beta=0.0, kl="old")
+                of_run = dataclasses.replace(run, objective=settings)
+                of_rollouts = _gradients(of_run, model, params, opened, of_each, rolled, shardings.params)
                 gradients[masking] = jax.block_until_ready(of_rollouts)
-                done += n
-                left = (time.perf_counter() - began) * (sum(updates.values()) / done - 1)
+                done += sum(of_each)
+                left = (time.perf_counter() - began) * (sum(map(sum, updates.values())) / done - 1)
                 tell(f"{name}: {masking} ({len(gradients)} of {len(updates)}), ETA {duration(left)}")
             every = _mean(gradients["every"])
             found[name] = {
@@ -118,32 +122,28 @@ def _gradients(
     model: Model,
     params: Any,
     opened: OpenTask,
-    masking: str,
-    mu: int,
+    updates: Sequence[int],
     rolled: Sequence[tuple[Rollout, Chosen]],
     shardings: Any,
 ) -> list[Any]:
-    """The gradient of each rollout under a masking, the mean over `mu` inner updates."""
-    settings = dataclasses.replace(run.objective, masking=masking, mu=mu, beta=0.0, kl="old")
-    run = dataclasses.replace(run, objective=settings)
+    """The gradient of each rollout under the masking of `run`: the sum over the first `updates` of its
+    `mu` inner updates, divided by `mu`."""
     score = make_score(run, model, opened.at, model.mesh, shardings)
     objective = make_objective(run, model, opened.at)
 
     def add(sums, params, batch):
         grads = jax.grad(lambda params: objective.loss(params, objective.prepare(None, batch))[0])(params)
-        return jax.tree.map(lambda a, b: a + b / mu, sums, grads)
+        return jax.tree.map(lambda a, b: a + b / run.objective.mu, sums, grads)
 
     rows = sharding.batch_sharding(model.mesh)
     add = jax.jit(add, in_shardings=(shardings, shardings, rows), out_shardings=shardings)
 
     out = []
-    for i, (rollout, chosen) in enumerate(rolled):
+    for i, ((rollout, chosen), n_updates) in enumerate(zip(rolled, updates, strict=True)):
         sums = jax.tree.map(jnp.zeros_like, params)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(run.seed), 3), i)
         fresh_S = np.ones(len(chosen.which_S), bool)
-        # Beyond the longest response every weight of "every" is 0.
-        longest = int(jnp.max(jnp.sum(rollout.response_RL, axis=1))) if masking == "every" else mu
-        for n in range(longest):
+        for n in range(n_updates):
             scored = score(params, None, rollout, key, n)
             batch = UpdateBatch(scored, rollout.tokens_RL, rollout.valid_RL, chosen, fresh_S)
             sums = add(sums, params, batch)

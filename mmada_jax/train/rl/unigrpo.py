@@ -48,8 +48,8 @@ class UniGRPOConfig(Ranged):
     the KL divergence from the frozen reference or from the rollout's policy (`kl`). With `normalise`
     advantages are divided by the standard deviation of their group. `prompt_mask` is the share of the
     prompt that "full" hides, `trace_next` the number of tokens that "trace" scores. `hidden` is the least
-    and the most share of a response that is hidden, None the one of SHARES; `spread` says how the shares of
-    "unigrpo" differ among rows (`spaced`).
+    and the most share of a response that is hidden, None that of SHARES, for images of SHARES_OF_IMAGES;
+    `spread` says how the shares of "unigrpo" differ among rows (`spaced`).
     """
 
     masking: Literal[MASKINGS] = "unigrpo"
@@ -73,7 +73,7 @@ class UniGRPOConfig(Ranged):
                 "that is hidden, two numbers, the first one not above the second"
             )
         if self.masking == "coupled" and self.mu % 2:
-            raise ValueError(f"mu is {self.mu}; it must be positive, for coupled masks even")
+            raise ValueError(f"mu is {self.mu}; coupled masks come in pairs, so that it must be even")
 
 
 def advantages(rewards_PG: np.ndarray, normalise: bool = True) -> np.ndarray:
