@@ -206,7 +206,7 @@ def test_gradients_reach_states_and_head_as_if_the_logits_had_been_there(chunk):
     [
         ({"responses": 1}, "responses is 1; it must be at least 2"),
         ({"mu": 0}, "mu is 0"),
-        ({"masking": "coupled", "mu": 3}, "mu is 3; coupled masks come in pairs, .*even"),
+        ({"masking": "coupled", "mu": 3}, "mu is 3; coupled masks come in pairs: make it even, or leave"),
         ({"clip": 0.0}, "clip is 0.0; it must be positive and at most 1,000"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"trace_next": 0}, "trace_next is 0"),

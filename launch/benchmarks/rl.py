@@ -125,7 +125,7 @@ def changed(preset: ConfigDict, variant: str) -> ConfigDict:
         )
         return complete(config)
     except ValueError as error:
-        raise ValueError(f"{variant}: {error}; change it with --set, or leave {variant} out") from None
+        raise ValueError(f"{variant}: {error}") from None
 
 
 def complete(config: ConfigDict) -> ConfigDict:

@@ -73,7 +73,9 @@ class UniGRPOConfig(Ranged):
                 "that is hidden, two numbers, the first one not above the second"
             )
         if self.masking == "coupled" and self.mu % 2:
-            raise ValueError(f"mu is {self.mu}; coupled masks come in pairs, so that it must be even")
+            raise ValueError(
+                f"mu is {self.mu}; coupled masks come in pairs: make it even, or leave them out"
+            )
 
 
 def advantages(rewards_PG: np.ndarray, normalise: bool = True) -> np.ndarray:
