@@ -93,6 +93,7 @@ def of_totals() -> ConfigDict:
     config = of_digits()
     config.init = "../totals_short"
     config.iterations, config.optim.lr = 40, 2e-5
+    del config.objective["mu"]  # the default; only a form of the digits has another one
     config.tasks = {
         "totals": {
             "layout": "lm_chat",
